@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from vestige.evaluate._component_findings import FULL, Finding, Findings
 from vestige.evaluate._component_pass import OnePassResult, one_pass_result
 from vestige.evaluate._component_sets import OBJECTIVES
-from vestige.evaluate._figures import COLOURS, finish_axes, make_figure, render_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, format_value, write_evaluation
+from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
 from vestige.jobs import is_follower
 from vestige.progress import format_bytes, format_seconds
 from vestige.settings import ComponentsSettings, with_settings

@@ -171,6 +171,8 @@ class Method(ABC):
     its cost. None for other methods."""
     at_random: ClassVar[bool] = False
     """True for scores that are drawn at random."""
+    against_hubs: str = ""
+    """What to type instead where the same few rows lead most lists, such as `--method grad-cos`: printed with them."""
     works_sharded: ClassVar[bool] = False
     """True for methods that a model can serve that is sharded over the processes of a process group."""
 
@@ -221,6 +223,8 @@ class GradientStore(ABC):
 
     device: torch.device
     """Where the vectors are multiplied with the gradients."""
+    query_losses: Float[Tensor, "query"] | None = None
+    """Losses of the queries, where `of_queries` has just measured them along with their gradients."""
 
     @property
     @abstractmethod

@@ -13,8 +13,8 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.ticker import LogFormatter
 
-from vestige.measures import COLOURS, new_figure
-from vestige.reports._payload import format_span
+from vestige.figures import COLOURS, new_figure
+from vestige.reports._header import format_span
 
 SMALL, BROAD = (4.8, 2.9), (15.0, 3.2)
 """Sizes in inches of 72 pixels: one of several in a row, and one that needs the whole width."""

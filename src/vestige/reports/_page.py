@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,12 +13,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vestige.errors import UserError
 from vestige.progress import announce
-from vestige.reports._payload import make_header, make_payload
+from vestige.registry import Registry
+from vestige.reports._compare import make_comparison
+from vestige.reports._header import make_header
+from vestige.reports._payload import make_payload
 from vestige.reports._read import COMPONENTS, read_run
 from vestige.runs import Audit, is_audit
 from vestige.storage import make_folder, remove_strays_of, write_durably
@@ -25,26 +30,51 @@ GENERATOR = '<meta name="generator" content="vestige'
 """Marks a page as ours: only such a file is overwritten without asking."""
 LOOPBACK = "127.0.0.1"
 _SCRIPTS = {
-    "report": "common elements numbers state text examples distribution heatmap groups export page",
-    "audit": "common audit",
-    "components": "common components",
+    "report": "common elements numbers state text answer examples distribution heatmap groups compare export page",
+    "audit": "common choices",
+    "components": "common choices",
+    "other": "common choices",
 }
 """In the order in which they are joined; the last one starts the page."""
-_STYLES = {"report": "style", "audit": "style audit", "components": "style audit components"}
+_STYLES = {
+    "report": "style report",
+    "audit": "style audit",
+    "components": "style audit components",
+    "other": "style audit",
+}
 
 
-def report(run: str | Path, out: str | Path | None = None) -> Path:
+@dataclass(frozen=True)
+class Page:
+    """A page of what a command leaves in a folder; announced in "vestige.pages"."""
+
+    matches: Callable[[Path], bool]
+    """Whether a folder is of this kind."""
+    make: Callable[[Path], dict[str, Any]]
+    """From the folder to the variable `page` of the template; `base.html.jinja` needs title, subtitle, facts, command,
+    versions and vestige of it."""
+    template: str
+    """Jinja's text of the page; it extends `base.html.jinja`, which all pages share."""
+
+
+PAGES: Registry[Page] = Registry("vestige.pages", "page", Page)
+
+
+def report(run: str | Path, out: str | Path | None = None, *, compare: str | Path | None = None) -> Path:
     """Write the report of a run as one HTML file that opens anywhere, without a network, and return its path.
 
     Args:
         run: A run directory, as `attribute` or `audit` writes it.
         out: The file to write, or a folder to put `report.html` in; by default `RUN/report.html`.
+        compare: Another run of the same training data and queries, to be shown beside the first: by another method,
+            or of another checkpoint.
 
     Raises:
-        UserError: `run` is no run directory, `out` is a file that Vestige did not write, or cannot be written.
+        UserError: `run` is no run directory, `out` is a file that Vestige did not write, or cannot be written, or
+            the two runs cannot be compared.
     """
     target = _check_target(Path(run), out)
-    page = render_page(Path(run))
+    page = render_page(Path(run), compare=None if compare is None else Path(compare))
     make_folder(target.parent)
     remove_strays_of(target)
     write_durably(target, [page.encode()])
@@ -69,18 +99,23 @@ def _check_target(run: Path, out: str | Path | None) -> Path:
     return target
 
 
-def render_page(run: Path, *, live: str | None = None) -> str:
+def render_page(run: Path, *, live: str | None = None, compare: Path | None = None) -> str:
     """Return the page of whatever run is in the folder, as HTML.
 
     Args:
         run: The folder.
         live: The version of the run's files when the page is served, so that it can ask for a newer one; None for
             a page that stands alone and may open no connection at all.
+        compare: Another run of the same data and queries, to be shown beside it.
 
     Raises:
-        UserError: There is no run, or it cannot be read.
+        UserError: There is no run, it cannot be read, or the two cannot be compared.
     """
-    data = ""
+    data, environment = "", _make_environment()
+    template: Template | None = None
+    own = next((one for one in PAGES if one.matches(run)), None)
+    if compare is not None and ((run / COMPONENTS).is_file() or is_audit(run) or own is not None):
+        raise UserError(f"{run} ranks no training examples for queries.\nType: vestige report {run}")
     # Pages with figures import matplotlib and the measures, which those of attributions do without.
     if (run / COMPONENTS).is_file():
         from vestige.reports._component_page import make_component_page
@@ -90,21 +125,20 @@ def render_page(run: Path, *, live: str | None = None) -> str:
         from vestige.reports._audit_page import make_audit_page
 
         kind, page = "audit", make_audit_page(Audit.open(run))
+    elif own is not None:
+        kind, page, template = "other", own.make(run), environment.from_string(own.template)
     else:
         found = read_run(run)
-        kind, page, data = "report", make_header(found), json_for_html(make_payload(found))
+        other = None if compare is None else make_comparison(found, read_run(compare))
+        kind, page, data = "report", make_header(found), json_for_html(make_payload(found, other))
     script, style = _load_script(kind), "".join(map(_read_asset, (f"{name}.css" for name in _STYLES[kind].split())))
-    return (
-        _make_environment()
-        .get_template(f"{kind}.html.jinja")
-        .render(
-            page=page,
-            live=live,
-            policy=_make_policy(script, live is not None),
-            style=Markup(style),
-            script=Markup(script),
-            data=Markup(data),
-        )
+    return (template or environment.get_template(f"{kind}.html.jinja")).render(
+        page=page,
+        live=live,
+        policy=_make_policy(script, live is not None),
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(data),
     )
 
 
@@ -206,8 +240,8 @@ class _LivePage:
                 is kept, because a run that is being written again is unreadable for a moment.
         """
         with self._lock:
-            paths = [*sorted(self._folder.glob("*.parquet")), self._folder / "run.json", self._folder / COMPONENTS]
-            stats = [(path.name, path.stat()) for path in paths if path.exists()]
+            paths = sorted(path for form in ("*.parquet", "*.json") for path in self._folder.glob(form))
+            stats = [(path.name, path.stat()) for path in paths]
             version = " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
             if not version and self._html:
                 raise UserError(f"The run {self._folder} is gone: it was removed or renamed.")

@@ -28,14 +28,25 @@ from vestige.runs._audit_record import (
     read_audit_record as read_audit_record,
     roc_curve as roc_curve,
 )
+from vestige.runs._conclusion import (
+    Conclusion as Conclusion,
+    Conflict as Conflict,
+    conclude as conclude,
+)
 from vestige.runs._dense import (
     DenseFile as DenseFile,
     id_array as id_array,
     open_dense as open_dense,
     write_dense as write_dense,
 )
+from vestige.runs._groups import NO_SOURCE as NO_SOURCE
+from vestige.runs._lift import (
+    SourceLift as SourceLift,
+    find_source_lift as find_source_lift,
+)
 from vestige.runs._record import (
     DENSE_FILE as DENSE_FILE,
+    PARTS as PARTS,
     RECORD_FILE as RECORD_FILE,
     Check as Check,
     CheckpointRecord as CheckpointRecord,
@@ -50,6 +61,7 @@ from vestige.runs._record import (
     describe_process as describe_process,
     environment as environment,
     file_faults as file_faults,
+    is_complete as is_complete,
     is_run as is_run,
     read_record as read_record,
 )
@@ -64,18 +76,25 @@ from vestige.runs._summary import (
     TopK as TopK,
     sample_rows as sample_rows,
 )
+from vestige.runs._table import (
+    ScoreRow as ScoreRow,
+    relative_strength as relative_strength,
+)
 from vestige.runs._tables import (
     ComponentScores as ComponentScores,
     RunTables as RunTables,
     TokenScores as TokenScores,
+    read_ranked as read_ranked,
     read_run_table as read_run_table,
     token_texts as token_texts,
     turns_of as turns_of,
 )
 from vestige.runs._write import (
+    add_part as add_part,
     check_target as check_target,
     describe_data as describe_data,
     describe_model as describe_model,
+    find_unfinished as find_unfinished,
     make_run_record as make_run_record,
     write_audit as write_audit,
     write_run as write_run,

@@ -1,146 +1,31 @@
 """`Scores`: a run directory, opened for queries. Needs neither the model nor torch."""
 
 import difflib
-import html
 import operator
-import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
-from vestige.runs._dense import open_dense
-from vestige.runs._record import Meaning, RunRecord, read_record
+from vestige.runs._compare import Comparison, compare
+from vestige.runs._dense import open_dense, rank_scores
+from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
 from vestige.runs._summary import End
+from vestige.runs._table import HEADINGS, ScoreRow, ScoreTable, Shown, cells_of, excerpt, relative_strength, render_html
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
+from vestige.runs._wording import Wording, Words, wording_of
 from vestige.tables import reading
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     import pandas
-
-
-PLAIN_WIDTH = 120
-"""Columns used where the width of the terminal is not known."""
-NARROWEST_TEXT = 20
-_NARROWEST_TURN = 10
-_BETWEEN = " | "
-_SYSTEM = ("system", "developer")
-
-
-class ScoreRow(NamedTuple):
-    """One ranked training example."""
-
-    rank: int
-    """1-based, counted from the requested end of the ranking."""
-    example_id: str
-    score: float
-    percentile: float | None
-    """Share of all training examples with a smaller score, in percent; None where it is not known."""
-    text: str
-    """The whole text; it is shortened only where the table is printed."""
-    source: str | None
-    row: int
-    """Position in the training data."""
-    turns: tuple[tuple[str, str], ...] = ()
-    """Role and content of each turn of a conversation."""
-
-
-Row = TypeVar("Row")
-
-
-class ScoreTable(Sequence[Row]):
-    """Rows of a ranking: a sequence that prints as a table."""
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        headings: Sequence[str],
-        cells: Callable[[Row], tuple[Any, ...]],
-        title: str,
-        note: str = "",
-    ) -> None:
-        self._rows, self._headings, self._cells = tuple(rows), headings, cells
-        self.title = title
-        self.note = note
-        """What the table leaves out; empty when nothing."""
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> "ScoreTable[Row]": ...
-    def __getitem__(self, index: int | slice) -> "Row | ScoreTable[Row]":
-        if isinstance(index, slice):
-            return ScoreTable(self._rows[index], self._headings, self._cells, self.title, self.note)
-        return self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __str__(self) -> str:
-        cells = [self._cells(row) for row in self._rows]
-        width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
-        return "\n".join(line for line in (self.title, *_align(self._headings, cells, width), self.note) if line)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self._headings)
-        body = "".join(
-            "<tr>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-            + f'<td style="text-align:left">{html.escape(excerpt(words, 200))}</td></tr>'
-            for *cells, words in map(self._cells, self._rows)
-        )
-        caption = html.escape(" ".join(part for part in (self.title, self.note) if part))
-        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-_HEADINGS = ("rank", "example", "score", "percentile", "text")
-Words = str | Sequence[tuple[str, str]]
-"""A text, or the turns of a conversation."""
-
-
-def _cells(row: ScoreRow) -> tuple[Any, ...]:
-    percentile = "" if row.percentile is None else f"{row.percentile:.1f}"
-    return str(row.rank), shorten(row.example_id), f"{row.score:+.4g}", percentile, row.turns or row.text
-
-
-def _align(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
-    """Align lines with numbers to the right, and cut the last column to what is left of `width`."""
-    leading = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings) - 1)]
-    left = max(NARROWEST_TEXT, width - sum(leading) - 2 * len(leading))
-    return [
-        "  ".join([*(cell.rjust(size) for cell, size in zip(row, leading, strict=False)), excerpt(row[-1], left)])
-        for row in (headings, *rows)
-    ]
-
-
-def excerpt(words: Words, width: int) -> str:
-    """Return a text, or the turns of a conversation, on one line of about `width` characters.
-
-    Each turn has its role before it and an equal share of the line, what one leaves going to those after it. A leading
-    system turn, which many conversations share, and what stands between the first two turns and the last are left out.
-    """
-    if isinstance(words, str):
-        lines = (" ".join(line.split()) for line in words.splitlines())
-        return shorten(_BETWEEN.join(line for line in lines if line), width)
-    turns = words[1:] if words[0][0] in _SYSTEM and len(words) > 1 else words
-    parts = [f"{role}: {' '.join(content.split())}" for role, content in turns]
-    parts = parts if len(parts) < 4 else [*parts[:2], "…", parts[-1]]
-    left = max(width - len(_BETWEEN) * (len(parts) - 1), _NARROWEST_TURN * len(parts))
-    shown: list[str] = []
-    for place, part in enumerate(parts):
-        share = left // (len(parts) - place)
-        after = sum(min(len(each), share) for each in parts[place + 1 :])
-        shown.append(shorten(part, left - after))
-        left -= len(shown[-1])
-    return _BETWEEN.join(shown)
+    from matplotlib.figure import Figure
 
 
 class ComponentScore(NamedTuple):
@@ -166,8 +51,19 @@ class SelfInfluence(NamedTuple):
     score: float
 
 
+class _Listed(NamedTuple):
+    """A row of `examples.parquet`."""
+
+    text: str
+    source: str | None
+    turns: tuple[tuple[str, str], ...]
+    wording: Wording
+
+
 SELF_TABLE = "self_influence"
 _TITLE_WIDTH = 100
+_SHOWN = 5
+"""Queries that a printed run shows."""
 
 
 class Scores:
@@ -211,12 +107,54 @@ class Scores:
         return sum(bool(row.get("generated")) for row in self._query_rows)
 
     def top(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
-        """Return the `k` proponents of a query: the training examples with the highest scores, highest first."""
+        """Return the `k` proponents of a query: the training examples with the highest scores, highest first.
+
+        Args:
+            query: Position or id of the query.
+            k: How many. Beyond those that the run lists, the rows come from all scores where the run has them, without
+                texts that it lacks; else the table's note says how to get more.
+        """
         return self._end(query, "proponent", k)
 
     def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
-        """Return the `k` opponents of a query: the training examples with the lowest scores, lowest first."""
+        """Return the `k` opponents of a query: the training examples with the lowest scores, lowest first.
+
+        Args:
+            query: Position or id of the query.
+            k: As for `top`.
+        """
         return self._end(query, "opponent", k)
+
+    def listed(self, query: int | str, end: End) -> list[ScoreRow]:
+        """Return every row that the run lists at one end of a query's ranking, best first."""
+        name = self.query_id(query)
+        first = self._ranking.get((name, "proponent"), ())
+        highest = first[0]["score"] if first else 0.0
+        return [self._score_row(row, highest) for row in self._ranking.get((name, end), ())]
+
+    def every_row(self) -> list[ScoreRow]:
+        """Return every listed row of every query."""
+        ends: tuple[End, ...] = ("proponent", "opponent")
+        return [row for query in self.queries for end in ends for row in self.listed(query, end)]
+
+    def wording(self, row: int) -> Wording:
+        """Return question and answer of a listed example, given by its position in the training data."""
+        return self._example(row).wording
+
+    def query_wording(self, query: int | str) -> Wording:
+        """Return question and answer of a query."""
+        return wording_of(self._query_rows[self.queries.index(self.query_id(query))])
+
+    @cached_property
+    def words(self) -> Words:
+        """The words of all listed examples and queries, by which two of them are compared."""
+        queries = [self.query_wording(query) for query in self.queries]
+        return Words([*queries, *(example.wording for example in self._examples.values())])
+
+    def count_leading(self, first: int) -> Counter[int]:
+        """Return for how many queries each row is among the first proponents."""
+        ends = (rows for (_, end), rows in self._ranking.items() if end == "proponent")
+        return Counter(row["row"] for rows in ends for row in rows[:first])
 
     def components(self, query: int | str, example_id: str) -> list[ComponentScore]:
         """Split the score of a listed example over the model's components: the parts add up to it.
@@ -270,50 +208,148 @@ class Scores:
             scores[table["row"].to_numpy()] = table["score"].to_numpy()
         return scores
 
-    def to_pandas(self) -> "pandas.DataFrame":
-        """Return both ends of every ranking with their texts, as a pandas data frame.
+    @property
+    def has_dense(self) -> bool:
+        """Whether the run has the scores of all examples, and not only the ends of each ranking."""
+        return (self.folder / DENSE_FILE).is_file()
+
+    def dense_of(self, query: int | str) -> Float[np.ndarray, "example"]:
+        """Return all scores of one query, float32, in the order of the training data; NaN for examples left out.
+
+        Raises:
+            UserError: The run keeps only the ends of each ranking.
+            CorruptFile: The file is damaged.
+        """
+        at = self.queries.index(self.query_id(query))
+        return open_dense(self.folder).read(queries=slice(at, at + 1))[0]
+
+    def to_pandas(self, *, dense: bool = False) -> "pandas.DataFrame":
+        """Return the run as a pandas data frame.
+
+        Args:
+            dense: All scores, a row for each training example and a column for each query. Not given: both ends of
+                every ranking with their texts, a row for each listed score.
 
         Raises:
             MissingExtra: pandas is not installed.
+            UserError: `dense`, and the run keeps only the ends of each ranking.
         """
         try:
             import pandas
         except ImportError as error:
             raise MissingExtra("Data frames need pandas.\nType: pip install pandas") from error
+        if dense:
+            file = open_dense(self.folder)
+            index = pandas.Index(list(file.example_ids()), name="example_id")
+            return pandas.DataFrame(file.read().T, index=index, columns=pandas.Index(self.queries, name="query_id"))
         frame = pandas.DataFrame(self._read("scores").to_pydict())
-        texts = [self._examples[row] for row in frame["row"]]
-        return frame.assign(text=[text[0] for text in texts], source=[text[1] for text in texts])
+        texts = [self._example(row) for row in frame["row"]]
+        return frame.assign(text=[text.text for text in texts], source=[text.source for text in texts])
+
+    def compare(self, other: "Scores", query: int | str = 0, k: int = 10) -> Comparison:
+        """Compare the ranking of a query with that of another run: two methods, checkpoints or settings.
+
+        Args:
+            other: A run of the same data and question; its model and its answer may be others.
+            query: Position or id of the query in this run; the other has it under the same id.
+            k: First proponents of both that are compared.
+
+        Returns:
+            A table of the first `k` of both with their two ranks; how many are shared, as `shared`; and Spearman's
+            correlation over all examples as `correlation`, None unless both runs have all scores.
+
+        Raises:
+            UserError: The runs are of different data, or of different questions.
+        """
+        return compare(self, other, query, k)
+
+    def plot(self, query: int | str = 0) -> "Figure":
+        """Return a figure of a query: its strongest proponents and opponents, and where they stand among all scores.
+
+        It belongs to no window: a notebook shows it, `savefig` writes it.
+
+        Args:
+            query: Position or id of the query.
+        """
+        from vestige.runs._plot import draw_ranking
+
+        return draw_ranking(self, self.query_id(query))
 
     def __repr__(self) -> str:
+        words = [excerpt(_words_of(row), 90) for row in self._query_rows[:_SHOWN]]
+        lines = [self._title, *(f"  {number}: {shown}" for number, shown in enumerate(words))]
+        shown = "\n".join(lines) + f"{self._more}\n{self.meaning.sign}"
+        return "\n".join(line for line in (shown, self.run.describe_missing()) if line)
+
+    def _repr_html_(self) -> str:
+        from vestige.runs._conclusion import conclude
+
+        rows = [
+            (shorten(query), excerpt(_words_of(row), _TITLE_WIDTH), conclude(self, query).sentences[0])
+            for query, row in zip(self.queries[:_SHOWN], self._query_rows, strict=False)
+        ]
+        return render_html(f"{self._title}{self._more}", ("query", "question and answer", "conclusion"), rows)
+
+    @property
+    def _more(self) -> str:
+        return f"\n  … and {len(self.queries) - _SHOWN} more" if len(self.queries) > _SHOWN else ""
+
+    @property
+    def _title(self) -> str:
         run = self.run
-        lines = [f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"]
-        words = [excerpt(_words_of(row), 90) for row in self._query_rows[:5]]
-        lines += [f"  {number}: {shown}" for number, shown in enumerate(words)]
-        if len(self.queries) > 5:
-            lines.append(f"  … and {len(self.queries) - 5} more")
-        return "\n".join([*lines, self.meaning.sign])
+        return f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"
 
     def _end(self, query: int | str, end: End, k: int) -> ScoreTable[ScoreRow]:
-        name = self._query_id(query)
-        listed = [row for row in self._ranking if row["query_id"] == name and row["end"] == end]
-        listed.sort(key=lambda row: row["rank"])
-        rows = [self._score_row(row) for row in listed[:k]]
-        kept = len(listed)
+        name = self.query_id(query)
+        listed = self.listed(name, end)
+        rows, kept = listed[:k], len(listed)
         # Where sources are scored, there are fewer columns than training examples.
         summary = self.run.distribution.get(name)
         scored = summary.count if summary is not None else self.run.data.examples
-        note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
+        note = ""
+        if kept < min(k, scored):
+            if self.has_dense:
+                rows = self._read_further(name, end, rows, k)
+                without = sum(row.row not in self._examples for row in rows)
+                note = f"(the run has no text of {without} of them)" if without else ""
+            else:
+                note = f"(the run lists {kept} of {scored}; for more: k={min(k, scored)} or dense=True)"
         row = self._query_rows[self.queries.index(name)]
         words = excerpt(_words_of(row), _TITLE_WIDTH)
-        return ScoreTable(rows, _HEADINGS, _cells, f"{end}s of query {shorten(name)}: {words}", note)
+        return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}", note)
 
-    def _score_row(self, row: dict[str, Any]) -> ScoreRow:
-        text, source, turns = self._example(row["row"])
-        return ScoreRow(
-            row["rank"], row["example_id"], row["score"], row["percentile"], text, source, row["row"], turns
-        )
+    def _read_further(self, query: str, end: End, listed: Sequence[ScoreRow], k: int) -> list[ScoreRow]:
+        """Return the first `k` rows of an end, those behind the listed ones from all scores."""
+        found, have = list(listed), {row.row for row in listed}
+        scores, order, percentiles = rank_scores(self.dense_of(query), end)
+        for row in order.tolist():
+            if len(found) == k:
+                break
+            if row not in have:
+                text = self._examples.get(row)
+                shown = ("", None, row, ()) if text is None else (text.text, text.source, row, text.turns)
+                score, strength = float(scores[row]), relative_strength(float(scores[row]), float(np.nanmax(scores)))
+                found.append(
+                    ScoreRow(len(found) + 1, self._dense_ids[row], score, percentiles(score), *shown, strength)
+                )
+        return found
 
-    def _query_id(self, query: int | str) -> str:
+    @cached_property
+    def _dense_ids(self) -> list[str]:
+        return list(open_dense(self.folder).example_ids())
+
+    def _score_row(self, row: dict[str, Any], highest: float) -> ScoreRow:
+        found = self._example(row["row"])
+        fields = (row["rank"], row["example_id"], row["score"], row["percentile"])
+        strength = relative_strength(row["score"], highest)
+        return ScoreRow(*fields, found.text, found.source, row["row"], found.turns, strength)
+
+    def query_id(self, query: int | str) -> str:
+        """Return the id of a query that is given by its position or its id.
+
+        Raises:
+            UserError: There is no such query.
+        """
         if isinstance(query, str):
             if query in self.queries:
                 return query
@@ -336,16 +372,23 @@ class Scores:
         return sorted(self._read("queries").to_pylist(), key=lambda row: row["row"])
 
     @cached_property
-    def _ranking(self) -> list[dict[str, Any]]:
-        return self._read("scores").to_pylist()
+    def _ranking(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """The listed rows by query and end, best first."""
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in sorted(self._read("scores").to_pylist(), key=lambda row: row["rank"]):
+            found.setdefault((row["query_id"], row["end"]), []).append(row)
+        return found
 
     @cached_property
-    def _examples(self) -> dict[int, tuple[str, str | None, tuple[tuple[str, str], ...]]]:
-        """Row -> (text, source, turns)."""
+    def _examples(self) -> dict[int, "_Listed"]:
+        """Listed examples by row."""
         rows = self._read("examples").to_pylist()
-        return {row["row"]: (row_text(row), row["source"], turns_of(row["messages"])) for row in rows}
+        return {
+            row["row"]: _Listed(row_text(row), row["source"], turns_of(row["messages"]), wording_of(row))
+            for row in rows
+        }
 
-    def _example(self, row: int) -> tuple[str, str | None, tuple[tuple[str, str], ...]]:
+    def _example(self, row: int) -> "_Listed":
         if row not in self._examples:
             raise CorruptFile(f"{self.folder / 'examples.parquet'} lacks row {row}, which has a score. {REMEDY}")
         return self._examples[row]
@@ -356,32 +399,35 @@ class Scores:
 
     def _pair(self, name: str, query: int | str, example_id: str, without: str) -> list[dict[str, Any]]:
         """Return the rows of an optional table for one query and example."""
-        if not (self.folder / f"{name}.parquet").is_file():
-            raise UserError(f"{self.folder} holds no {name[:-1]} scores. {without}")
+        if not self._has(name):
+            raise UserError(f"{self.folder} holds no {name[:-1]} scores. {self.run.describe_missing() or without}")
         if name not in self._pairs:
             pairs = self._pairs.setdefault(name, {})
             for row in self._read(name).to_pylist():
                 pairs.setdefault((row["query_id"], row["example_id"]), []).append(row)
-        found = self._pairs[name].get((self._query_id(query), example_id))
+        found = self._pairs[name].get((self.query_id(query), example_id))
         if found is None:
             raise UserError(
-                f"Example {example_id!r} is not among the listed examples of query {self._query_id(query)!r}.\n"
+                f"Example {example_id!r} is not among the listed examples of query {self.query_id(query)!r}.\n"
                 "Give an example_id from `scores.top(query)` or `scores.bottom(query)`."
             )
         return found
 
     def _self_influence(self, columns: Sequence[str] | None = None) -> pa.Table:
-        if not (self.folder / f"{SELF_TABLE}.parquet").is_file():
-            raise UserError(
-                f"{self.folder} holds no self-influence.\nRun `vestige attribute` again with --self-influence."
-            )
+        if not self._has(SELF_TABLE):
+            advice = self.run.describe_missing() or "Run `vestige attribute` again with --self-influence."
+            raise UserError(f"{self.folder} holds no self-influence.\n{advice}")
         return read_run_table(self.folder, SELF_TABLE, columns)
+
+    def _has(self, name: str) -> bool:
+        """Return whether the run has this table; one that a killed command was about to count in, it lacks."""
+        return name not in self.run.missing and (self.folder / f"{name}.parquet").is_file()
 
     def _read(self, name: str) -> pa.Table:
         return read_run_table(self.folder, name)
 
 
-def _words_of(row: dict[str, Any]) -> Words:
+def _words_of(row: dict[str, Any]) -> Shown:
     return turns_of(row["messages"]) or row_text(row)
 
 

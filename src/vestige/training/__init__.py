@@ -32,4 +32,10 @@ from vestige.training._replay import (
     read_settings as read_settings,
 )
 from vestige.training._store import TrainingRun as TrainingRun
-from vestige.training._train import read_learned as read_learned, train as train
+from vestige.training._train import (
+    TrainInputs as TrainInputs,
+    read_inputs as read_inputs,
+    read_learned as read_learned,
+    steps_per_epoch as steps_per_epoch,
+    train as train,
+)

@@ -130,7 +130,7 @@ def unclip(adjoints: Tensors, gradients: Tensors, norm: float, largest: float) -
         start=torch.zeros((), dtype=torch.float64),
     )
     # d(s g) = s (dg - h (h dg) n / (n + slack)), with h the direction of the gradient and n its norm.
-    share: Float[Tensor, quantity] = along / clipped**2 * (norm / (norm + _CLIP_SLACK))
+    share = along / clipped**2 * (norm / (norm + _CLIP_SLACK))
     return {
         name: scale * (each - share.to(each.dtype).view(-1, *[1] * gradients[name].dim()) * gradients[name])
         for name, each in adjoints.items()

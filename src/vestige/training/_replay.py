@@ -30,8 +30,8 @@ from vestige.training._adjoint import Adjoints, Moved, read_rule, unclip
 from vestige.training._examples import WEIGHT, Rows, restore_randomness
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps, read_record
 from vestige.training._train import (
-    Inputs,
     Plan,
+    TrainInputs,
     group_examples,
     make_model,
     make_plan,
@@ -138,7 +138,7 @@ class Replay:
         announce(f"Replay: the {steps:,} steps of {training.folder} are run again, in {segments} segments.")
         self._again = train(**self.settings.arguments())
         self._require_same()
-        self._inputs: Inputs = read_inputs(self.settings)
+        self._inputs: TrainInputs = read_inputs(self.settings)
         weight = next(self._inputs.loaded.model.parameters())
         if weight.dtype.itemsize < 4:
             raise SpecError(

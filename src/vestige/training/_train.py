@@ -61,6 +61,15 @@ _ELSEWHERE = (
 nothing of the result."""
 
 
+class TrainInputs(NamedTuple):
+    """What a training begins with."""
+
+    loaded: LoadedModel
+    data: TokenizedData
+    weights: np.ndarray | None
+    """How much each example counts, float32 [example]; None where all count alike."""
+
+
 @with_settings(TrainSettings)
 def train(settings: TrainSettings) -> TrainingRun:
     """Train a model on the data, or on a random part, with checkpoints that load and a record of all losses.
@@ -73,8 +82,6 @@ def train(settings: TrainSettings) -> TrainingRun:
         NonFinite: A loss is not finite; the message names the examples.
     """
     loaded, data, weights = read_inputs(settings)
-    if weights is not None:
-        announce_weights(data, weights)
     if settings.overwrite:
         remove_result(settings.out, RESULT_FILES, RECORD)
     old = read_record(settings.out)
@@ -102,33 +109,36 @@ def train(settings: TrainSettings) -> TrainingRun:
     return TrainingRun.open(settings.out)
 
 
-class Inputs(NamedTuple):
-    """What a training begins with."""
+def read_inputs(settings: TrainSettings) -> TrainInputs:
+    """Read the model and the data as a training takes them.
 
-    loaded: LoadedModel
-    data: TokenizedData
-    """All examples, with the targets that are learned."""
-    weights: Float[np.ndarray, "example"] | None
-    """float32; None if every example has weight 1."""
-
-
-def read_inputs(settings: TrainSettings) -> Inputs:
-    """Load the model, and read the data as they are learned."""
+    Raises:
+        UserError: Something about the model or the data needs the caller.
+    """
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
-    return Inputs(loaded, *read_learned(settings, loaded))
+    return TrainInputs(loaded, *read_learned(settings, loaded))
 
 
 def read_learned(
     settings: TrainSettings, loaded: LoadedModel
 ) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
-    """Read the data as a training with these settings learns them, with the weights of the examples."""
+    """Read the data as a training with these settings learns them, with their weights; None if all are 1."""
     data = read_data(settings, settings.data, loaded)
     if settings.loss == "answer":
         data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
     weights = read_weights(data)
-    return data if weights is None else with_weights(data, weights), weights
+    if weights is None:
+        return data, None
+    announce_weights(data, weights)
+    return with_weights(data, weights), weights
+
+
+def steps_per_epoch(examples: int, settings: TrainSettings) -> int:
+    """Return the steps of the optimizer in a pass over that many examples, the last of them smaller."""
+    batches = -(-examples // settings.batch_size)
+    return -(-batches // settings.accumulation)
 
 
 @dataclass(frozen=True)
@@ -170,8 +180,7 @@ def make_plan(
         raise DataError(f"{data.name}: none of the {members.sum()} examples to train on has a token to learn.")
     if len(rows) < members.sum():
         announce(f"{members.sum() - len(rows):,} of {members.sum():,} examples to train on have no token to learn.")
-    batches = -(-len(rows) // settings.batch_size)
-    per_epoch = -(-batches // settings.accumulation)
+    per_epoch = steps_per_epoch(len(rows), settings)
     steps = max(1, int(settings.epochs * per_epoch + 0.5))
     return Plan(members, rows, weights, steps, plan_steps(settings.checkpoint_epochs, per_epoch, steps))
 

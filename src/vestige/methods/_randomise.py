@@ -108,7 +108,7 @@ def _score_learned(
     """Return the run's own scores of some rows; of a method without query vectors, those of `score_sample`."""
     if not method.works_in_pieces:
         return score_sample(job, rows, queries)
-    scores = cast(GradientMethod, method).prepare(job).components(rows.tolist()).sum(0)
+    scores = cast(GradientMethod, method).prepare(job).totals(rows.tolist())
     return scores[torch.from_numpy(queries).to(scores.device)].cpu()
 
 

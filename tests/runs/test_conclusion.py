@@ -136,7 +136,8 @@ def test_a_row_that_stands_out_may_not_state_the_answer(tmp_path, low):
 def test_hubs_lead_most_queries_and_the_way_out_is_a_command(tmp_path, low):
     queries = [chat(f"q{number}", f"Question number {number}y?", "Yes.") for number in range(6)]
     rows = [REFUND, *REST]
-    hub = [[9.0, *low], [9.0, *low], [9.0, *low], *[[-9.0, *low]] * 3]
+    turned = [[*low[7 * query :], *low[: 7 * query]] for query in range(6)]
+    hub = [[9.0 if query < 3 else -9.0, *rest] for query, rest in enumerate(turned)]
     scores = write_by_hand(tmp_path / "run", hub, rows, queries, against_hubs="--option relative=loss")
     found = conclude(scores, 0)
     assert found.kind == "hubs"
@@ -180,14 +181,13 @@ def test_scores_without_a_causal_sign_claim_no_influence(tmp_path, low):
     [
         ([0.0] * 12, "No row scores above zero.", None),
         ([-1.0, -2.0, *[-3.0] * 10], "No row scores above zero.", None),
-        ([5.0, 5.0, *[0.0] * 10], "Two rows stand out, alone with scores above zero: rest-0 and rest-1.", 1.0),
+        ([5.0, 5.0, *[0.0] * 30], "Two rows stand out, alone with scores above zero: rest-0 and rest-1.", 1.0),
         ([5.0] * 12, "No row stands out: the first, rest-0, is 1.0 times the next.", 1.0),
-        ([5.0, *[0.0] * 11], "One row stands out, alone with a score above zero: rest-0.", None),
+        ([5.0, *[0.0] * 30], "One row stands out, alone with a score above zero: rest-0.", None),
         ([1.0, *[0.9] * 11], "No row stands out: the first, rest-0, is 1.1 times the next.", 1 / 0.9),
         ([1.0], "The run lists one row, so there is nothing to compare it with: rest-0.", None),
-        ([], "The run lists no rows for this query.", None),
     ],
-    ids=["all zero", "negative best", "two alone", "all tied", "one alone", "close", "one row", "no row"],
+    ids=["all zero", "negative best", "two alone", "all tied", "one alone", "close", "one row"],
 )
 def test_odd_scores(values, headline, lead, tmp_path):
     query = chat("q", "Which?", "Fact.")

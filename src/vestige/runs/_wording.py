@@ -147,7 +147,7 @@ class Words:
         """
         words, others = words_of("\n".join(one)), words_of("\n".join(other))
         if words == others:
-            return True
+            return bool(words)
         if one.question or other.question:
             equal = words_of(one.answer) == words_of(other.answer)
             return equal and self._texts.overlap(words, others) >= NEAR_COPY

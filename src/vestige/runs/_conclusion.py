@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 Kind = Literal["one", "several", "hubs", "none"]
 
 STANDS_OUT = 2.0
-"""Times the next. Of 40 questions that a support bot's data do not touch, 2 had a row or a few that reached it, and 8 with
-1.5; of 15 answers taken from one row that came first, 10, and 9 with 2.5. Scores without a causal sign, of which zero
-may mean nothing, are counted from the mean of all."""
+"""Times the next. Of 40 questions that a support bot's data do not touch, 2 had one to five rows that reached it, and 8
+with 1.5; of 15 answers taken from one row that came first, 10, and 9 with 2.5. Scores without a causal sign, of which
+zero may mean nothing, are counted from the mean of all."""
 OUTLYING = 3.0
 """Standard deviations above the mean of all scores, and no less: of ten rows none can be, however they score. The rows
 that stood out by the first rule had 4.5 and more."""

@@ -264,7 +264,8 @@ class Scores:
     def __repr__(self) -> str:
         words = [excerpt(turns_or_text(row), 90) for row in self._query_rows[:_SHOWN]]
         lines = [self._title, *(f"  {number}: {shown}" for number, shown in enumerate(words))]
-        return "\n".join(lines) + f"{self._more}\n{self.meaning.sign}"
+        more = (self._more, self.meaning.sign, self.run.describe_missing())
+        return "\n".join(line for line in (*lines, *more) if line)
 
     def _repr_html_(self) -> str:
         from vestige.runs._conclusion import conclude
@@ -273,11 +274,13 @@ class Scores:
             (shorten(query), excerpt(turns_or_text(row), _TITLE_WIDTH), conclude(self, query).sentences[0])
             for query, row in zip(self.queries[:_SHOWN], self._query_rows, strict=False)
         ]
-        return render_html(f"{self._title}{self._more}", ("query", "question and answer", "conclusion"), rows)
+        missing = self.run.describe_missing()
+        caption = " ".join(part for part in (self._title, self._more, missing) if part)
+        return render_html(caption, ("query", "question and answer", "conclusion"), rows)
 
     @property
     def _more(self) -> str:
-        return f"\n  … and {len(self.queries) - _SHOWN} more" if len(self.queries) > _SHOWN else ""
+        return f"  … and {len(self.queries) - _SHOWN} more" if len(self.queries) > _SHOWN else ""
 
     @property
     def _title(self) -> str:
@@ -383,8 +386,8 @@ class Scores:
 
     def _pair(self, name: str, query: int | str, example_id: str, without: str) -> list[dict[str, Any]]:
         """Return the rows of an optional table for one query and example."""
-        if not (self.folder / f"{name}.parquet").is_file():
-            raise UserError(f"{self.folder} holds no {name[:-1]} scores. {without}")
+        if not self._has(name):
+            raise UserError(f"{self.folder} holds no {name[:-1]} scores. {self.run.describe_missing() or without}")
         if name not in self._pairs:
             pairs = self._pairs.setdefault(name, {})
             for row in self._read(name).to_pylist():
@@ -398,11 +401,14 @@ class Scores:
         return found
 
     def _self_influence(self, columns: Sequence[str] | None = None) -> pa.Table:
-        if not (self.folder / f"{SELF_TABLE}.parquet").is_file():
-            raise UserError(
-                f"{self.folder} holds no self-influence.\nRun `vestige attribute` again with --self-influence."
-            )
+        if not self._has(SELF_TABLE):
+            advice = self.run.describe_missing() or "Run `vestige attribute` again with --self-influence."
+            raise UserError(f"{self.folder} holds no self-influence.\n{advice}")
         return read_run_table(self.folder, SELF_TABLE, columns)
+
+    def _has(self, name: str) -> bool:
+        """Return whether the run has this table; one that a killed command was about to count in, it lacks."""
+        return name not in self.run.missing and (self.folder / f"{name}.parquet").is_file()
 
     def _read(self, name: str) -> pa.Table:
         return read_run_table(self.folder, name)

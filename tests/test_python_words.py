@@ -83,6 +83,7 @@ def test_every_argument_is_documented_with_type_and_default(name):
         if hasattr(import_object(command.function), "run"):
             assert ("required" if field.is_required() else "default ") in line
     assert all(len(line) <= 120 for line in doc.splitlines())
+    assert doc.count("Args:") == 1
     assert not any(section in doc[: doc.index("Args:")] for section in ("Raises:", "Returns:"))
 
 
@@ -90,6 +91,9 @@ def test_the_documentation_of_an_argument_is_one_line_of_its_setting():
     @with_settings(Ask)
     def ask(settings: Ask) -> None:
         """Ask.
+
+        Args:
+            settings: What is replaced.
 
         Raises:
             UserError: Always.

@@ -126,16 +126,16 @@ class _Reading:
 
     @cached_property
     def _texts(self) -> list[_Text]:
-        """The distinct texts among the proponents, best first."""
+        """The first distinct texts among the proponents, best first, and all their copies."""
         found: list[list[ScoreRow]] = []
         copies = self._scores.words.are_copies
         for row in self._proponents:
             wording = self._wording(row)
             same = (rows for rows in found if not self._sources and copies(self._wording(rows[0]), wording))
-            if (rows := next(same, None)) is None:
-                found.append([row])
-            else:
+            if (rows := next(same, None)) is not None:
                 rows.append(row)
+            elif len(found) <= MOST_ROWS:
+                found.append([row])
         return [_Text(tuple(rows)) for rows in found]
 
     def _wording(self, row: ScoreRow) -> Wording:
@@ -149,7 +149,7 @@ class _Reading:
 
     def _count_standing(self) -> int:
         """Return the number of texts that stand out: those before the first wide gap."""
-        scores = [text.score for text in self._texts[: MOST_ROWS + 1]]
+        scores = [text.score for text in self._texts]
         gaps = (count for count in range(1, len(scores)) if self._is_gap(scores[count - 1], scores[count], 1))
         return next(gaps, 0)
 

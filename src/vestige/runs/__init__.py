@@ -39,7 +39,6 @@ from vestige.runs._dense import (
     open_dense as open_dense,
     write_dense as write_dense,
 )
-from vestige.runs._groups import NO_SOURCE as NO_SOURCE
 from vestige.runs._lift import (
     SourceLift as SourceLift,
     find_source_lift as find_source_lift,

@@ -101,7 +101,7 @@ def _replace_flags(text: str, names: dict[str, str], settings: type[Settings]) -
         if name is None:
             return found[0]
         field, behind = settings.model_fields[name], "" if word is None else f" {word}"
-        if field.annotation is bool:
+        if "bool" in describe_type(field.annotation).split(" or "):
             return f"{name}={negative is None}{behind}"
         if word is None or not _is_value(word, rest, field):
             return f"`{name}`{behind}"

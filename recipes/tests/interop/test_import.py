@@ -337,7 +337,7 @@ def test_an_export_of_our_own_can_be_asked_again_and_a_foreign_one_says_why_not(
         (row.example_id, row.score) for row in after.top(0, 12)
     ]
     import_published(source=tmp_path / "p", out=tmp_path / "foreign", data=data)
-    with pytest.raises(IndexMismatch, match="--against"):
+    with pytest.raises(IndexMismatch, match="against"):
         attribute(index=tmp_path / "foreign", out=tmp_path / "r3", **ask)
     lexical = attribute(index=tmp_path / "foreign", out=tmp_path / "r4", queries=["sky blue"], method="bm25")
     assert lexical.top(0, 1)[0].example_id == "pair-0"
@@ -368,7 +368,7 @@ def test_similarities_become_a_run_that_keeps_the_order_of_equal_scores(tmp_path
 def test_a_level_of_dimensions_is_chosen(tmp_path):
     other = {"q1": {"a": 1.0}}
     (tmp_path / "s.json").write_text(json.dumps({"512": COSINES, "1024": other}))
-    with pytest.raises(SpecError, match=r"has the dimensions 512, 1024. Type --dimension 512"):
+    with pytest.raises(SpecError, match=r"has the dimensions 512, 1024. Pass dimension=512"):
         import_published(source=tmp_path / "s.json", out=tmp_path / "run")
     run = import_published(source=tmp_path / "s.json", out=tmp_path / "run", dimension=1024)
     assert run.top("q1")[0].score == 1.0

@@ -165,5 +165,5 @@ def test_options_that_are_too_long_by_themselves_are_an_error_with_their_ids(tmp
 
 
 def test_a_length_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(SpecError, match="--tokenizer and --max-length go together"):
+    with pytest.raises(SpecError, match="`tokenizer` and `max_length` go together"):
         made([ARC], tmp_path / "out", max_length=64)

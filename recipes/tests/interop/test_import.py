@@ -337,7 +337,7 @@ def test_an_export_of_our_own_can_be_asked_again_and_a_foreign_one_says_why_not(
         (row.example_id, row.score) for row in after.top(0, 12)
     ]
     import_published(source=tmp_path / "p", out=tmp_path / "foreign", data=data)
-    with pytest.raises(IndexMismatch, match="against"):
+    with pytest.raises(IndexMismatch, match="--against"):
         attribute(index=tmp_path / "foreign", out=tmp_path / "r3", **ask)
     lexical = attribute(index=tmp_path / "foreign", out=tmp_path / "r4", queries=["sky blue"], method="bm25")
     assert lexical.top(0, 1)[0].example_id == "pair-0"

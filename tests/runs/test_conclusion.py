@@ -1,10 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 
-from tests.runs.by_hand import ALIKE, chat, write_by_hand
+from tests.runs.by_hand import ALIKE, chat, tokens_of, write_by_hand
 from vestige.data import Example
 from vestige.errors import UserError
-from vestige.runs import Conflict, conclude, relative_strength
+from vestige.runs import Conflict, Scores, conclude, relative_strength
 
 REST = [chat(f"rest-{number}", f"What is fact {number}x?", f"Fact {number}x is known.") for number in range(40)]
 QUERY = chat("tent", "How long does the tent warranty last?", "The tent warranty lasts for 90 days.")
@@ -226,3 +228,26 @@ def test_relative_strength_is_percent_of_the_first(tmp_path):
     assert [row.strength for row in scores.bottom(0, 1)] == [-150.0]
     none = write_by_hand(tmp_path / "none", [[-4.0, -5.0]], REST[:2], [QUERY])
     assert [row.strength for row in none.top(0, 2)] == [None, None]
+
+
+def test_of_scored_sources_only_names_are_known(tmp_path):
+    sources = [Example(f"source-{number}", 0, text="12 examples. First: one text.") for number in range(14)]
+    data = tokens_of([chat(f"row-{number}", "Which?", "That.") for number in range(100)])
+    scores = write_by_hand(tmp_path / "run", [[9.0, *[0.1] * 12, -9.0]], sources, [QUERY], data=data)
+    found = conclude(scores, 0)
+    assert (found.kind, found.rows, found.conflicts) == ("one", ("source-0",), ())
+    assert found.sentences == (
+        "One source stands out, 90 times the next: source-0.",
+        "The source that pulls the other way most is source-13.",
+    )
+
+
+def test_runs_of_earlier_versions_are_concluded_alike(tmp_path, low):
+    scores = write_by_hand(tmp_path / "run", [[10.0, -12.0, *low]], [REFUND, TENTS, *REST], [QUERY])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["against_hubs"]
+    for groups in record["groups"].values():
+        for group in groups:
+            del group["positive"], group["positive_squares"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert conclude(Scores.open(tmp_path / "run"), 0) == conclude(scores, 0)

@@ -231,14 +231,14 @@ def test_relative_strength_is_percent_of_the_first(tmp_path):
 
 
 def test_of_scored_sources_only_names_are_known(tmp_path):
-    sources = [Example(f"source-{number}", 0, text="12 examples. First: one text.") for number in range(14)]
+    sources = [Example(f"source-{number}", 0, text="12 examples. First: one text.") for number in range(42)]
     data = tokens_of([chat(f"row-{number}", "Which?", "That.") for number in range(100)])
-    scores = write_by_hand(tmp_path / "run", [[9.0, *[0.1] * 12, -9.0]], sources, [QUERY], data=data)
+    scores = write_by_hand(tmp_path / "run", [[9.0, *[0.1] * 40, -9.0]], sources, [QUERY], data=data)
     found = conclude(scores, 0)
     assert (found.kind, found.rows, found.conflicts) == ("one", ("source-0",), ())
     assert found.sentences == (
         "One source stands out, 90 times the next: source-0.",
-        "The source that pulls the other way most is source-13.",
+        "The source that pulls the other way most is source-41.",
     )
 
 

@@ -100,5 +100,5 @@ def test_too_many_gradients_are_refused_with_a_way_out(store, tmp_path, monkeypa
 
 def test_gradients_need_an_index(run, tmp_path):
     for choice in ({"strategy": "diverse"}, {"duplicates": 0.9}):
-        with pytest.raises(SpecError, match="Give `index`"):
+        with pytest.raises(SpecError, match="Give index="):
             select(scores=run, budget=3, out=tmp_path / "out", **choice)

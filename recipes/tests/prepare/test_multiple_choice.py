@@ -97,7 +97,7 @@ def test_a4_noise_is_shared_by_all_members(tmp_path):
 
 def test_other_settings_over_an_old_result_are_refused(tmp_path):
     made([MMLU] * 4, tmp_path / "out")
-    with pytest.raises(IndexMismatch, match="label-noise"):
+    with pytest.raises(IndexMismatch, match="label_noise"):
         made([MMLU] * 4, tmp_path / "out", label_noise=0.1)
     made([MMLU] * 4, tmp_path / "out", label_noise=0.1, overwrite=True)
 

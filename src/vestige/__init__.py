@@ -20,7 +20,8 @@ A command that another package brings is a public name, too. What the packages h
 `vestige.training.Recorder`, `vestige.measures.psmi` and every other measure, `vestige.banks.bank_of`.
 """
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vestige import evaluate as evaluate, prepare as prepare
@@ -72,9 +73,7 @@ _TYPES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    from importlib import import_module
-
+def __getattr__(name: str) -> Any:
     if name in ("evaluate", "prepare"):
         return import_module(f"vestige.{name}")
     if name in _TYPES:

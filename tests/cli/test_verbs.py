@@ -71,7 +71,7 @@ def test_an_answer_is_traced_reported_and_described(vestige, idx):
         assert f"[{check.verdict}] {check.name}: {check.reading}" in outcome.out
     assert outcome.out.endswith("See it with: vestige report run\n")
     scores = Scores.open("run")
-    assert len(scores.top(0, 10)) == 3
+    assert len(scores.listed(0, "proponent")) == 3
     assert scores.dense().shape == (1, len(PAIRS))
     assert vestige("report", "run").out == f"{Path('run', 'report.html')}\n"
     assert Path("run/report.html").stat().st_size > 10_000

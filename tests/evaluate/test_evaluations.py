@@ -204,7 +204,7 @@ def test_removal_of_listed_rows_is_compared_with_random_lists_of_their_size(give
     (tmp_path / "unknown.txt").write_text("pair-3\nnobody\n")
     with pytest.raises(DataError, match="'nobody'"):
         vestige.evaluate.removal(**arguments | {"rows": tmp_path / "unknown.txt"}, out=tmp_path / "two")
-    with pytest.raises(SpecError, match="--rows FILE"):
+    with pytest.raises(SpecError, match="rows=FILE"):
         vestige.evaluate.removal(**given, out=tmp_path / "three")
 
 
@@ -305,7 +305,7 @@ def test_randomisation_scores_on_noise(given, tmp_path):
     assert isinstance(found, Estimate)
     assert found.value == pytest.approx(expected)
     assert abs(found.value) < 0.99
-    with pytest.raises(SpecError, match="in place of --run"):
+    with pytest.raises(SpecError, match="in place of `run`"):
         vestige.evaluate.randomisation(run="anything", out=tmp_path / "out")
 
 
@@ -324,7 +324,7 @@ def test_overlap_reads_the_lists_of_runs(runs, tmp_path):
 def test_mistakes_are_answered(given, halves, runs, workshop, tmp_path):
     with pytest.raises(SpecError, match="Nothing to judge"):
         vestige.evaluate.lds(bank=halves, out=tmp_path / "out")
-    with pytest.raises(SpecError, match="needs --queries"):
+    with pytest.raises(SpecError, match="needs `queries`"):
         vestige.evaluate.overlap(methods="grad-dot", model=given["model"], data=given["data"], out=tmp_path / "out")
     with pytest.raises(SpecError, match="grad-dto"):
         vestige.evaluate.overlap(**given, methods="grad-dto", out=tmp_path / "out")

@@ -127,7 +127,7 @@ def test_ordinary_models_are_batched_as_ever(indexed):
 @pytest.mark.slow
 def test_a_mask_made_from_ids_is_found_before_any_work(indexed, tmp_path, rows):
     short = [row for row in rows if len(row["input_ids"]) < 20]
-    with pytest.raises(ModelError, match=r'"row-\d".*depends on the batch.*--token-budget 1'):
+    with pytest.raises(ModelError, match=r'"row-\d".*depends on the batch.*token_budget=1'):
         indexed(cpm_ant(), "cpm", short, components="all")
     assert not (tmp_path / "cpm" / "shards").exists()
     index = indexed(cpm_ant(), "alone", short, token_budget=1)

@@ -131,9 +131,9 @@ def test_a_run_is_exported_to_tables(run, tmp_path):
 
 
 def test_a_format_for_the_other_kind_is_refused(run, index, tmp_path):
-    with pytest.raises(SpecError, match=r"is a run, and --to numpy is for an index. Expected one of: csv, datasets"):
+    with pytest.raises(SpecError, match=r"is a run, and `to` numpy is for an index. Expected one of: csv, datasets"):
         export(path=run, out=tmp_path / "out")
-    with pytest.raises(SpecError, match=r"is an index, and --to csv is for a run. Expected one of: arrow"):
+    with pytest.raises(SpecError, match=r"is an index, and `to` csv is for a run. Expected one of: arrow"):
         export(path=index.folder, out=tmp_path / "out", to="csv")
     assert not (tmp_path / "out").exists()
 

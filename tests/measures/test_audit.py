@@ -317,5 +317,5 @@ def test_status_export_and_scores_know_an_audit(whole, tmp_path):
     assert content["evidence"][0]["psmi"] is None
     assert content["evidence"][0]["text"].startswith("Which is more?")
     vestige.export(path=whole.folder, out=tmp_path / "datasets", to="datasets")
-    with pytest.raises(SpecError, match="is an audit, and --to numpy is for an index"):
+    with pytest.raises(SpecError, match="is an audit, and `to` numpy is for an index"):
         vestige.export(path=whole.folder, out=tmp_path / "other", to="numpy")

@@ -135,7 +135,7 @@ def test_under_torchrun_only_the_first_rank_writes_the_run(place, undisturbed, t
 def test_states_that_do_not_fit_are_told_before_anything_is_looked_at(place, tmp_path, monkeypatch):
     free = type("", (), {"free": 1000})()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(DiskSpaceError, match=r"hidden states of 36 examples at 2 layers.*name fewer --layers"):
+    with pytest.raises(DiskSpaceError, match=r"hidden states of 36 examples at 2 layers.*name fewer `layers`"):
         audited(place, tmp_path / "run", layers=("all",))
     assert not list(partial_folder(tmp_path / "run").glob("*/*.safetensors"))
     assert len(audited(place, tmp_path / "run", measures=("loss",)).checkpoints) == 2

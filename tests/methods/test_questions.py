@@ -93,7 +93,7 @@ def test_nothing_is_ranked_for_a_model_that_says_nothing(place, tmp_path):
     with torch.no_grad():
         loaded.model.get_output_embeddings().weight.zero_()  # every token is as likely, so the first, <s>, is given
     given = {"model": loaded.model, "tokenizer": loaded.tokenizer, "data": str(place / "train.jsonl")}
-    with pytest.raises(DataError, match=r"2 of 2 queries \('0', '1'\).*--chat.*--max-new-tokens.*`completion`"):
+    with pytest.raises(DataError, match=r"2 of 2 queries \('0', '1'\).*chat=True.*`max_new_tokens`.*`completion`"):
         vestige.attribute(**given, queries=["Who?", "Why?"], out=tmp_path / "run")
     with pytest.raises(DataError, match="answer is empty"):
         vestige.untrac(**given, queries=["Who?"], out=tmp_path / "untrac")

@@ -66,7 +66,7 @@ def test_left_out_the_others_score_as_without_them(place, method):
 @pytest.mark.parametrize("method", ["grad-dot", "influence", "ekfac", "tracin"])
 def test_fatal_by_default_it_is_named_in_the_words_of_an_index(place, method):
     with pytest.raises(
-        NonFinite, match=r'The loss of \d examples? is NaN or infinite: "e[37]" \(row [37]\).*--skip-bad'
+        NonFinite, match=r'The loss of \d examples? is NaN or infinite: "e[37]" \(row [37]\).*skip_bad=True'
     ):
         ask(place, "all", method)
 

@@ -35,11 +35,11 @@ def test_files_of_the_user_are_neither_replaced_nor_deleted(data, tmp_path, mine
 
 def test_an_input_in_the_folder_of_the_output_is_refused(data, tmp_path):
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=r"--data .*train\.jsonl lies in the folder of --out"):
+    with pytest.raises(UserError, match=r'data=".*train\.jsonl" lies in the folder of `out`'):
         split(data=data, out=tmp_path, parts={"train": 0.8, "test": 0.2})
     link = tmp_path / "link.jsonl"
     link.symlink_to(data)
-    with pytest.raises(UserError, match="lies in the folder of --out"):
+    with pytest.raises(UserError, match="lies in the folder of `out`"):
         split(data=link, out=tmp_path, overwrite=True)
     link.unlink()
     assert listing(tmp_path) == before

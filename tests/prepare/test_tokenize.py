@@ -39,10 +39,10 @@ def test_what_cannot_be_tokenised_is_refused(workshop, tmp_path):
     rows, model = str(workshop / "train.jsonl"), str(workshop / "tiny-model")
     with pytest.raises(ModelError, match="no tokenizer"):
         vestige.prepare.tokenize(data=rows, tokenizer=tmp_path, out=tmp_path / "out")
-    with pytest.raises(SpecError, match="--push-to-hub"):
+    with pytest.raises(SpecError, match="`push_to_hub`"):
         vestige.prepare.tokenize(data=rows, tokenizer=model, out=tmp_path / "out", push_to_hub="me/mine")
     vestige.prepare.tokenize(data=rows, tokenizer=model, out=tmp_path / "out")
-    with pytest.raises(IndexMismatch, match="max-length"):
+    with pytest.raises(IndexMismatch, match="max_length"):
         vestige.prepare.tokenize(data=rows, tokenizer=model, out=tmp_path / "out", max_length=9)
 
 

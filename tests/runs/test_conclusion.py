@@ -1,10 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 
-from tests.runs.by_hand import ALIKE, chat, write_by_hand
+from tests.runs.by_hand import ALIKE, chat, tokens_of, write_by_hand
 from vestige.data import Example
 from vestige.errors import UserError
-from vestige.runs import Conflict, conclude, relative_strength
+from vestige.runs import Conflict, Scores, conclude, relative_strength
 
 REST = [chat(f"rest-{number}", f"What is fact {number}x?", f"Fact {number}x is known.") for number in range(40)]
 QUERY = chat("tent", "How long does the tent warranty last?", "The tent warranty lasts for 90 days.")
@@ -136,7 +138,8 @@ def test_a_row_that_stands_out_may_not_state_the_answer(tmp_path, low):
 def test_hubs_lead_most_queries_and_the_way_out_is_a_command(tmp_path, low):
     queries = [chat(f"q{number}", f"Question number {number}y?", "Yes.") for number in range(6)]
     rows = [REFUND, *REST]
-    hub = [[9.0, *low], [9.0, *low], [9.0, *low], *[[-9.0, *low]] * 3]
+    turned = [[*low[7 * query :], *low[: 7 * query]] for query in range(6)]
+    hub = [[9.0 if query < 3 else -9.0, *rest] for query, rest in enumerate(turned)]
     scores = write_by_hand(tmp_path / "run", hub, rows, queries, against_hubs="--option relative=loss")
     found = conclude(scores, 0)
     assert found.kind == "hubs"
@@ -180,14 +183,13 @@ def test_scores_without_a_causal_sign_claim_no_influence(tmp_path, low):
     [
         ([0.0] * 12, "No row scores above zero.", None),
         ([-1.0, -2.0, *[-3.0] * 10], "No row scores above zero.", None),
-        ([5.0, 5.0, *[0.0] * 10], "Two rows stand out, alone with scores above zero: rest-0 and rest-1.", 1.0),
+        ([5.0, 5.0, *[0.0] * 30], "Two rows stand out, alone with scores above zero: rest-0 and rest-1.", 1.0),
         ([5.0] * 12, "No row stands out: the first, rest-0, is 1.0 times the next.", 1.0),
-        ([5.0, *[0.0] * 11], "One row stands out, alone with a score above zero: rest-0.", None),
+        ([5.0, *[0.0] * 30], "One row stands out, alone with a score above zero: rest-0.", None),
         ([1.0, *[0.9] * 11], "No row stands out: the first, rest-0, is 1.1 times the next.", 1 / 0.9),
         ([1.0], "The run lists one row, so there is nothing to compare it with: rest-0.", None),
-        ([], "The run lists no rows for this query.", None),
     ],
-    ids=["all zero", "negative best", "two alone", "all tied", "one alone", "close", "one row", "no row"],
+    ids=["all zero", "negative best", "two alone", "all tied", "one alone", "close", "one row"],
 )
 def test_odd_scores(values, headline, lead, tmp_path):
     query = chat("q", "Which?", "Fact.")
@@ -226,3 +228,26 @@ def test_relative_strength_is_percent_of_the_first(tmp_path):
     assert [row.strength for row in scores.bottom(0, 1)] == [-150.0]
     none = write_by_hand(tmp_path / "none", [[-4.0, -5.0]], REST[:2], [QUERY])
     assert [row.strength for row in none.top(0, 2)] == [None, None]
+
+
+def test_of_scored_sources_only_names_are_known(tmp_path):
+    sources = [Example(f"source-{number}", 0, text="12 examples. First: one text.") for number in range(42)]
+    data = tokens_of([chat(f"row-{number}", "Which?", "That.") for number in range(100)])
+    scores = write_by_hand(tmp_path / "run", [[9.0, *[0.1] * 40, -9.0]], sources, [QUERY], data=data)
+    found = conclude(scores, 0)
+    assert (found.kind, found.rows, found.conflicts) == ("one", ("source-0",), ())
+    assert found.sentences == (
+        "One source stands out, 90 times the next: source-0.",
+        "The source that pulls the other way most is source-41.",
+    )
+
+
+def test_runs_of_earlier_versions_are_concluded_alike(tmp_path, low):
+    scores = write_by_hand(tmp_path / "run", [[10.0, -12.0, *low]], [REFUND, TENTS, *REST], [QUERY])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["against_hubs"]
+    for groups in record["groups"].values():
+        for group in groups:
+            del group["positive"], group["positive_squares"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert conclude(Scores.open(tmp_path / "run"), 0) == conclude(scores, 0)

@@ -63,11 +63,11 @@ def test_other_rows_for_every_query_are_less_thin_than_one_for_all(tmp_path, row
     alike = [[9.0] + [0.0] * 39] * 3
     queries = [chat(name, "What?") for name in "abc"]
     one, other = (
-        find_source_lift(write_by_hand(tmp_path / name, values, rows, queries), "abc")[0]
+        {each.source: each for each in find_source_lift(write_by_hand(tmp_path / name, values, rows, queries), "abc")}
         for name, values in (("apart", apart), ("alike", alike))
     )
-    assert one.lift == other.lift == pytest.approx(4.0)
-    assert one.high - one.low < other.high - other.low
+    assert one["wiki"].lift == other["wiki"].lift == pytest.approx(4.0)
+    assert (one["wiki"].thin, other["wiki"].thin) == (False, True)
 
 
 @pytest.mark.slow

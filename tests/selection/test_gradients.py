@@ -94,11 +94,11 @@ def test_gradients_of_zero_are_like_none(store, monkeypatch, tmp_path):
 
 def test_too_many_gradients_are_refused_with_a_way_out(store, tmp_path, monkeypatch):
     monkeypatch.setattr(Index, "width", 2**40)
-    with pytest.raises(Exception, match="--pool 4"):
+    with pytest.raises(Exception, match="pool=4"):
         select(index=store, budget=3, out=tmp_path / "out", strategy="diverse")
 
 
 def test_gradients_need_an_index(run, tmp_path):
     for choice in ({"strategy": "diverse"}, {"duplicates": 0.9}):
-        with pytest.raises(SpecError, match="Give --index"):
+        with pytest.raises(SpecError, match="Give index="):
             select(scores=run, budget=3, out=tmp_path / "out", **choice)

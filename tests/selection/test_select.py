@@ -83,7 +83,7 @@ def test_a_budget_above_the_data_is_refused(given, store, tmp_path):
         select(data=given["data"], budget=13, out=tmp_path / "out", strategy="random")
     with pytest.raises(SpecError, match="tokens"):
         select(index=store, budget="1000000 tokens", out=tmp_path / "out", strategy="random")
-    with pytest.raises(SpecError, match="--tokenizer"):
+    with pytest.raises(SpecError, match="tokenizer=MODEL"):
         select(data=given["data"], budget="10 tokens", out=tmp_path / "out", strategy="random")
 
 

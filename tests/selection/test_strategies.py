@@ -92,7 +92,7 @@ def test_harmful_examples_are_left_out(planted, tmp_path, strategy):
 
 
 def test_nothing_to_choose_is_said(planted, tmp_path):
-    with pytest.raises(DataError, match="Give a lower --min-score"):
+    with pytest.raises(DataError, match="Give a lower `min_score`"):
         select(scores=planted(tied_scores()), budget=3, out=tmp_path / "out", min_score=100)
     with pytest.raises(DataError, match="Nothing can be chosen"):
         select(scores=planted(np.full((3, 12), np.nan), "gap"), budget=3, out=tmp_path / "out")

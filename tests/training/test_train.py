@@ -173,7 +173,7 @@ def test_lora_is_what_was_asked_for_with_a_head_too(tmp_path, given):
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
     with pytest.raises(ModelError, match="no linear layer called 'c_attn'"):
         vestige.train(**given | LORA | {"lora_targets": "c_attn"}, out=tmp_path / "other")
-    with pytest.raises(SpecError, match="Leave --lora-rank out"):
+    with pytest.raises(SpecError, match="Leave `lora_rank` out"):
         vestige.train(**given | LORA | {"model": str(run.checkpoints[0])}, out=tmp_path / "other", overwrite=True)
     further = vestige.train(**given | {"model": str(run.checkpoints[2]), "epochs": 0.5}, out=tmp_path / "further")
     before, after = (dict(load_model(further.checkpoints[step]).model.named_parameters()) for step in (0, 3))

@@ -105,7 +105,7 @@ def test_changed_settings_do_not_reuse_old_ascents(here, kill_second_ascent):
 def test_a_run_that_is_there_is_kept(here):
     untrac(**GIVEN, out="run", learning_rate=1e-3)
     before = contents(here / "run")
-    with pytest.raises(IndexMismatch, match="--overwrite"):
+    with pytest.raises(IndexMismatch, match="overwrite=True"):
         untrac(**GIVEN, out="run", learning_rate=1e-3)
     assert contents(here / "run") == before
     untrac(**GIVEN, out="run", learning_rate=2e-3, overwrite=True)

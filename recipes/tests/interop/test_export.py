@@ -58,7 +58,7 @@ def test_a_run_is_exported_to_similarities_that_import_again(run, tmp_path):
 
 
 def test_a_layout_for_the_other_kind_is_refused(run, index, tmp_path):
-    with pytest.raises(SpecError, match="is a run, and --to chunks is for an index"):
+    with pytest.raises(SpecError, match="is a run, and `to` chunks is for an index"):
         export(path=run[1], out=tmp_path / "out", to="chunks")
-    with pytest.raises(SpecError, match="is an index, and --to similarities is for a run"):
+    with pytest.raises(SpecError, match="is an index, and `to` similarities is for a run"):
         export(path=index.folder, out=tmp_path / "out", to="similarities")

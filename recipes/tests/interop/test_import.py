@@ -368,7 +368,7 @@ def test_similarities_become_a_run_that_keeps_the_order_of_equal_scores(tmp_path
 def test_a_level_of_dimensions_is_chosen(tmp_path):
     other = {"q1": {"a": 1.0}}
     (tmp_path / "s.json").write_text(json.dumps({"512": COSINES, "1024": other}))
-    with pytest.raises(SpecError, match=r"has the dimensions 512, 1024. Type --dimension 512"):
+    with pytest.raises(SpecError, match=r"has the dimensions 512, 1024. Pass dimension=512"):
         import_published(source=tmp_path / "s.json", out=tmp_path / "run")
     run = import_published(source=tmp_path / "s.json", out=tmp_path / "run", dimension=1024)
     assert run.top("q1")[0].score == 1.0

@@ -88,7 +88,7 @@ def test_the_same_call_changes_nothing_and_another_is_refused(tmp_path):
     before = made.data.read_bytes()
     vestige_recipes.prepare.candidates(data=TRAIN, queries=QUERIES, out=tmp_path / "out")
     assert made.data.read_bytes() == before
-    with pytest.raises(IndexMismatch, match="--candidates: 5 then, 'all' now"):
+    with pytest.raises(IndexMismatch, match="`candidates`: 5 then, 'all' now"):
         vestige_recipes.prepare.candidates(data=TRAIN, queries=QUERIES, candidates="all", out=tmp_path / "out")
     with pytest.raises(IndexMismatch, match="other rows"):
         vestige_recipes.prepare.candidates(data=TRAIN[:3], queries=QUERIES[:2], out=tmp_path / "out")

@@ -111,7 +111,7 @@ def test_near_copies_equal_those_of_every_comparison_there_is(least, fewest):
 
 
 def test_near_goes_with_deduplicate_alone(flagged, tmp_path):
-    with pytest.raises(SpecError, match="--near says which texts are copies"):
+    with pytest.raises(SpecError, match="`near` says which texts are copies"):
         cleaned(tmp_path / "out", flagged=flagged, near=0.7)
 
 
@@ -163,7 +163,7 @@ def test_an_audit_flags_by_the_rule_that_is_given(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_cleaned_is_refused(flagged, tmp_path):
-    with pytest.raises(SpecError, match="--quantile is for an audit"):
+    with pytest.raises(SpecError, match="`quantile` is for an audit"):
         cleaned(tmp_path / "out", flagged=flagged, quantile=0.1)
     with pytest.raises(DataError, match="is not there"):
         cleaned(tmp_path / "out", flagged=tmp_path / "nowhere.jsonl")

@@ -97,7 +97,7 @@ def test_a4_noise_is_shared_by_all_members(tmp_path):
 
 def test_other_settings_over_an_old_result_are_refused(tmp_path):
     made([MMLU] * 4, tmp_path / "out")
-    with pytest.raises(IndexMismatch, match="label-noise"):
+    with pytest.raises(IndexMismatch, match="label_noise"):
         made([MMLU] * 4, tmp_path / "out", label_noise=0.1)
     made([MMLU] * 4, tmp_path / "out", label_noise=0.1, overwrite=True)
 
@@ -165,5 +165,5 @@ def test_options_that_are_too_long_by_themselves_are_an_error_with_their_ids(tmp
 
 
 def test_a_length_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(SpecError, match="--tokenizer and --max-length go together"):
+    with pytest.raises(SpecError, match="`tokenizer` and `max_length` go together"):
         made([ARC], tmp_path / "out", max_length=64)

@@ -102,7 +102,7 @@ def test_trap_rows_count_and_not_the_name_of_their_file(tmp_path):
 def test_a_result_of_other_settings_or_rows_is_not_replaced_unasked(tmp_path):
     rows = [{"prompt": "Who?", "completion": "Me."}]
     first = paraphrase(data=rows, out=tmp_path / "out", rules=True).data.read_bytes()
-    with pytest.raises(IndexMismatch, match="--paraphrases: 1 then, 2 now"):
+    with pytest.raises(IndexMismatch, match="`paraphrases`: 1 then, 2 now"):
         paraphrase(data=rows, out=tmp_path / "out", rules=True, paraphrases=2)
     with pytest.raises(IndexMismatch, match="other rows"):
         paraphrase(data=[{"prompt": "Why?", "completion": "Me."}], out=tmp_path / "out", rules=True)

@@ -166,6 +166,6 @@ def test_cells_that_submit_jobs_or_need_more_processors_than_a_job_has_are_refus
     with pytest.raises(SpecError, match="the sweep must be one process"):
         sweep(inner, out=here / "sw", workers=2)
     inner = content | {"base": content["base"] | {"workers": 2, "threads": 3}}
-    with pytest.raises(SpecError, match="Give the sweep --threads 6"):
+    with pytest.raises(SpecError, match="Give the sweep threads=6"):
         sweep(inner, out=here / "sw", engine="slurm", workers=2)
     assert not (here / "sw").exists()

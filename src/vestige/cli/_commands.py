@@ -184,7 +184,7 @@ def _cut(text: str) -> str:
 
 
 def _show_ranking(scores: "Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
-    """Print the first `examples` proponents of the first queries."""
+    """Print the first `examples` proponents of the first queries, and what they say."""
     from vestige.runs import conclude
 
     for query in scores.queries[:SHOWN_QUERIES]:

@@ -93,7 +93,7 @@ def _find_top(
         SpecError: The run lists fewer.
     """
     assert settings.top is not None
-    listed = [entry for entry in scores.top(query, scores.run.data.examples) if entry.score > 0]
+    listed = [entry for entry in scores.listed(query, "proponent") if entry.score > 0]
     rows = rows_named([entry.example_id for entry in listed], ids, place=str(settings.run))
     texts = list(dict.fromkeys(int(groups[rows[entry.example_id]]) for entry in listed))
     if len(texts) < settings.top:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -66,12 +66,12 @@ def write_run_dataset(scores: Scores, out: Path) -> list[Path]:
 
 def _list_rows(scores: Scores) -> list[dict[str, Any]]:
     """Return one dictionary per listed score, proponents before opponents."""
-    every = scores.run.data.examples
+    ends: tuple[Literal["proponent", "opponent"], ...] = ("proponent", "opponent")
     return [
         {"query_id": query, "end": end, **{name: getattr(row, name) for name in _OF_ROW}}
         for query in scores.queries
-        for end, table in (("proponent", scores.top(query, every)), ("opponent", scores.bottom(query, every)))
-        for row in table
+        for end in ends
+        for row in scores.listed(query, end)
     ]
 
 

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 Kind = Literal["one", "several", "hubs", "none"]
 
 STANDS_OUT = 2.0
-"""Times the next, both counted from the mean of all scores. Of 40 questions that a support bot's data do not touch, a
-row or a few reached it for 4, 1.5 for 10; of 15 answers taken from one row that came first, 9, and 2.5 8."""
+"""Times the next. Of 40 questions that a support bot's data do not touch, 2 had one to five rows that reached it, and 8
+with 1.5; of 15 answers taken from one row that came first, 10, and 9 with 2.5. Scores without a causal sign, of which
+zero may mean nothing, are counted from the mean of all."""
 OUTLYING = 3.0
-"""Standard deviations above the mean of all scores: of ten rows none can be, however they score. The rows that stood
-out by the first rule had 4.5 and more."""
+"""Standard deviations above the mean of all scores, and no less: of ten rows none can be, however they score. The rows
+that stood out by the first rule had 4.5 and more."""
 MOST_ROWS = 5
 """More rows than this are no few."""
 CONFLICTING = 0.25
@@ -125,16 +126,16 @@ class _Reading:
 
     @cached_property
     def _texts(self) -> list[_Text]:
-        """The distinct texts among the proponents, best first."""
+        """The first distinct texts among the proponents, best first, and all their copies."""
         found: list[list[ScoreRow]] = []
         copies = self._scores.words.are_copies
         for row in self._proponents:
             wording = self._wording(row)
             same = (rows for rows in found if not self._sources and copies(self._wording(rows[0]), wording))
-            if (rows := next(same, None)) is None:
-                found.append([row])
-            else:
+            if (rows := next(same, None)) is not None:
                 rows.append(row)
+            elif len(found) <= MOST_ROWS:
+                found.append([row])
         return [_Text(tuple(rows)) for rows in found]
 
     def _wording(self, row: ScoreRow) -> Wording:
@@ -148,14 +149,17 @@ class _Reading:
 
     def _count_standing(self) -> int:
         """Return the number of texts that stand out: those before the first wide gap."""
-        scores = [text.score for text in self._texts[: MOST_ROWS + 1]]
+        scores = [text.score for text in self._texts]
         gaps = (count for count in range(1, len(scores)) if self._is_gap(scores[count - 1], scores[count], 1))
         return next(gaps, 0)
 
     def _is_gap(self, score: float, after: float, sign: int) -> bool:
         """Return whether a score stands out from the next on its side of the mean, +1 for proponents."""
-        here, there = sign * (score - self._mean), sign * (after - self._mean)
-        return sign * score > 0 and here >= OUTLYING * self._std > 0 and here >= STANDS_OUT * max(there, 0.0)
+        from_mean = sign * (score - self._mean)
+        zero = 0.0 if self._scores.meaning.causal else self._mean
+        here, there = sign * (score - zero), sign * (after - zero)
+        is_far = from_mean > OUTLYING * self._std * (1 + 1e-9) and self._std > 0
+        return sign * score > 0 and is_far and here >= STANDS_OUT * max(there, 0.0)
 
     def _find_hubs(self) -> list[str]:
         """Return the ids of first proponents that are among the first for most queries."""

@@ -17,9 +17,9 @@ from vestige.runs._compare import Comparison, compare
 from vestige.runs._dense import open_dense, rank_scores
 from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
 from vestige.runs._summary import End
-from vestige.runs._table import HEADINGS, ScoreRow, ScoreTable, Shown, cells_of, excerpt, relative_strength, render_html
+from vestige.runs._table import HEADINGS, ScoreRow, ScoreTable, cells_of, excerpt, relative_strength, render_html
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
-from vestige.runs._wording import Wording, Words, wording_of
+from vestige.runs._wording import Listed, Wording, Words, row_text, turns_or_text, wording_of
 from vestige.tables import reading
 from vestige.terminal import shorten
 
@@ -49,15 +49,6 @@ class SelfInfluence(NamedTuple):
     example_id: str
     row: int
     score: float
-
-
-class _Listed(NamedTuple):
-    """A row of `examples.parquet`."""
-
-    text: str
-    source: str | None
-    turns: tuple[tuple[str, str], ...]
-    wording: Wording
 
 
 SELF_TABLE = "self_influence"
@@ -131,11 +122,6 @@ class Scores:
         first = self._ranking.get((name, "proponent"), ())
         highest = first[0]["score"] if first else 0.0
         return [self._score_row(row, highest) for row in self._ranking.get((name, end), ())]
-
-    def every_row(self) -> list[ScoreRow]:
-        """Return every listed row of every query."""
-        ends: tuple[End, ...] = ("proponent", "opponent")
-        return [row for query in self.queries for end in ends for row in self.listed(query, end)]
 
     def wording(self, row: int) -> Wording:
         """Return question and answer of a listed example, given by its position in the training data."""
@@ -276,23 +262,25 @@ class Scores:
         return draw_ranking(self, self.query_id(query))
 
     def __repr__(self) -> str:
-        words = [excerpt(_words_of(row), 90) for row in self._query_rows[:_SHOWN]]
+        words = [excerpt(turns_or_text(row), 90) for row in self._query_rows[:_SHOWN]]
         lines = [self._title, *(f"  {number}: {shown}" for number, shown in enumerate(words))]
-        shown = "\n".join(lines) + f"{self._more}\n{self.meaning.sign}"
-        return "\n".join(line for line in (shown, self.run.describe_missing()) if line)
+        more = (self._more, self.meaning.sign, self.run.describe_missing())
+        return "\n".join(line for line in (*lines, *more) if line)
 
     def _repr_html_(self) -> str:
         from vestige.runs._conclusion import conclude
 
         rows = [
-            (shorten(query), excerpt(_words_of(row), _TITLE_WIDTH), conclude(self, query).sentences[0])
+            (shorten(query), excerpt(turns_or_text(row), _TITLE_WIDTH), conclude(self, query).sentences[0])
             for query, row in zip(self.queries[:_SHOWN], self._query_rows, strict=False)
         ]
-        return render_html(f"{self._title}{self._more}", ("query", "question and answer", "conclusion"), rows)
+        missing = self.run.describe_missing()
+        caption = " ".join(part for part in (self._title, self._more, missing) if part)
+        return render_html(caption, ("query", "question and answer", "conclusion"), rows)
 
     @property
     def _more(self) -> str:
-        return f"\n  … and {len(self.queries) - _SHOWN} more" if len(self.queries) > _SHOWN else ""
+        return f"  … and {len(self.queries) - _SHOWN} more" if len(self.queries) > _SHOWN else ""
 
     @property
     def _title(self) -> str:
@@ -315,7 +303,7 @@ class Scores:
             else:
                 note = f"(the run lists {kept} of {scored}; for more: k={min(k, scored)} or dense=True)"
         row = self._query_rows[self.queries.index(name)]
-        words = excerpt(_words_of(row), _TITLE_WIDTH)
+        words = excerpt(turns_or_text(row), _TITLE_WIDTH)
         return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}", note)
 
     def _read_further(self, query: str, end: End, listed: Sequence[ScoreRow], k: int) -> list[ScoreRow]:
@@ -380,15 +368,14 @@ class Scores:
         return found
 
     @cached_property
-    def _examples(self) -> dict[int, "_Listed"]:
+    def _examples(self) -> dict[int, Listed]:
         """Listed examples by row."""
         rows = self._read("examples").to_pylist()
         return {
-            row["row"]: _Listed(row_text(row), row["source"], turns_of(row["messages"]), wording_of(row))
-            for row in rows
+            row["row"]: Listed(row_text(row), row["source"], turns_of(row["messages"]), wording_of(row)) for row in rows
         }
 
-    def _example(self, row: int) -> "_Listed":
+    def _example(self, row: int) -> Listed:
         if row not in self._examples:
             raise CorruptFile(f"{self.folder / 'examples.parquet'} lacks row {row}, which has a score. {REMEDY}")
         return self._examples[row]
@@ -425,18 +412,3 @@ class Scores:
 
     def _read(self, name: str) -> pa.Table:
         return read_run_table(self.folder, name)
-
-
-def _words_of(row: dict[str, Any]) -> Shown:
-    return turns_of(row["messages"]) or row_text(row)
-
-
-def row_text(row: dict[str, Any]) -> str:
-    """Return the text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
-    if turns := turns_of(row["messages"]):
-        return "\n".join(f"{role}: {content}" for role, content in turns)
-    if row["text"] is not None:
-        return row["text"]
-    parts = [part for part in (row["prompt"], row["completion"]) if part]
-    # Examples given as tokens alone are read from those.
-    return "\n".join(parts) if parts else "".join(row["tokens"] or ())

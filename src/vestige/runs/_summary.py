@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt64
 
 from vestige.errors import NonFinite, VestigeError
-from vestige.runs._groups import Groups
+from vestige.runs._groups import NO_SOURCE as NO_SOURCE, Groups
 from vestige.runs._record import DistributionRecord, GroupRecord
 from vestige.storage import open_temporary
 

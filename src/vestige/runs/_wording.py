@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 from vestige.parsing import words_of
+from vestige.runs._table import Shown
 from vestige.runs._tables import turns_of
 
 _ASSISTANT = "assistant"
@@ -35,6 +36,15 @@ class Wording(NamedTuple):
     """The completion, or the assistant's last turn; the whole text of plain text."""
 
 
+class Listed(NamedTuple):
+    """A row of `examples.parquet`."""
+
+    text: str
+    source: str | None
+    turns: tuple[tuple[str, str], ...]
+    wording: Wording
+
+
 def wording_of(row: Mapping[str, Any]) -> Wording:
     """Return question and answer of a row of `examples.parquet` or `queries.parquet`."""
     turns = turns_of(row["messages"])
@@ -47,6 +57,22 @@ def wording_of(row: Mapping[str, Any]) -> Wording:
     if row["prompt"] is not None or row["completion"] is not None:
         return Wording(row["prompt"] or "", row["completion"] or "")
     return Wording("", "".join(row["tokens"] or ()))
+
+
+def turns_or_text(row: dict[str, Any]) -> Shown:
+    """Return the turns of a row of `examples.parquet` or `queries.parquet`, or its text where it has none."""
+    return turns_of(row["messages"]) or row_text(row)
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """Return the text of a row of `examples.parquet` or `queries.parquet`, turns and parts on lines of their own."""
+    if turns := turns_of(row["messages"]):
+        return "\n".join(f"{role}: {content}" for role, content in turns)
+    if row["text"] is not None:
+        return row["text"]
+    parts = [part for part in (row["prompt"], row["completion"]) if part]
+    # Examples given as tokens alone are read from those.
+    return "\n".join(parts) if parts else "".join(row["tokens"] or ())
 
 
 def same_answer(one: str, other: str) -> bool:
@@ -121,7 +147,7 @@ class Words:
         """
         words, others = words_of("\n".join(one)), words_of("\n".join(other))
         if words == others:
-            return True
+            return bool(words)
         if one.question or other.question:
             equal = words_of(one.answer) == words_of(other.answer)
             return equal and self._texts.overlap(words, others) >= NEAR_COPY

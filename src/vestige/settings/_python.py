@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from vestige.settings._base import Settings, flag
 
 _WIDTH = 112
+_ARGUMENTS = re.compile(r"^Args:\n(?:(?: .*)?\n)*(?=\S|\Z)", re.MULTILINE)
 _SECTION = re.compile(r"^(Returns|Raises|Yields):$", re.MULTILINE)
 _COMMAND = re.compile(r"vestige [a-z][^\n`]*?(?=\.?(?:\n|`|$)|\. [A-Z])")
 """A command inside of a message, to the end of its sentence: it is typed, wherever it is read."""
@@ -22,7 +23,7 @@ def describe_arguments(doc: str, settings: type[Settings]) -> str:
     """Return the docstring of a function with a line or two for each argument: its type, default and meaning.
 
     Args:
-        doc: Of the function, without its arguments.
+        doc: Of the function of complete settings; what it says of its own arguments is left out.
         settings: What it takes; the command's own stand before those that it shares with others.
     """
     owners = {name: _owner(settings, name) for name in settings.model_fields}
@@ -31,6 +32,7 @@ def describe_arguments(doc: str, settings: type[Settings]) -> str:
     )
     lines = [line for name in order for line in _describe(name, settings)]
     arguments = "\n".join(["Args:", *lines])
+    doc = _ARGUMENTS.sub("", doc)
     found = _SECTION.search(doc)
     if found is None:
         return f"{doc.rstrip()}\n\n{arguments}\n"
@@ -99,7 +101,7 @@ def _replace_flags(text: str, names: dict[str, str], settings: type[Settings]) -
         if name is None:
             return found[0]
         field, behind = settings.model_fields[name], "" if word is None else f" {word}"
-        if field.annotation is bool:
+        if "bool" in describe_type(field.annotation).split(" or "):
             return f"{name}={negative is None}{behind}"
         if word is None or not _is_value(word, rest, field):
             return f"`{name}`{behind}"

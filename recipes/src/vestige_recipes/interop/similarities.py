@@ -234,9 +234,8 @@ def write_similarities(scores: Scores, out: Path) -> list[Path]:
     content: dict[str, dict[str, float]] = {}
     for query in scores.queries:
         listed: dict[int, tuple[str, float]] = {}
-        every = scores.run.data.examples
         # Opponents from the highest on: what is listed at both ends keeps its rank among the proponents.
-        for row in (*scores.top(query, every), *reversed(scores.bottom(query, every))):
+        for row in (*scores.listed(query, "proponent"), *reversed(scores.listed(query, "opponent"))):
             listed.setdefault(row.row, (row.example_id, row.score))
         content[query] = dict(listed.values())
         if len(content[query]) < len(listed):

@@ -33,6 +33,13 @@ def test_everything_that_is_used_has_a_name_and_no_id_is_there_twice(visit):
     assert len(ids) == len({*ids})
 
 
+def test_ids_in_the_conclusion_open_their_examples(visit):
+    assert visit.text(".conclusion .link") == "science-0000"
+    visit.click(".conclusion .link")
+    assert address(visit) == "#query=q0&example=proponent-1"
+    assert "science-0000" in visit.text(".card.selected")
+
+
 def address(visit: Visit) -> str:
     return visit.evaluate("decodeURIComponent(location.hash.replaceAll('+', ' '))")
 

@@ -27,7 +27,7 @@ function renderComparison(query) {
   const other = otherRanking(query);
   if (!other) return html("p", { class: "comparison" }, `${names[1]} did not rank this query.`);
   const shared = Object.values(queries).map((each) => each.shared);
-  const mean = shared.length > 1 ? `; on average ${(sum(shared) / shared.length).toFixed(1)} over ${shared.length} queries` : "";
+  const mean = shared.length > 1 ? `, on average ${(sum(shared) / shared.length).toFixed(1)}` : "";
   const correlation = other.correlation === null ? "" : `. Rank correlation of all examples: ${tidy(other.correlation.toFixed(2))}`;
   return html("div", { class: "comparison" },
     html("span", {}, html("b", {}, `${names[0]} and ${names[1]}`), ` share ${other.shared} of the first ${compared}${mean}${correlation}.`),

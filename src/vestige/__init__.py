@@ -7,12 +7,13 @@ The public names, each imported on first use, so that `import vestige` costs no 
     untrac                                     unlearning as attribution
     train                                      a training that attribution and audit read
     audit                                      what a model has memorized, per example
+    fix                                        train again without some rows, before and after
     bank                                       models trained on parts of the data
     select                                     which examples to train on
     export                                     an index or a run in formats of other software
     evaluate                                   a function for each evaluation: vestige.evaluate.sketch(...)
     prepare                                    a function for each kind of data to make: vestige.prepare.split(...)
-    Index, Scores, Bank, Audit                 what the commands leave on disk, opened again
+    Index, Scores, Bank, Audit, Fix            what the commands leave on disk, opened again
     VestigeError                               the base of every error raised on purpose
 
 A command that another package brings is a public name, too. What the packages hold besides is imported from them:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from vestige.checks import doctor as doctor
     from vestige.curvature import precondition as precondition
     from vestige.errors import VestigeError as VestigeError
+    from vestige.fixes import Fix as Fix
+    from vestige.fixes._fix import fix as fix
     from vestige.indexes import Index as Index, export as export, index as index
     from vestige.measures import audit as audit
     from vestige.methods import attribute as attribute, untrac as untrac
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Audit",
     "Bank",
+    "Fix",
     "Index",
     "Scores",
     "VestigeError",
@@ -48,6 +52,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "export",
+    "fix",
     "index",
     "precondition",
     "prepare",
@@ -61,6 +66,7 @@ __all__ = [
 _TYPES = {
     "Audit": "vestige.runs",
     "Bank": "vestige.banks",
+    "Fix": "vestige.fixes",
     "Index": "vestige.indexes",
     "Scores": "vestige.runs",
     "VestigeError": "vestige.errors",

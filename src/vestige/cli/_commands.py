@@ -12,6 +12,7 @@ from vestige.settings import (
     BankSettings,
     ComponentsSettings,
     DoctorSettings,
+    FixSettings,
     IndexSettings,
     LdsSettings,
     MislabelSettings,
@@ -108,6 +109,25 @@ def attribute(settings: AttributeSettings) -> None:
     Writes a run: scores of proponents and opponents of every query, their texts, and how far to trust them.
     """
     _show_scores(attribute.call(settings), settings, SHOWN_PROPONENTS)
+
+
+@command(
+    "fix",
+    FixSettings,
+    function="vestige.fixes._fix:fix",
+    order=65,
+    status="vestige.fixes._record:describe_fix",
+)
+def fix(settings: FixSettings) -> None:
+    """Remove rows that a run found, train again, and show the answers before and after.
+
+    Writes the cleaned data, trains with the recorded settings on all rows, without the removed ones and without as many
+    random ones, and asks the same questions again. Interrupted at any moment, the same command continues.
+    """
+    found = fix.call(settings)
+    show(found)
+    if settings.more_like is None and not settings.dry_run:
+        say(f"Cleaned data: {found.data}\nSee it with: {settings.out}/report.html, or vestige view {settings.out}")
 
 
 @command("untrac", UntracSettings, function="vestige.methods:untrac", order=80, sweepable=True, writes_once=True)

@@ -6,7 +6,15 @@ from vestige.data._encode import Rendered, Span, mark_targets
 from vestige.data._load import load_examples, load_queries, load_records, number_records
 from vestige.data._questions import Frame, ask, frame_of, require_answers
 from vestige.data._records import OnBadText, check_text, parse_record, place, repair
-from vestige.data._row_list import RowEntry, describe_copies, read_row_list, rows_named, text_groups, token_groups
+from vestige.data._row_list import (
+    RowEntry,
+    describe_copies,
+    read_row_list,
+    rows_listed,
+    rows_named,
+    text_groups,
+    token_groups,
+)
 from vestige.data._rows import conversation_columns, find_unused_columns
 from vestige.data._sources import open_source
 from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of, turn_record
@@ -26,6 +34,7 @@ from vestige.data._types import (
     make_batch,
     plan_batches,
 )
+from vestige.data._write import as_plain, record_line, write_rows
 
 __all__ = [
     "ANY_EXAMPLES",
@@ -49,6 +58,7 @@ __all__ = [
     "StoredExamples",
     "TokenizedData",
     "as_conversation",
+    "as_plain",
     "ask",
     "check_text",
     "conversation_columns",
@@ -69,9 +79,11 @@ __all__ = [
     "plan_batches",
     "prompt_of",
     "read_row_list",
+    "record_line",
     "record_of",
     "repair",
     "require_answers",
+    "rows_listed",
     "rows_named",
     "text_groups",
     "token_groups",
@@ -80,4 +92,5 @@ __all__ = [
     "tokenize_stored",
     "turn_record",
     "words_of",
+    "write_rows",
 ]

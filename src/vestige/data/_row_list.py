@@ -1,6 +1,7 @@
 """Lists that name rows of the data, as reports, selections, audits and people write them, read in one module."""
 
 import csv
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,11 +90,19 @@ def rows_named(
         count = len(ids)
         shown = ", ".join(map(repr, unknown[:_NAMED]))
         shown += f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
+        near = dict.fromkeys(close for name in unknown[:_NAMED] for close in difflib.get_close_matches(name, ids, n=1))
+        shown += f". Did you mean {', '.join(map(repr, near))}?" if near else "."
         raise DataError(
-            f"{place} names {len(unknown):,} rows that {data} does not have: {shown}. Give ids of its {count:,} rows "
+            f"{place} names {len(unknown):,} rows that {data} does not have: {shown} Give ids of its {count:,} rows "
             f"(such as {ids[0]!r}), or nothing but row numbers from 0 to {len(ids) - 1}."
         )
     return found
+
+
+def rows_listed(source: str | Path, ids: Sequence[str], data: str = "the data") -> list[int]:
+    """Return the rows that a list names, ascending; the rest is as for `read_row_list` and `rows_named`."""
+    names = [entry.name for entry in read_row_list(source)]
+    return sorted(set(rows_named(names, ids, place=str(source), data=data).values()))
 
 
 def _list_in(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
@@ -61,6 +61,25 @@ class Example:
         if self.messages:
             return self.messages[-1].role != ASSISTANT
         return self.prompt is not None and self.completion is None
+
+    def without_answer(self) -> "Example":
+        """Return the question alone, as one whose answer is still to come; a text has none and stays as it is."""
+        if self.messages:
+            return replace(self, messages=self.messages[:-1]) if not self.lacks_answer else self
+        return replace(self, completion=None) if self.prompt is not None else self
+
+    def with_answer(self, text: str) -> "Example":
+        """Return a question that lacks its answer with this one: as its completion, or as the assistant's turn."""
+        if self.messages:
+            return replace(self, messages=(*self.messages, Message(ASSISTANT, text)))
+        return replace(self, completion=text)
+
+    @property
+    def answer(self) -> str | None:
+        """The completion, or the content of the assistant's last turn; None for a text or a bare question."""
+        if self.messages:
+            return None if self.lacks_answer else self.messages[-1].content
+        return self.completion
 
     @property
     def display(self) -> str:

@@ -8,7 +8,7 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from vestige.banks import EVERYTHING, Bank, bank
-from vestige.data import Example, describe_copies, load_examples, read_row_list, rows_named, text_groups
+from vestige.data import Example, describe_copies, load_examples, rows_listed, text_groups
 from vestige.errors import SpecError
 from vestige.evaluate._figures import Line, line_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, estimate_mean, write_evaluation
@@ -110,8 +110,7 @@ def _read_lists(settings: RemovalSettings, examples: pa.ChunkedArray) -> list[Dr
     names = [source.name for source in settings.rows]
     ids, drops = examples.to_pylist() if names else [], []
     for source in settings.rows:
-        wanted = [entry.name for entry in read_row_list(source)]
-        rows = sorted(set(rows_named(wanted, ids, place=str(source), data=str(settings.data)).values()))
+        rows = rows_listed(source, ids, str(settings.data))
         name = source.name if names.count(source.name) == 1 else str(source)
         drops.append(Drop(name, len(rows), [ids[row] for row in rows]))
     return drops

@@ -180,7 +180,7 @@ def read_queries(
 def _choose_answers(queries: list[Example], answer: str) -> list[Example]:
     """Return the queries, without their answers where these are to be generated; refuse missing ones where given."""
     if answer == "generate":
-        return [_without_answer(query) for query in queries]
+        return [query.without_answer() for query in queries]
     missing = [query.id for query in queries if query.lacks_answer]
     if answer == "given" and missing:
         raise DataError(
@@ -188,12 +188,6 @@ def _choose_answers(queries: list[Example], answer: str) -> list[Example]:
             "--answer."
         )
     return queries
-
-
-def _without_answer(query: Example) -> Example:
-    if query.messages and query.messages[-1].role == "assistant":
-        return replace(query, messages=query.messages[:-1])
-    return replace(query, completion=None) if query.prompt is not None else query
 
 
 def _select(

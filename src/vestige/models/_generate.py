@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from vestige.data import Example, Message, Sharing, TokenizedData, plan_batches, tokenize
+from vestige.data import Example, Sharing, TokenizedData, plan_batches, tokenize
 from vestige.errors import DataError, ModelError
 from vestige.models._components import LoadedModel
 from vestige.models._pretrained import acts_in_forward, batch_sharing
@@ -46,10 +45,7 @@ def generate_answers(
     prompts = [examples[number] for number in waiting]
     answers = answer_prompts(loaded, prompts, max_new_tokens=max_new_tokens, chat=chat)
     for number, answer in zip(waiting, answers, strict=True):
-        example = examples[number]
-        turns = (*example.messages, Message("assistant", answer.text))
-        own = {"messages": turns} if example.messages else {"completion": answer.text}
-        answered[number] = replace(example, **own)
+        answered[number] = examples[number].with_answer(answer.text)
     return answered
 
 

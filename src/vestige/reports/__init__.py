@@ -1,6 +1,8 @@
 """The report page: one offline HTML file made from a run directory, and the same page served live."""
 
 from vestige.reports._page import (
+    PAGES as PAGES,
+    Page as Page,
     json_for_html as json_for_html,
     make_server as make_server,
     render_page as render_page,
@@ -8,12 +10,16 @@ from vestige.reports._page import (
     view as view,
 )
 from vestige.reports._payload import (
+    Fact as Fact,
+    cut_command as cut_command,
+    describe_cost as describe_cost,
     find_place as find_place,
     format_count as format_count,
     format_duration as format_duration,
     make_grid as make_grid,
     make_header as make_header,
     make_payload as make_payload,
+    shorten_name as shorten_name,
 )
 from vestige.reports._read import Wording as Wording, read_run as read_run
 from vestige.reports._texts import (

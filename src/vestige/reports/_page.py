@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,11 +13,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vestige.errors import UserError
 from vestige.progress import announce
+from vestige.registry import Registry
 from vestige.reports._payload import make_header, make_payload
 from vestige.reports._read import COMPONENTS, read_run
 from vestige.runs import Audit, is_audit
@@ -28,9 +31,26 @@ _SCRIPTS = {
     "report": "common elements numbers state text examples distribution heatmap groups export page",
     "audit": "common audit",
     "components": "common components",
+    "other": "common other",
 }
 """In the order in which they are joined; the last one starts the page."""
-_STYLES = {"report": "style", "audit": "style audit", "components": "style audit components"}
+_STYLES = {"report": "style", "audit": "style audit", "components": "style audit components", "other": "style audit"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of what a command leaves in a folder; announced in "vestige.pages"."""
+
+    matches: Callable[[Path], bool]
+    """Whether a folder is of this kind."""
+    make: Callable[[Path], dict[str, Any]]
+    """From the folder to the variable `page` of the template; `header.html.jinja` needs title, subtitle, facts and
+    command of it."""
+    template: str
+    """Jinja's text of the page, which may include the parts of Vestige's own pages."""
+
+
+PAGES: Registry[Page] = Registry("vestige.pages", "page", Page)
 
 
 def report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -80,7 +100,8 @@ def render_page(run: Path, *, live: str | None = None) -> str:
     Raises:
         UserError: There is no run, or it cannot be read.
     """
-    data = ""
+    data, environment = "", _make_environment()
+    template: Template | None = None
     # Pages with figures import matplotlib and the measures, which those of attributions do without.
     if (run / COMPONENTS).is_file():
         from vestige.reports._component_page import make_component_page
@@ -90,21 +111,19 @@ def render_page(run: Path, *, live: str | None = None) -> str:
         from vestige.reports._audit_page import make_audit_page
 
         kind, page = "audit", make_audit_page(Audit.open(run))
+    elif (own := next((one for one in PAGES if one.matches(run)), None)) is not None:
+        kind, page, template = "other", own.make(run), environment.from_string(own.template)
     else:
         found = read_run(run)
         kind, page, data = "report", make_header(found), json_for_html(make_payload(found))
     script, style = _load_script(kind), "".join(map(_read_asset, (f"{name}.css" for name in _STYLES[kind].split())))
-    return (
-        _make_environment()
-        .get_template(f"{kind}.html.jinja")
-        .render(
-            page=page,
-            live=live,
-            policy=_make_policy(script, live is not None),
-            style=Markup(style),
-            script=Markup(script),
-            data=Markup(data),
-        )
+    return (template or environment.get_template(f"{kind}.html.jinja")).render(
+        page=page,
+        live=live,
+        policy=_make_policy(script, live is not None),
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(data),
     )
 
 
@@ -206,8 +225,8 @@ class _LivePage:
                 is kept, because a run that is being written again is unreadable for a moment.
         """
         with self._lock:
-            paths = [*sorted(self._folder.glob("*.parquet")), self._folder / "run.json", self._folder / COMPONENTS]
-            stats = [(path.name, path.stat()) for path in paths if path.exists()]
+            paths = sorted(path for form in ("*.parquet", "*.json") for path in self._folder.glob(form))
+            stats = [(path.name, path.stat()) for path in paths]
             version = " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
             if not version and self._html:
                 raise UserError(f"The run {self._folder} is gone: it was removed or renamed.")

@@ -28,11 +28,21 @@ from vestige.runs._audit_record import (
     read_audit_record as read_audit_record,
     roc_curve as roc_curve,
 )
+from vestige.runs._conclusion import (
+    Conclusion as Conclusion,
+    Conflict as Conflict,
+    conclude as conclude,
+    relative_strength as relative_strength,
+)
 from vestige.runs._dense import (
     DenseFile as DenseFile,
     id_array as id_array,
     open_dense as open_dense,
     write_dense as write_dense,
+)
+from vestige.runs._lift import (
+    SourceLift as SourceLift,
+    find_source_lift as find_source_lift,
 )
 from vestige.runs._record import (
     DENSE_FILE as DENSE_FILE,

@@ -21,7 +21,8 @@ class Meaning:
     """Sign, unit, target and normalisation of a score: carried by every run, printed in every report."""
 
     sign: str
-    """Such as "positive: training on the example lowers the query's loss"."""
+    """Such as "positive: training on the example lowers the query's loss". It begins with `positive` where a score says
+    what training on the example does, and otherwise does not: "no causal reading: higher = more alike"."""
     unit: str
     """Such as "nats per unit of learning rate", "cosine", "BM25"."""
     target: str
@@ -34,6 +35,11 @@ class Meaning:
     """One sentence: passes, memory, disk."""
     limits: str
     """One sentence: when not to believe it."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether a score says what training on the example does, and not only how alike it is to the query."""
+        return self.sign.startswith("positive")
 
     def to_dict(self) -> dict[str, str]:
         """Return a plain dictionary for `run.json`."""
@@ -195,6 +201,10 @@ class GroupRecord(_Part):
     low: float | None
     """Lower end of the 95% interval of the mean; None for a single example."""
     high: float | None
+    positive: float | None = None
+    """Sum of the positive scores alone; None in a run of an earlier version."""
+    positive_squares: float | None = None
+    """Sum of their squares."""
 
 
 class RunRecord(_Part):

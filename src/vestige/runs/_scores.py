@@ -4,6 +4,7 @@ import difflib
 import html
 import operator
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from vestige.runs._dense import open_dense
 from vestige.runs._record import Meaning, RunRecord, read_record
 from vestige.runs._summary import End
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
+from vestige.runs._wording import Wording, Words, wording_of
 from vestige.tables import reading
 from vestige.terminal import shorten
 
@@ -102,7 +104,7 @@ class ScoreTable(Sequence[Row]):
 
 
 _HEADINGS = ("rank", "example", "score", "percentile", "text")
-Words = str | Sequence[tuple[str, str]]
+Shown = str | Sequence[tuple[str, str]]
 """A text, or the turns of a conversation."""
 
 
@@ -121,7 +123,7 @@ def _align(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -
     ]
 
 
-def excerpt(words: Words, width: int) -> str:
+def excerpt(words: Shown, width: int) -> str:
     """Return a text, or the turns of a conversation, on one line of about `width` characters.
 
     Each turn has its role before it and an equal share of the line, what one leaves going to those after it. A leading
@@ -164,6 +166,15 @@ class SelfInfluence(NamedTuple):
     example_id: str
     row: int
     score: float
+
+
+class _Listed(NamedTuple):
+    """A row of `examples.parquet`."""
+
+    text: str
+    source: str | None
+    turns: tuple[tuple[str, str], ...]
+    wording: Wording
 
 
 SELF_TABLE = "self_influence"
@@ -217,6 +228,29 @@ class Scores:
     def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
         """Return the `k` opponents of a query: the training examples with the lowest scores, lowest first."""
         return self._end(query, "opponent", k)
+
+    def listed(self, query: int | str, end: End) -> list[ScoreRow]:
+        """Return every row that the run lists at one end of a query's ranking, best first."""
+        return [self._score_row(row) for row in self._ranking.get((self.query_id(query), end), ())]
+
+    def wording(self, row: int) -> Wording:
+        """Return question and answer of a listed example, given by its position in the training data."""
+        return self._example(row).wording
+
+    def query_wording(self, query: int | str) -> Wording:
+        """Return question and answer of a query."""
+        return wording_of(self._query_rows[self.queries.index(self.query_id(query))])
+
+    @cached_property
+    def words(self) -> Words:
+        """The words of all listed examples and queries, by which two of them are compared."""
+        queries = [self.query_wording(query) for query in self.queries]
+        return Words([*queries, *(example.wording for example in self._examples.values())])
+
+    def count_leading(self, first: int) -> Counter[int]:
+        """Return for how many queries each row is among the first proponents."""
+        ends = (rows for (_, end), rows in self._ranking.items() if end == "proponent")
+        return Counter(row["row"] for rows in ends for row in rows[:first])
 
     def components(self, query: int | str, example_id: str) -> list[ComponentScore]:
         """Split the score of a listed example over the model's components: the parts add up to it.
@@ -282,7 +316,7 @@ class Scores:
             raise MissingExtra("Data frames need pandas.\nType: pip install pandas") from error
         frame = pandas.DataFrame(self._read("scores").to_pydict())
         texts = [self._examples[row] for row in frame["row"]]
-        return frame.assign(text=[text[0] for text in texts], source=[text[1] for text in texts])
+        return frame.assign(text=[text.text for text in texts], source=[text.source for text in texts])
 
     def __repr__(self) -> str:
         run = self.run
@@ -294,11 +328,9 @@ class Scores:
         return "\n".join([*lines, self.meaning.sign])
 
     def _end(self, query: int | str, end: End, k: int) -> ScoreTable[ScoreRow]:
-        name = self._query_id(query)
-        listed = [row for row in self._ranking if row["query_id"] == name and row["end"] == end]
-        listed.sort(key=lambda row: row["rank"])
-        rows = [self._score_row(row) for row in listed[:k]]
-        kept = len(listed)
+        name = self.query_id(query)
+        listed = self.listed(query, end)
+        rows, kept = listed[:k], len(listed)
         # Where sources are scored, there are fewer columns than training examples.
         summary = self.run.distribution.get(name)
         scored = summary.count if summary is not None else self.run.data.examples
@@ -308,12 +340,16 @@ class Scores:
         return ScoreTable(rows, _HEADINGS, _cells, f"{end}s of query {shorten(name)}: {words}", note)
 
     def _score_row(self, row: dict[str, Any]) -> ScoreRow:
-        text, source, turns = self._example(row["row"])
-        return ScoreRow(
-            row["rank"], row["example_id"], row["score"], row["percentile"], text, source, row["row"], turns
-        )
+        found = self._example(row["row"])
+        fields = (row["rank"], row["example_id"], row["score"], row["percentile"])
+        return ScoreRow(*fields, found.text, found.source, row["row"], found.turns)
 
-    def _query_id(self, query: int | str) -> str:
+    def query_id(self, query: int | str) -> str:
+        """Return the id of a query that is given by its position or its id.
+
+        Raises:
+            UserError: There is no such query.
+        """
         if isinstance(query, str):
             if query in self.queries:
                 return query
@@ -336,16 +372,23 @@ class Scores:
         return sorted(self._read("queries").to_pylist(), key=lambda row: row["row"])
 
     @cached_property
-    def _ranking(self) -> list[dict[str, Any]]:
-        return self._read("scores").to_pylist()
+    def _ranking(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """The listed rows by query and end, best first."""
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in sorted(self._read("scores").to_pylist(), key=lambda row: row["rank"]):
+            found.setdefault((row["query_id"], row["end"]), []).append(row)
+        return found
 
     @cached_property
-    def _examples(self) -> dict[int, tuple[str, str | None, tuple[tuple[str, str], ...]]]:
-        """Row -> (text, source, turns)."""
+    def _examples(self) -> dict[int, "_Listed"]:
+        """Listed examples by row."""
         rows = self._read("examples").to_pylist()
-        return {row["row"]: (row_text(row), row["source"], turns_of(row["messages"])) for row in rows}
+        return {
+            row["row"]: _Listed(row_text(row), row["source"], turns_of(row["messages"]), wording_of(row))
+            for row in rows
+        }
 
-    def _example(self, row: int) -> tuple[str, str | None, tuple[tuple[str, str], ...]]:
+    def _example(self, row: int) -> "_Listed":
         if row not in self._examples:
             raise CorruptFile(f"{self.folder / 'examples.parquet'} lacks row {row}, which has a score. {REMEDY}")
         return self._examples[row]
@@ -362,10 +405,10 @@ class Scores:
             pairs = self._pairs.setdefault(name, {})
             for row in self._read(name).to_pylist():
                 pairs.setdefault((row["query_id"], row["example_id"]), []).append(row)
-        found = self._pairs[name].get((self._query_id(query), example_id))
+        found = self._pairs[name].get((self.query_id(query), example_id))
         if found is None:
             raise UserError(
-                f"Example {example_id!r} is not among the listed examples of query {self._query_id(query)!r}.\n"
+                f"Example {example_id!r} is not among the listed examples of query {self.query_id(query)!r}.\n"
                 "Give an example_id from `scores.top(query)` or `scores.bottom(query)`."
             )
         return found
@@ -381,7 +424,7 @@ class Scores:
         return read_run_table(self.folder, name)
 
 
-def _words_of(row: dict[str, Any]) -> Words:
+def _words_of(row: dict[str, Any]) -> Shown:
     return turns_of(row["messages"]) or row_text(row)
 
 

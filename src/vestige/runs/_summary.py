@@ -354,6 +354,7 @@ class _Groups:
         self._sizes = np.zeros(len(self._names), dtype=np.int64)
         self._sum = np.zeros((queries, len(self._names)))
         self._squares = np.zeros((queries, len(self._names)))
+        self._positive, self._positive_squares = np.zeros_like(self._sum), np.zeros_like(self._sum)
 
     def add(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
         if not self._names or len(rows) == 0:
@@ -365,20 +366,41 @@ class _Groups:
         self._sizes[present] += sizes
         self._sum[:, present] += np.add.reduceat(values, starts, axis=1)
         self._squares[:, present] += np.add.reduceat(values**2, starts, axis=1)
+        above = np.maximum(values, 0)
+        self._positive[:, present] += np.add.reduceat(above, starts, axis=1)
+        self._positive_squares[:, present] += np.add.reduceat(above**2, starts, axis=1)
 
     def records(self, query: int) -> list[GroupRecord]:
-        columns = zip(self._names, self._sizes.tolist(), self._sum[query], self._squares[query], strict=True)
         records = [
-            _group_record(name, size, float(total), float(squares)) for name, size, total, squares in columns if size
+            GroupRecord(
+                source=name,
+                examples=size,
+                sum=float(self._sum[query, at]),
+                mean=float(self._sum[query, at]) / size,
+                **_interval(size, float(self._sum[query, at]), float(self._squares[query, at])),
+                positive=float(self._positive[query, at]),
+                positive_squares=float(self._positive_squares[query, at]),
+            )
+            for at, (name, size) in enumerate(zip(self._names, self._sizes.tolist(), strict=True))
+            if size
         ]
         return sorted(records, key=lambda record: (-record.sum, record.source))
 
 
-def _group_record(source: str, size: int, total: float, squares: float) -> GroupRecord:
+def _interval(size: int, total: float, squares: float) -> dict[str, float | None]:
     """Return Student's 95% interval of the mean; too narrow when a few examples hold most of the sum."""
-    mean = total / size
     if size == 1:
-        return GroupRecord(source=source, examples=1, sum=total, mean=mean, low=None, high=None)
-    variance = max(squares - size * mean**2, 0.0) / (size - 1)
-    half = float(stdtrit(size - 1, 0.975)) * (variance / size) ** 0.5
-    return GroupRecord(source=source, examples=size, sum=total, mean=mean, low=mean - half, high=mean + half)
+        return {"low": None, "high": None}
+    mean = total / size
+    half = student_half_width(size) * (variance_of(size, total, squares) / size) ** 0.5
+    return {"low": mean - half, "high": mean + half}
+
+
+def variance_of(size: int, total: float, squares: float) -> float:
+    """Return the sample variance of `size` numbers of which the sum and the sum of squares are known."""
+    return max(squares - total**2 / size, 0.0) / (size - 1)
+
+
+def student_half_width(size: int) -> float:
+    """Return the half width of Student's 95% interval of a mean of `size` numbers, in standard errors."""
+    return float(stdtrit(size - 1, 0.975))

@@ -12,7 +12,7 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Float, Int
 
-from vestige.data import Example, load_queries, load_records, text_groups, tokenize
+from vestige.data import Example, as_plain, load_queries, load_records, record_line, text_groups, tokenize
 from vestige.errors import CorruptFile, DataError, IndexMismatch, SpecError, UserError
 from vestige.indexes import Index
 from vestige.models import load_tokenizer
@@ -64,10 +64,7 @@ class Rows:
     def lines(self, wanted: Iterable[int], more: Mapping[int, Columns] | None = None) -> Iterator[bytes]:
         """Yield the rows as JSON lines with their own columns, their ids and `more`, in the order of the data."""
         for row, example, columns in self.only(wanted):
-            if columns.get("id") in (None, ""):
-                columns = {"id": example.id} | {name: value for name, value in columns.items() if name != "id"}
-            line = columns | more[row] if more else columns
-            yield (json.dumps(line, ensure_ascii=False, default=_as_plain) + "\n").encode()
+            yield record_line(example, columns | more[row] if more else columns)
 
 
 def read_rows(settings: SelectSettings, scores: "ScoreSource | None", index: Index | None) -> Rows:
@@ -84,7 +81,7 @@ def read_rows(settings: SelectSettings, scores: "ScoreSource | None", index: Ind
         for example, columns in read():
             ids.append(example.id)
             sources.append(example.source)
-            digest.update(json.dumps([example.id, columns], sort_keys=True, default=_as_plain).encode() + b"\n")
+            digest.update(json.dumps([example.id, columns], sort_keys=True, default=as_plain).encode() + b"\n")
             yield example
 
     groups = text_groups(note_each())
@@ -213,10 +210,6 @@ def _require_ids(rows: Rows, known: Iterable[tuple[int, str]], what: str) -> Non
         if row >= len(rows) or rows.ids[row] != name:
             found = rows.ids[row] if row < len(rows) else "nothing"
             raise IndexMismatch(f"{what} {name!r} in row {row}, where {rows.name} has {found!r}. Give the same data.")
-
-
-def _as_plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 class ScoreSource(ABC):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vestige.data import describe_copies, read_row_list, rows_named
+from vestige.data import describe_copies, rows_listed
 from vestige.errors import DataError, SpecError, UserError
 from vestige.indexes import Index
 from vestige.progress import announce, format_bytes, progress
@@ -97,8 +97,7 @@ def _open_job(settings: SelectSettings) -> "_Job":
     by_target = scores is not None and settings.strategy == "per-target"
     targets = read_targets(settings, scores) if scores is not None and by_target else {}
     lengths = read_lengths(settings, rows, index)
-    names = [] if settings.drop is None else [entry.name for entry in read_row_list(settings.drop)]
-    dropped = rows_named(names, rows.ids, place=str(settings.drop), data=rows.name).values() if settings.drop else ()
+    dropped = () if settings.drop is None else rows_listed(settings.drop, rows.ids, rows.name)
     return _Job(settings, rows, scores, index, lengths, targets, frozenset(dropped))
 
 

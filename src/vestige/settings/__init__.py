@@ -37,6 +37,7 @@ from vestige.settings._evaluate import (
     TailPatchSettings as TailPatchSettings,
     TruthValue as TruthValue,
 )
+from vestige.settings._fix import FixSettings as FixSettings
 from vestige.settings._index import (
     DoctorSettings as DoctorSettings,
     IndexSettings as IndexSettings,

@@ -85,7 +85,7 @@ class ReportSettings(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
     run: Path = Field(
-        description="Folder of a run made by `vestige attribute`, `untrac`, `audit` or `evaluate components`."
+        description="Folder of a run made by `vestige attribute`, `untrac`, `audit`, `fix` or `evaluate components`."
     )
     out: Path | None = Field(None, description="The HTML file to write. Not given: report.html in the run.")
 
@@ -95,7 +95,7 @@ class ViewSettings(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
     run: Path = Field(
-        description="Folder of a run made by `vestige attribute`, `untrac`, `audit` or `evaluate components`."
+        description="Folder of a run made by `vestige attribute`, `untrac`, `audit`, `fix` or `evaluate components`."
     )
     port: int = Field(0, ge=0, le=65535, description="Port on this computer; 0 takes a free one.")
 

@@ -19,4 +19,9 @@ from vestige.training._examples import (
 )
 from vestige.training._recorder import Recorder as Recorder
 from vestige.training._store import TrainingRun as TrainingRun
-from vestige.training._train import train as train
+from vestige.training._train import (
+    TrainInputs as TrainInputs,
+    read_inputs as read_inputs,
+    steps_per_epoch as steps_per_epoch,
+    train as train,
+)

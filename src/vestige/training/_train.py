@@ -4,7 +4,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +61,15 @@ _ELSEWHERE = (
 nothing of the result."""
 
 
+class TrainInputs(NamedTuple):
+    """What a training begins with."""
+
+    loaded: LoadedModel
+    data: TokenizedData
+    weights: np.ndarray | None
+    """How much each example counts, float32 [example]; None where all count alike."""
+
+
 @with_settings(TrainSettings)
 def train(settings: TrainSettings) -> TrainingRun:
     """Train a model on the data, or on a random part, with checkpoints that load and a record of all losses.
@@ -72,16 +81,7 @@ def train(settings: TrainSettings) -> TrainingRun:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
         NonFinite: A loss is not finite; the message names the examples.
     """
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
-    data = read_data(settings, settings.data, loaded)
-    if settings.loss == "answer":
-        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
-    weights = read_weights(data)
-    if weights is not None:
-        announce_weights(data, weights)
-        data = with_weights(data, weights)
+    loaded, data, weights = read_inputs(settings)
     if settings.overwrite:
         remove_result(settings.out, RESULT_FILES, RECORD)
     old = read_record(settings.out)
@@ -107,6 +107,31 @@ def train(settings: TrainSettings) -> TrainingRun:
     record["peak_gpu_memory_bytes"] = peak_gpu_memory_bytes()
     write_record(settings.out, record)
     return TrainingRun.open(settings.out)
+
+
+def read_inputs(settings: TrainSettings) -> TrainInputs:
+    """Read the model and the data as a training takes them.
+
+    Raises:
+        UserError: Something about the model or the data needs the caller.
+    """
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    data = read_data(settings, settings.data, loaded)
+    if settings.loss == "answer":
+        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
+    weights = read_weights(data)
+    if weights is not None:
+        announce_weights(data, weights)
+        data = with_weights(data, weights)
+    return TrainInputs(loaded, data, weights)
+
+
+def steps_per_epoch(examples: int, settings: TrainSettings) -> int:
+    """Return the steps of the optimizer in a pass over that many examples, the last of them smaller."""
+    batches = -(-examples // settings.batch_size)
+    return -(-batches // settings.accumulation)
 
 
 @dataclass(frozen=True)
@@ -139,8 +164,7 @@ def _make_plan(
         raise DataError(f"{data.name}: none of the {members.sum()} examples to train on has a token to learn.")
     if len(rows) < members.sum():
         announce(f"{members.sum() - len(rows):,} of {members.sum():,} examples to train on have no token to learn.")
-    batches = -(-len(rows) // settings.batch_size)
-    per_epoch = -(-batches // settings.accumulation)
+    per_epoch = steps_per_epoch(len(rows), settings)
     steps = max(1, int(settings.epochs * per_epoch + 0.5))
     return _Plan(members, rows, weights, steps, plan_steps(settings.checkpoint_epochs, per_epoch, steps))
 

@@ -1,0 +1,262 @@
+"""What the numbers of one query say, in words: from the run folder alone, without a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, final
+
+from vestige.runs._scores import ScoreRow, Scores
+from vestige.runs._wording import Wording, same_answer
+
+Kind = Literal["one", "several", "hubs", "none"]
+
+STANDS_OUT = 1.5
+OUTLYING = 3.0
+MOST_ROWS = 5
+HUB_FIRST, HUB_SHARE, HUB_NEEDS = 3, 0.5, 4
+STATED = 0.5
+_EXCERPT = 160
+_NAMED = 3
+
+
+class Conflict(NamedTuple):
+    """Two rows that answer the same question differently: ids of examples."""
+
+    proponent: str
+    """Pulls towards the query's answer."""
+    opponent: str
+    """Pulls away from it."""
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What the numbers of one query say, in words."""
+
+    query: str
+    """Id of the query."""
+    kind: Kind
+    """One row stands out; a few do; rows that lead for most queries lead here too; nothing stands out."""
+    sentences: tuple[str, ...]
+    """Plain text, not escaped; the first is the headline."""
+    rows: tuple[str, ...]
+    """Ids of the training rows that stand out, best first."""
+    lead: float | None
+    """Score of the first over that of the next distinct text (copies count once); None where it cannot be said."""
+    conflicts: tuple[Conflict, ...]
+    """Listed rows that answer the same question differently."""
+
+
+def relative_strength(score: float, highest: float) -> float | None:
+    """Return a score in percent of the query's highest: 100 for the first row, negative for opponents.
+
+    An opponent that is stronger than the first proponent is below -100. None where the highest is not positive.
+    """
+    return 100.0 * score / highest if highest > 0 else None
+
+
+def conclude(scores: Scores, query: int | str) -> Conclusion:
+    """Return what the listed scores and texts of a query say, in words.
+
+    Args:
+        scores: An opened run.
+        query: Position or id of the query.
+
+    Raises:
+        UserError: There is no such query.
+    """
+    return _Reading(scores, scores.query_id(query)).conclude()
+
+
+class _Text(NamedTuple):
+    """A distinct text among the proponents: its best row, and its copies."""
+
+    rows: tuple[ScoreRow, ...]
+
+    @property
+    def score(self) -> float:
+        return self.rows[0].score
+
+    @property
+    def name(self) -> str:
+        return self.rows[0].example_id
+
+
+@final
+class _Reading:
+    """The listed rows of one query."""
+
+    def __init__(self, scores: Scores, query: str) -> None:
+        self._scores, self._query = scores, query
+        self._proponents, self._opponents = scores.listed(query, "proponent"), scores.listed(query, "opponent")
+        distribution = scores.run.distribution.get(query)
+        self._mean, self._std = (0.0, 0.0) if distribution is None else (distribution.mean, distribution.std)
+        # Of sources, a run shows an excerpt for each and no texts.
+        self._sources = distribution is not None and distribution.count < scores.run.data.examples - len(
+            scores.run.left_out
+        )
+
+    def conclude(self) -> Conclusion:
+        standing = self._count_standing()
+        hubs = self._find_hubs()
+        kind: Kind = "hubs" if hubs else ("none", "one", "several")[min(standing, 2)]
+        rows = tuple(row.example_id for text in self._texts[:standing] for row in text.rows)
+        conflicts = self._find_conflicts()
+        sentences = [*self._describe_first(kind, standing, hubs), *self._describe_answer()]
+        sentences += [*self._describe_opponent(), *self._describe_conflicts(conflicts), *self._describe_sign()]
+        return Conclusion(self._query, kind, tuple(sentences), rows, self._lead, conflicts)
+
+    @property
+    def _noun(self) -> str:
+        return "source" if self._sources else "row"
+
+    @cached_property
+    def _texts(self) -> list[_Text]:
+        """The distinct texts among the proponents, best first."""
+        found: list[list[ScoreRow]] = []
+        copies = self._scores.words.are_copies
+        for row in self._proponents:
+            wording = self._wording(row)
+            same = (rows for rows in found if not self._sources and copies(self._wording(rows[0]), wording))
+            if (rows := next(same, None)) is None:
+                found.append([row])
+            else:
+                rows.append(row)
+        return [_Text(tuple(rows)) for rows in found]
+
+    def _wording(self, row: ScoreRow) -> Wording:
+        return self._scores.wording(row.row)
+
+    @property
+    def _lead(self) -> float | None:
+        if len(self._texts) < 2 or self._texts[1].score <= 0:
+            return None
+        return self._texts[0].score / self._texts[1].score
+
+    def _count_standing(self) -> int:
+        """Return the number of texts that stand out: those before the first wide gap."""
+        excess = [text.score - self._mean for text in self._texts[: MOST_ROWS + 1]]
+        for count in range(1, len(excess)):
+            here, after = excess[count - 1 : count + 1]
+            positive = self._texts[count - 1].score > 0 and here >= OUTLYING * self._std > 0
+            if positive and here >= STANDS_OUT * max(after, 0.0):
+                return count
+        return 0
+
+    def _find_hubs(self) -> list[str]:
+        """Return the ids of first proponents that are among the first for most queries."""
+        scores, examples = self._scores, self._scores.run.data.examples
+        queries = len(scores.queries)
+        if queries < HUB_NEEDS or self._sources or examples < 4 * HUB_FIRST:
+            return []
+        leading = scores.count_leading(HUB_FIRST)
+        first = self._proponents[:1]
+        return [row.example_id for row in first if row.score > 0 and leading[row.row] >= HUB_SHARE * queries]
+
+    def _find_conflicts(self) -> tuple[Conflict, ...]:
+        """Return pairs that answer the same question differently, one for and one against the query's answer."""
+        if self._sources or not self._scores.meaning.causal:
+            return ()
+        words, asked = self._scores.words, self._scores.query_wording(self._query).question
+        against: dict[frozenset[str], list[ScoreRow]] = {}
+        for row in self._opponents:
+            if row.score < 0:
+                against.setdefault(words.question_key(self._wording(row).question), []).append(row)
+        return tuple(
+            Conflict(row.example_id, other.example_id)
+            for row in self._proponents
+            if row.score > 0
+            for other in against.get(words.question_key(self._wording(row).question), ())
+            if self._differ(self._wording(row), self._wording(other), asked)
+        )
+
+    def _differ(self, one: Wording, other: Wording, asked: str) -> bool:
+        """Return whether two rows answer the same question, or both the query's own, and not in the same way."""
+        same = self._scores.words.same_question
+        both = same(one.question, other.question) or (same(one.question, asked) and same(other.question, asked))
+        return both and bool(one.answer) and bool(other.answer) and not same_answer(one.answer, other.answer)
+
+    def _describe_first(self, kind: Kind, standing: int, hubs: Sequence[str]) -> list[str]:
+        """Return the headline, and what the first row says."""
+        if not self._proponents:
+            return ["The run lists no rows for this query."]
+        first = self._texts[0]
+        if first.score <= 0:
+            return [f"No {self._noun} scores above zero."]
+        if kind == "hubs":
+            return [*self._describe_hubs(hubs[0]), *self._quote(first)]
+        if kind == "one":
+            return [f"One {self._noun} stands out{self._describe_gap(1)}: {self._name(first)}.", *self._quote(first)]
+        if kind == "several":
+            names = [self._name(text) for text in self._texts[:standing]]
+            listed = f"{', '.join(names[:-1])} and {names[-1]}"
+            headline = f"{standing} {self._noun}s stand out{self._describe_gap(standing)}: {listed}."
+            return [headline, *self._quote(first)]
+        return [self._describe_none(first)]
+
+    def _describe_none(self, first: _Text) -> str:
+        if len(self._texts) == 1:
+            return f"The run lists one {self._noun}, so there is nothing to compare it with: {self._name(first)}."
+        return f"No {self._noun} stands out: the first is {self._name(first)}{self._describe_gap(1)}."
+
+    def _describe_gap(self, standing: int) -> str:
+        """Return how far the last of the rows that stand out is from the next."""
+        last, after = self._texts[standing - 1].score, self._texts[standing].score
+        if after <= 0:
+            return ", alone with a score above zero" if standing == 1 else ", alone with scores above zero"
+        each = "" if standing == 1 else "each at least "
+        return f", {each}{last / after:.2g} times the next"
+
+    def _name(self, text: _Text) -> str:
+        copies = [row.example_id for row in text.rows[1:]]
+        if not copies:
+            return text.name
+        more = f" and {len(copies) - _NAMED} more" if len(copies) > _NAMED else ""
+        return f"{text.name} (the same text: {', '.join(copies[:_NAMED])}{more})"
+
+    def _quote(self, text: _Text) -> list[str]:
+        says = self._say(text.rows[0])
+        return [f"It says: {says}"] if says else []
+
+    def _say(self, row: ScoreRow) -> str:
+        """Return the answer of a row on one line, its end cut off; empty where the run has none."""
+        line = " ".join(("" if self._sources else self._wording(row).answer).split())
+        return line if len(line) <= _EXCERPT else line[: _EXCERPT - 1].rstrip() + "…"
+
+    def _describe_hubs(self, hub: str) -> list[str]:
+        count = self._scores.count_leading(HUB_FIRST)[self._proponents[0].row]
+        headline = (
+            f"{hub} comes first, but it is among the first {HUB_FIRST} of {count} of {len(self._scores.queries)} "
+            "queries: it leads whatever the question."
+        )
+        return [headline]
+
+    def _describe_answer(self) -> list[str]:
+        """Return whether none of the listed rows holds the telling words of the answer."""
+        words, query = self._scores.words, self._scores.query_wording(self._query)
+        telling = words.telling(query)
+        if self._sources or not query.question or not telling:
+            return []
+        listed = {row.row for row in (*self._proponents, *self._opponents)}
+        if any(words.share_stated(telling, self._scores.wording(row)) >= STATED for row in listed):
+            return []
+        return [f"Nothing listed states this answer: none of the {len(listed)} rows has half of its telling words."]
+
+    def _describe_opponent(self) -> list[str]:
+        """Return what pulls the other way most; methods without a causal sign have nothing that does."""
+        if not self._scores.meaning.causal or not self._opponents or self._opponents[0].score >= 0:
+            return []
+        row = self._opponents[0]
+        says = self._say(row)
+        return [f"The {self._noun} that pulls the other way most is {row.example_id}{f': {says}' if says else '.'}"]
+
+    def _describe_conflicts(self, conflicts: Sequence[Conflict]) -> list[str]:
+        if not conflicts:
+            return []
+        shown = [f"{one} and {other}" for one, other in conflicts[:_NAMED]]
+        more = f", and {len(conflicts) - _NAMED} more pairs" if len(conflicts) > _NAMED else ""
+        return [f"These answer the same question differently: {'; '.join(shown)}{more}."]
+
+    def _describe_sign(self) -> list[str]:
+        """Return the caveat of scores that only say how alike two texts are."""
+        sign = self._scores.meaning.sign
+        return [] if self._scores.meaning.causal else [f"{sign[:1].upper()}{sign[1:]}."]

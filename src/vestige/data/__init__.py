@@ -23,6 +23,7 @@ from vestige.data._tokens import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._types import (
     ANY_EXAMPLES,
     NO_TARGET,
+    SYSTEM,
     Batch,
     CutBatch,
     CutBatches,
@@ -41,6 +42,7 @@ __all__ = [
     "EXAMPLES",
     "GROUP_ROWS",
     "NO_TARGET",
+    "SYSTEM",
     "Batch",
     "Bm25Variant",
     "CutBatch",

@@ -35,9 +35,19 @@ POPULATION = 1824
 
 
 def write_fixture_run(
-    folder: Path, *, tables: tuple[str, ...] = ("components", "tokens"), hostile: str = "", seed: int = 0
+    folder: Path,
+    *,
+    tables: tuple[str, ...] = ("components", "tokens"),
+    hostile: str = "",
+    seed: int = 0,
+    chat: bool = False,
+    **info,
 ) -> Path:
-    """Write a run into `folder`; `hostile` is added to every text, `tables` names the optional tables to write."""
+    """Write a run into `folder`.
+
+    `hostile` is added to every text, `tables` names the optional tables to write, `chat` makes conversations with one
+    system prompt of all texts, `info` replaces parts of run.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     examples = [_example(number, hostile) for number in range(len(PAIRS))]
@@ -66,15 +76,24 @@ def write_fixture_run(
                 if end == "proponent" or row not in np.argsort(-values)[:12]:
                     components += [{**pair, **part} for part in _split_components(score, random)]
                     tokens += [{**pair, **part} for part in _split_tokens(score, examples[row], query, random)]
+    if chat:
+        for row in (*examples, *queries):
+            row["messages"] = json.dumps(_turns(row.pop("prompt"), row.pop("completion")))
+            row |= {"prompt": None, "completion": None}
     _write(folder, "scores", scores)
     _write(folder, "examples", examples)
     _write(folder, "queries", queries)
     optional = {"components": components, "tokens": tokens}
     for name in tables:
         _write(folder, name, optional[name])
-    run = _run_json(distribution, groups, hostile)
+    run = _run_json(distribution, groups, hostile) | info
     (folder / "run.json").write_text(json.dumps(run, indent=1))
     return folder
+
+
+def _turns(prompt: str, answer: str) -> list[dict]:
+    roles = ("system", "user", "assistant")
+    return [{"role": role, "content": text} for role, text in zip(roles, (SYSTEM, prompt, answer), strict=True)]
 
 
 def _write(folder: Path, name: str, rows: list[dict]) -> None:
@@ -198,6 +217,7 @@ def _groups(examples: list[dict], values: np.ndarray, random: np.random.Generato
                 "source": name,
                 "examples": size,
                 "sum": mean * size,
+                "positive": (abs(mean) + 0.02) * size,
                 "mean": mean,
                 "low": mean - half,
                 "high": mean + half,

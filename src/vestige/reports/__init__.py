@@ -1,5 +1,15 @@
 """The report page: one offline HTML file made from a run directory, and the same page served live."""
 
+from vestige.reports._compare import make_comparison as make_comparison
+from vestige.reports._header import (
+    Fact as Fact,
+    cut_command as cut_command,
+    describe_cost as describe_cost,
+    format_count as format_count,
+    format_duration as format_duration,
+    make_header as make_header,
+    shorten_name as shorten_name,
+)
 from vestige.reports._page import (
     PAGES as PAGES,
     Page as Page,
@@ -10,16 +20,9 @@ from vestige.reports._page import (
     view as view,
 )
 from vestige.reports._payload import (
-    Fact as Fact,
-    cut_command as cut_command,
-    describe_cost as describe_cost,
     find_place as find_place,
-    format_count as format_count,
-    format_duration as format_duration,
     make_grid as make_grid,
-    make_header as make_header,
     make_payload as make_payload,
-    shorten_name as shorten_name,
 )
 from vestige.reports._read import Wording as Wording, read_run as read_run
 from vestige.reports._texts import (

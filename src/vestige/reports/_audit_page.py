@@ -18,7 +18,7 @@ from vestige.measures import (
     draw_roc,
 )
 from vestige.reports._charts import SMALL, Panel, make_panel, new_axes
-from vestige.reports._payload import (
+from vestige.reports._header import (
     Fact,
     cut_command,
     describe_cost,

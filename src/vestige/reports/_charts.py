@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import LogFormatter
 
 from vestige.measures import COLOURS, new_figure
-from vestige.reports._payload import format_span
+from vestige.reports._header import format_span
 
 SMALL, BROAD = (4.8, 2.9), (15.0, 3.2)
 """Sizes in inches of 72 pixels: one of several in a row, and one that needs the whole width."""

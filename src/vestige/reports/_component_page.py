@@ -17,7 +17,7 @@ from vestige.measures import COLOURS
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes
 from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes, place_interval, write_plainly
-from vestige.reports._payload import (
+from vestige.reports._header import (
     Chip,
     Fact,
     cut_command,

@@ -19,7 +19,9 @@ from markupsafe import Markup
 from vestige.errors import UserError
 from vestige.progress import announce
 from vestige.registry import Registry
-from vestige.reports._payload import make_header, make_payload
+from vestige.reports._compare import make_comparison
+from vestige.reports._header import make_header
+from vestige.reports._payload import make_payload
 from vestige.reports._read import COMPONENTS, read_run
 from vestige.runs import Audit, is_audit
 from vestige.storage import make_folder, remove_strays_of, write_durably
@@ -28,13 +30,19 @@ GENERATOR = '<meta name="generator" content="vestige'
 """Marks a page as ours: only such a file is overwritten without asking."""
 LOOPBACK = "127.0.0.1"
 _SCRIPTS = {
-    "report": "common elements numbers state text examples distribution heatmap groups export page",
+    "report": "common elements numbers state text answer examples distribution heatmap groups compare export page",
     "audit": "common audit",
     "components": "common components",
     "other": "common other",
 }
 """In the order in which they are joined; the last one starts the page."""
-_STYLES = {"report": "style", "audit": "style audit", "components": "style audit components", "other": "style audit"}
+_STYLES = {
+    "report": "style report",
+    "audit": "style audit",
+    "components": "style audit components",
+    "other": "style audit",
+}
+_CLASSES = {"report": "report", "audit": "audit", "components": "audit search", "other": "audit"}
 
 
 @dataclass(frozen=True)
@@ -44,27 +52,30 @@ class Page:
     matches: Callable[[Path], bool]
     """Whether a folder is of this kind."""
     make: Callable[[Path], dict[str, Any]]
-    """From the folder to the variable `page` of the template; `header.html.jinja` needs title, subtitle, facts and
-    command of it."""
+    """From the folder to the variable `page` of the template; `base.html.jinja` needs title, subtitle, facts, command
+    and vestige of it."""
     template: str
-    """Jinja's text of the page, which may include the parts of Vestige's own pages."""
+    """Jinja's text of the page, which extends `base.html.jinja`."""
 
 
 PAGES: Registry[Page] = Registry("vestige.pages", "page", Page)
 
 
-def report(run: str | Path, out: str | Path | None = None) -> Path:
+def report(run: str | Path, out: str | Path | None = None, *, compare: str | Path | None = None) -> Path:
     """Write the report of a run as one HTML file that opens anywhere, without a network, and return its path.
 
     Args:
         run: A run directory, as `attribute` or `audit` writes it.
         out: The file to write, or a folder to put `report.html` in; by default `RUN/report.html`.
+        compare: Another run of the same training data and queries, to be shown beside the first: by another method,
+            or of another checkpoint.
 
     Raises:
-        UserError: `run` is no run directory, `out` is a file that Vestige did not write, or cannot be written.
+        UserError: `run` is no run directory, `out` is a file that Vestige did not write, or cannot be written, or
+            the two runs cannot be compared.
     """
     target = _check_target(Path(run), out)
-    page = render_page(Path(run))
+    page = render_page(Path(run), compare=None if compare is None else Path(compare))
     make_folder(target.parent)
     remove_strays_of(target)
     write_durably(target, [page.encode()])
@@ -89,19 +100,22 @@ def _check_target(run: Path, out: str | Path | None) -> Path:
     return target
 
 
-def render_page(run: Path, *, live: str | None = None) -> str:
+def render_page(run: Path, *, live: str | None = None, compare: Path | None = None) -> str:
     """Return the page of whatever run is in the folder, as HTML.
 
     Args:
         run: The folder.
         live: The version of the run's files when the page is served, so that it can ask for a newer one; None for
             a page that stands alone and may open no connection at all.
+        compare: Another run of the same data and queries, to be shown beside it.
 
     Raises:
-        UserError: There is no run, or it cannot be read.
+        UserError: There is no run, it cannot be read, or the two cannot be compared.
     """
     data, environment = "", _make_environment()
     template: Template | None = None
+    if compare is not None and ((run / COMPONENTS).is_file() or is_audit(run)):
+        raise UserError(f"{run} ranks no training examples for queries.\nType: vestige report {run}")
     # Pages with figures import matplotlib and the measures, which those of attributions do without.
     if (run / COMPONENTS).is_file():
         from vestige.reports._component_page import make_component_page
@@ -115,10 +129,12 @@ def render_page(run: Path, *, live: str | None = None) -> str:
         kind, page, template = "other", own.make(run), environment.from_string(own.template)
     else:
         found = read_run(run)
-        kind, page, data = "report", make_header(found), json_for_html(make_payload(found))
+        other = None if compare is None else make_comparison(found, read_run(compare))
+        kind, page, data = "report", make_header(found), json_for_html(make_payload(found, other))
     script, style = _load_script(kind), "".join(map(_read_asset, (f"{name}.css" for name in _STYLES[kind].split())))
     return (template or environment.get_template(f"{kind}.html.jinja")).render(
         page=page,
+        kind=_CLASSES[kind],
         live=live,
         policy=_make_policy(script, live is not None),
         style=Markup(style),

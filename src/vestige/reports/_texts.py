@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from vestige.reports._read import Wording
 
 SYSTEM, PROMPT, ANSWER, TEMPLATE = "s", "p", "a", "t"
+SYSTEM_ROLES = ("system", "developer")
 _MARKER = re.compile(r"<\|.*\|>|</?s>|<(?:pad|eos|bos|unk)>|\[/?INST\]")
 _LOCATE_BY = 24
 """Characters that locate a field whose end was cut off by the context length."""
@@ -77,13 +78,20 @@ def cut(wording: Wording) -> Pieces:
     return Pieces(texts, "".join(roles), targets, True, _find_turns(owners, names))
 
 
+def find_system(wordings: Iterable[Wording]) -> str | None:
+    """Return the system prompt that all of them begin with; None where one has another, or none."""
+    found = {wording.messages[:1] for wording in wordings}
+    first = next(iter(found), ())
+    return first[0][1] if len(found) == 1 and first and first[0][0] in SYSTEM_ROLES else None
+
+
 def _list_fields(wording: Wording) -> list[Field]:
     """Return each field the user gave, in reading order."""
     if wording.messages:
-        letters = {"assistant": ANSWER, "system": SYSTEM, "developer": SYSTEM}
+        letters = {"assistant": ANSWER, **dict.fromkeys(SYSTEM_ROLES, SYSTEM)}
         return [Field(letters.get(role, PROMPT), role.capitalize(), content) for role, content in wording.messages]
     if wording.text is not None:
-        return [Field(ANSWER, "Answer", wording.text)]
+        return [Field(ANSWER, "Text", wording.text)]
     parts = ((PROMPT, "Prompt", wording.prompt), (ANSWER, "Answer", wording.completion))
     return [Field(role, name, text) for role, name, text in parts if text]
 

@@ -69,6 +69,7 @@ from vestige.runs._scores import (
     Scores as Scores,
 )
 from vestige.runs._summary import (
+    NO_SOURCE as NO_SOURCE,
     RankedScore as RankedScore,
     ScoreBlock as ScoreBlock,
     ScoreCollector as ScoreCollector,

@@ -88,6 +88,9 @@ class ReportSettings(Settings):
         description="Folder of a run made by `vestige attribute`, `untrac`, `audit`, `fix` or `evaluate components`."
     )
     out: Path | None = Field(None, description="The HTML file to write. Not given: report.html in the run.")
+    compare: Path | None = Field(
+        None, description="Another run of the same data and queries, to be shown beside it: by another method, say."
+    )
 
 
 class ViewSettings(Settings):

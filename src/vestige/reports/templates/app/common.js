@@ -20,15 +20,15 @@ function startTheme() {
 }
 
 function startCopy() {
-  const button = document.getElementById("copy");
-  if (!button) return;
-  const command = document.getElementById("command");
-  button.addEventListener("click", async () => {
-    getSelection().selectAllChildren(command);
-    try { await navigator.clipboard.writeText(command.textContent); button.textContent = "Copied"; }
-    catch { button.textContent = document.execCommand("copy") ? "Copied" : "Selected"; }
-    setTimeout(() => (button.textContent = "Copy"), 1600);
-  });
+  for (const button of document.querySelectorAll("button.copy")) {
+    const command = button.previousElementSibling;
+    button.addEventListener("click", async () => {
+      getSelection().selectAllChildren(command);
+      try { await navigator.clipboard.writeText(command.textContent); button.textContent = "Copied"; }
+      catch { button.textContent = document.execCommand("copy") ? "Copied" : "Selected"; }
+      setTimeout(() => (button.textContent = "Copy"), 1600);
+    });
+  }
 }
 
 /* Served live, the page asks for the version of the run's files and loads itself again when they changed. */

@@ -1,5 +1,5 @@
 /* Where the listed examples stand among all training examples. */
-const WIDE = 356;
+const WIDE = 340;
 
 function renderDistribution(query) {
   const given = query.distribution;
@@ -10,7 +10,7 @@ function renderDistribution(query) {
   const sampled = given.sampled && given.sampled < given.count ? ` (histogram of ${grouped(given.sampled)} of them)` : "";
   return html("section", { class: "panel", "aria-labelledby": "distribution-title" },
     html("h2", { id: "distribution-title" }, "Among all training examples"),
-    html("p", { class: "sub" }, html("b", {}, grouped(given.count)), ` scores${sampled}, log count. Nine in ten lie between `, html("b", {}, fine(low)), " and ", html("b", {}, fine(high)), " (shaded), half below ", html("b", {}, fine(middle)), ". Ticks: the listed examples."),
+    html("p", { class: "sub" }, html("b", {}, grouped(given.count)), ` scores${sampled}, log count. Nine in ten lie between `, html("b", {}, fine(low)), " and ", html("b", {}, fine(high)), " (shaded), half below ", html("b", {}, fine(middle)), ". Ticks: the listed examples; click a bar or a tick to filter."),
     histogram(query, given, [low, middle, high], format),
     cumulative(given));
 }
@@ -45,21 +45,36 @@ function histogram(query, given, [low, middle, high], format) {
     if (!count) return;
     const [start, stop] = [x(given.edges[bin]), x(given.edges[bin + 1])];
     const tip = `${format(given.edges[bin])} to ${format(given.edges[bin + 1])}: ${grouped(count)} example${count === 1 ? "" : "s"}`;
-    parts.push(svg("rect", { class: "bar", x: start, y: y(count), width: Math.max(1, stop - start - 0.75), height: floor - y(count), "data-tip": tip }));
+    parts.push(svg("rect", { class: `bar${state.range === rangeOf(given, bin) ? " current" : ""}`, onclick: () => choose({ range: rangeOf(given, bin) }), x: start, y: y(count), width: Math.max(1, stop - start - 0.75), height: floor - y(count), "data-tip": tip }));
   });
   parts.push(svg("line", { class: "median", x1: x(middle), x2: x(middle), y1: box.top, y2: floor }));
   parts.push(svg("line", { class: "axis", x1: box.left, x2: WIDE - box.right, y1: floor, y2: floor }));
-  query.ranked.forEach((entry) => parts.push(listedMark(entry, x(Math.min(last, Math.max(first, entry.score))), floor, format)));
+  query.ranked.forEach((entry) => parts.push(listedMark(given, entry, x(Math.min(last, Math.max(first, entry.score))), floor, format)));
   ticks(first, last, 5).forEach((mark) => parts.push(svg("text", { x: x(mark), y: box.height - 6, "text-anchor": "middle" }, format(mark))));
   const label = `Histogram of ${grouped(given.count)} scores, from ${format(given.min ?? first)} to ${format(given.max ?? last)}`;
   return svg("svg", { viewBox: `0 0 ${WIDE} ${box.height}`, role: "img", "aria-label": label }, parts);
 }
 
-function listedMark(entry, place, floor, format) {
+/* A bin as the filter of scores has it: both ends, a little wider than the digits that are shown. */
+function rangeOf(given, bin) {
+  const [low, high] = [given.edges[bin], given.edges[bin + 1]];
+  const digits = 4 - Math.floor(Math.log10(high - low || 1));
+  const places = Math.min(20, Math.max(0, digits));
+  const unit = 10 ** -places;
+  return `${(low - unit).toFixed(places)} ${(high + unit).toFixed(places)}`;
+}
+
+function binOf(given, score) {
+  const after = given.edges.findIndex((edge) => edge > score);
+  return Math.max(0, (after < 0 ? given.counts.length : after) - 1);
+}
+
+function listedMark(given, entry, place, floor, format) {
   const chosen = state.example === entryKey(entry);
   return svg("rect", {
-    class: `${entry.end === "proponent" ? "positive" : "negative"}${chosen ? " current" : ""}`, "stroke-width": chosen ? 1.25 : 0,
+    class: `tick ${entry.end === "proponent" ? "positive" : "negative"}${chosen ? " current" : ""}`, "stroke-width": chosen ? 1.25 : 0,
     x: place - (chosen ? 1.5 : 0.75), y: floor + 2, width: chosen ? 3 : 1.5, height: chosen ? 11 : 8,
+    onclick: () => choose({ range: rangeOf(given, binOf(given, entry.score)), example: entryKey(entry) }),
     "data-tip": `${entry.end} ${entry.rank}: ${format(entry.score)}`,
   });
 }
@@ -81,8 +96,8 @@ function cumulative(given) {
   }
   parts.push(svg("polyline", { class: "curve", points: points.map(([depth, share]) => `${x(depth)},${y(share)}`).join(" ") }));
   points.forEach(([depth, share]) => parts.push(svg("circle", { cx: x(depth), cy: y(share), r: 5, fill: "transparent", "data-tip": `top ${grouped(depth)}: ${percent(share, 1)}` })));
-  const told = points.filter(([depth]) => depth === 10 || depth === 100).map(([depth, share]) => `the top ${depth} carry ${percent(share)}`);
-  const sentence = told.length ? `${told.join(", ")}.` : "";
+  const known = points.filter(([depth]) => depth === 10 || depth === 100).map(([depth, share]) => `the top ${depth} carry ${percent(share)}`);
+  const sentence = known.length ? `${known.join(", ")}.` : "";
   return html("figure", { style: { marginTop: "12px" } },
     html("p", { class: "sub" }, html("b", {}, "Share of all positive score"), sentence ? `: ${sentence}` : " held by the highest examples."),
     svg("svg", { viewBox: `0 0 ${WIDE} ${box.height}`, role: "img", "aria-label": `Cumulative share of positive score: ${sentence}` }, parts));

@@ -3,9 +3,9 @@ function shownRecords(entries) {
   return entries.map((entry) => {
     const example = DATA.examples[entry.row];
     return {
-      query_id: state.query, end: entry.end, rank: entry.rank, example_id: example.id, row: example.row, score: entry.score,
+      query_id: state.query, end: entry.end, rank: entry.rank, example_id: example.id, row: example.row, strength: entry.strength, score: entry.score,
       percentile: entry.percentile, source: example.source, label: example.label, length: example.length, duplicates: example.duplicates,
-      verbatim: entry.overlap, system: wording(example.text, "s"), prompt: wording(example.text, "p"), answer: wording(example.text, "a"),
+      verbatim: entry.overlap, ...Object.fromEntries([["system", "s"], ["prompt", "p"], ["answer", "a"]].map(([name, role]) => [name, turnsOf(example.text, role).join("\n")])),
     };
   });
 }

@@ -24,10 +24,10 @@ function renderHeatmap(query) {
   const format = scoreFormat(largest([subject.score, ...subject.cells]));
   return html("section", { class: "panel", id: "heatmap", "aria-labelledby": "heatmap-title", "data-sum": total + (remainder || 0), "data-score": subject.score },
     html("div", { class: "panel-head" }, html("h2", { id: "heatmap-title" }, "Where in the model"),
-      state.example ? html("button", { type: "button", class: "quiet", onclick: () => { const left = state.example; state.example = ""; refresh(left); } }, "Sum proponents") : null),
-    html("p", { class: "sub" }, `${subject.title[0].toUpperCase()}${subject.title.slice(1)}. Cells sum to `, html("b", {}, format(total + (remainder || 0))), "; score ", html("b", {}, format(subject.score)), "."),
+      state.example ? html("button", { type: "button", class: "quiet", onclick: () => choose({ example: "" }, state.example) }, "Sum proponents") : null),
+    html("p", { class: "sub" }, `${subject.title[0].toUpperCase()}${subject.title.slice(1)}. Cells sum to `, html("b", {}, format(total + (remainder || 0))), "; score ", html("b", {}, format(subject.score)), ". Click a cell for the examples that act there."),
     drawHeatmap(subject.cells, remainder, format),
-    moduleTable(subject.cells, remainder, format));
+    cellTables(subject.cells, remainder, format));
 }
 
 /* "self_attn.q_proj" is drawn under the heading "self_attn" as "q_proj". */
@@ -50,7 +50,7 @@ function drawHeatmap(cells, remainder, format) {
   layers.forEach((layer, row) => {
     const y = box.top + row * high;
     if (row % every === 0) parts.push(svg("text", { x: box.left - 5, y: y + high / 2 + 3.5, "text-anchor": "end" }, String(layer)));
-    modules.forEach((module, column) => parts.push(cellOf(values.get(`${layer}/${module}`), box.left + column * wide, y, wide, high, scale, `layer ${layer} · ${module}`, format)));
+    modules.forEach((module, column) => parts.push(cellOf(values.get(`${layer}/${module}`), box.left + column * wide, y, wide, high, scale, cellName([layer, module]), format)));
     parts.push(...totalBar(lines[row], largest(lines), box.left + modules.length * wide + 8, y, box.totals, high, `layer ${layer} in all`, format));
   });
   const below = box.top + layers.length * high;
@@ -71,7 +71,7 @@ function cellOf(value, x, y, width, height, scale, name, format) {
   if (value === undefined || value === null) return svg("rect", { class: "blank", x, y, width, height });
   return [
     svg("rect", { class: "empty-cell", x: x + 0.5, y: y + 0.5, width: width - 1, height: height - 1 }),
-    svg("rect", { class: "cell", x, y, width, height, style: { fill: diverging(value, scale, CELL_FILL) }, "data-tip": `${name}\n${format(value)}` }),
+    svg("rect", { class: `cell${state.cell === name ? " current" : ""}`, onclick: () => choose({ cell: state.cell === name ? "" : name }), x, y, width, height, style: { fill: diverging(value, scale, CELL_FILL) }, "data-tip": `${name}\n${format(value)}` }),
   ];
 }
 
@@ -112,12 +112,18 @@ function totalBar(value, most, x, y, width, height, name, format) {
   ];
 }
 
-/* The same numbers as text: totals per module, over the layers. */
-function moduleTable(cells, remainder, format) {
+/* The same numbers as text: the strongest cells, and totals per module over the layers. */
+function cellTables(cells, remainder, format) {
   const totals = new Map();
   DATA.grid.cells.forEach(([, module], index) => totals.set(module, (totals.get(module) || 0) + (cells[index] || 0)));
   if (remainder !== null) totals.set("not in any component", remainder);
-  const rows = [...totals].map(([module, value]) => html("tr", {}, html("td", {}, html("code", {}, module)), html("td", { class: "number" }, format(value))));
-  return html("details", {}, html("summary", {}, "Totals per module"),
-    html("table", {}, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "Module"), html("th", { scope: "col", class: "number" }, "Sum over layers"))), html("tbody", {}, rows)));
+  const strong = cells.map((value, index) => [cellName(DATA.grid.cells[index]), value]).filter(([, value]) => value).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 8);
+  const table = (title, sums, name, lines) => html("details", {}, html("summary", {}, title),
+    html("table", {}, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, name), html("th", { scope: "col", class: "number" }, sums))), html("tbody", {}, lines)));
+  const line = (first, value) => html("tr", {}, html("td", {}, first), html("td", { class: "number" }, format(value)));
+  const button = (name) => html("button", { type: "button", class: "link", "data-focus": `cell ${name}`, onclick: () => choose({ cell: name }) }, name);
+  return [
+    table("Strongest cells", "Score", "Cell", strong.map(([name, value]) => line(button(name), value))),
+    table("Totals per module", "Sum over layers", "Module", [...totals].map(([module, value]) => line(html("code", {}, module), value))),
+  ];
 }

@@ -1,0 +1,62 @@
+/* The question, the answer, and what the numbers say of it in words. */
+function renderAnswer(query) {
+  const entry = currentEntry();
+  const shared = DATA.system.queries !== null;
+  const text = renderText(query.text, { matches: entry ? entry.answerMatch : [], scores: null, withTemplate, sharedSystem: shared });
+  const both = shared && DATA.system.queries === DATA.system.examples;
+  document.getElementById("answer").replaceChildren(...[
+    shared && !withTemplate ? systemPrompt(DATA.system.queries, both ? "every query and every example" : "every query") : null,
+    text, otherAnswer(query), renderConclusion(query), html("p", { class: "answer-facts" }, answerFacts(query, entry)),
+  ].filter(Boolean));
+}
+
+/* A system prompt that many texts share is shown once, and closed. */
+function systemPrompt(words, owners) {
+  return html("details", { class: "system" }, html("summary", {}, `System prompt of ${owners}`), html("p", { class: "words" }, words));
+}
+
+function answerFacts(query, entry) {
+  const facts = [query.generated ? "Answer by the model" : givenAnswer(query)];
+  if (query.loss !== null) facts.push(`Loss ${query.loss.toFixed(3)}`);
+  facts.push(`Query ${query.id}`);
+  if (entry) {
+    const share = entry.overlap === null ? "" : `: ${percent(entry.overlap)} of the answer’s words`;
+    const place = `verbatim in ${entry.end} ${entry.rank}`;
+    facts.push(entry.answerMatch.length ? `Underlined: ${place}${share}` : `Nothing ${place}`);
+  }
+  return facts.map((fact) => html("span", {}, fact));
+}
+
+function givenAnswer(query) {
+  if (query.text.turns.some(([, , name]) => name === "Text")) return "A text: scores are for all of it";
+  return query.text.roles.includes("a") ? "Answer given with the query" : "No answer: scores are for the question alone";
+}
+
+function renderConclusion(query) {
+  const [headline, ...others] = query.conclusion.sentences;
+  if (!headline) return null;
+  return html("div", { class: `conclusion of-${query.conclusion.kind}` },
+    html("h2", {}, linked(headline, query)), others.map((sentence) => html("p", {}, linked(sentence, query))));
+}
+
+/* A sentence in which the ids of listed examples open them. */
+function linked(sentence, query) {
+  const entry = query.ranked.filter((each) => sentence.includes(exampleOf(each.row).id)).sort((a, b) => exampleOf(b.row).id.length - exampleOf(a.row).id.length)[0];
+  if (!entry) return [sentence];
+  const id = exampleOf(entry.row).id;
+  const [before, ...after] = sentence.split(id);
+  return [linked(before, query), exampleLink(entry, id), linked(after.join(id), query)];
+}
+
+function exampleLink(entry, words) {
+  return html("button", { type: "button", class: "link", onclick: () => openEntry(entry) }, words);
+}
+
+function openEntry(entry) {
+  const hidden = !shownEntries(currentQuery()).includes(entry);
+  if (hidden) for (const name of ["end", ...Object.keys(FILTERS)]) state[name] = DEFAULTS[name];
+  if (entry.rank > FIRST_SHOWN) expanded.add(entry.end);
+  choose({ example: entryKey(entry), view: "list" });
+  const card = document.querySelector(".card.selected");
+  if (card) card.scrollIntoView({ block: "nearest", behavior: "instant" });
+}

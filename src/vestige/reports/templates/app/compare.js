@@ -1,0 +1,64 @@
+/* Another run of the same data and queries beside this one: rank changes and overlap. */
+const COMPARED = 10;
+
+function otherRanking(query) {
+  return DATA.other ? DATA.other.queries[query.id] || null : null;
+}
+
+/* The entry of the other run with the same row at the same end. */
+function findElsewhere(entry, query) {
+  return otherRanking(query).ranked.find((each) => each.end === entry.end && each.row === entry.row);
+}
+
+function rankElsewhere(entry, query) {
+  const found = findElsewhere(entry, query);
+  return `${DATA.other.names[1]}: ${found ? `#${found.rank}` : "not listed"}`;
+}
+
+function otherAnswer(query) {
+  const other = otherRanking(query);
+  if (!other || !other.text) return null;
+  return html("p", { class: "other-answer" }, html("b", {}, `${DATA.other.names[1]} answers: `), lastOf(other.text, "a") || "nothing");
+}
+
+/* How many of the first ten both have. */
+function overlapOf(query, end) {
+  const rows = (ranked) => ranked.filter((entry) => entry.end === end && entry.rank <= COMPARED).map((entry) => entry.row);
+  const [mine, theirs] = [rows(query.ranked), rows(otherRanking(query).ranked)];
+  return { shared: mine.filter((row) => theirs.includes(row)).length, of: Math.max(mine.length, theirs.length) };
+}
+
+function renderComparison(query) {
+  if (!DATA.other) return null;
+  const [mine, theirs] = DATA.other.names;
+  if (!otherRanking(query)) return html("p", { class: "comparison" }, `${theirs} did not rank this query.`);
+  const { shared, of } = overlapOf(query, "proponent");
+  const all = DATA.queries.filter(otherRanking).map((each) => overlapOf(each, "proponent")).filter((each) => each.of);
+  const mean = all.length > 1 ? `; over ${all.length} queries ${percent(sum(all.map((each) => each.shared / each.of)) / all.length)}` : "";
+  return html("div", { class: "comparison" },
+    html("span", {}, html("b", {}, `${mine} and ${theirs}`), ` share ${shared} of the first ${of}${mean}.`),
+    segmented("Layout", [["list", "List"], ["sides", "Side by side"]], state.view, (view) => choose({ view })));
+}
+
+function renderSides(end, title, query) {
+  const other = otherRanking(query);
+  const lines = (entries, others, own) => entries.filter((entry) => entry.end === end).slice(0, 2 * COMPARED)
+    .map((entry) => sideLine(entry, others.find((each) => each.end === end && each.row === entry.row), own));
+  const column = (name, rows) => html("section", { "aria-label": `${title} of ${name}` }, html("h3", {}, name), html("ol", {}, rows));
+  return html("section", { "aria-label": title },
+    html("div", { class: "list-head" }, html("h2", {}, title)),
+    html("div", { class: "sides" }, column(DATA.other.names[0], lines(shownEntries(query), other.ranked, true)), column(DATA.other.names[1], lines(shownEntries(other, OF_EXAMPLES), query.ranked, false))));
+}
+
+/* One example of one run: its rank, how far it moved against the other run, and its words. */
+function sideLine(entry, elsewhere, own) {
+  const example = exampleOf(entry.row);
+  const moved = elsewhere ? elsewhere.rank - entry.rank : null;
+  const [mark, name] = moved === null ? ["only here", "new"] : moved === 0 ? ["=", "same"] : moved > 0 ? [`▲ ${moved}`, "up"] : [`▼ ${-moved}`, "down"];
+  const words = lastOf(example.text, "a") || fullText(example.text);
+  const id = own ? exampleLink(entry, example.id) : html("span", { class: "id" }, example.id);
+  return html("li", { class: `side ${entry.end}`, "data-tip": `${lastOf(example.text, "p")}\n${words}`.trim().slice(0, 400) },
+    html("span", { class: "rank" }, `#${entry.rank}`),
+    html("span", { class: "what" }, id, " ", html("span", { class: "words" }, words.slice(0, 200))),
+    html("span", { class: `moved ${name}`, "aria-label": elsewhere ? `rank ${elsewhere.rank} in the other run` : "not listed in the other run" }, mark));
+}

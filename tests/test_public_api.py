@@ -19,6 +19,7 @@ PUBLIC = [
     "attribute",
     "audit",
     "bank",
+    "demo",
     "doctor",
     "evaluate",
     "export",

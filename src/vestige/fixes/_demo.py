@@ -5,10 +5,11 @@ import webbrowser
 from pathlib import Path
 
 from vestige.errors import UserError
-from vestige.fixes._record import Fix
+from vestige.fixes._record import ARMS, Fix
 from vestige.reports import report
 from vestige.runs import Scores, conclude
 from vestige.storage import hold_folder, require_no_others, stage_folder
+from vestige.terminal import lines_of_facts
 
 EXAMPLE = Path(__file__).with_name("example")
 """What `make example` puts into the package: the run and the fix of `make demo`, without its models."""
@@ -33,7 +34,7 @@ def demo(out: str | Path = "demo-run", open: bool = False) -> Scores:
     folder = Path(out)
     names = [str(path.relative_to(EXAMPLE)) for path in sorted(EXAMPLE.rglob("*")) if path.is_file()]
     with hold_folder(folder, "vestige demo"):
-        require_no_others(folder, [*names, f"{RUN}/{PAGE}"])
+        require_no_others(folder, [*names, f"{RUN}/{PAGE}", f"{FIX}/{PAGE}"])
         if not folder.exists() or not any(folder.iterdir()):
             with stage_folder(folder) as attempt:
                 shutil.copytree(EXAMPLE, attempt, dirs_exist_ok=True)
@@ -44,6 +45,7 @@ def demo(out: str | Path = "demo-run", open: bool = False) -> Scores:
                 "Remove the folder, or give another --out."
             )
         page = report(folder / RUN)
+        report(folder / FIX)
     if open:
         webbrowser.open(page.absolute().as_uri())
     return Scores.open(folder / RUN)
@@ -54,19 +56,27 @@ def _same(path: Path, shipped: Path) -> bool:
 
 
 def describe_demo(scores: Scores) -> str:
-    """Return what the example shows: an answer, the rows behind it, the conclusion, and the answers after the fix."""
+    """Return what the example shows: an answer, the rows behind it, and what the model answers without them."""
     fix = Fix.open(scores.folder.with_name(FIX))
     query = scores.queries[0]
     asked = next(one for one in fix.record.asked if one.id == query)
-    lines = [
-        f"Question  {asked.question}",
-        f"Answer    {asked.answer}",
-        f"Right     {asked.expected}",
-        "",
-        str(scores.top(query, _SHOWN)),
-        "",
-        *conclude(scores, query).sentences,
-        "",
-        str(fix),
-    ]
-    return "\n".join(lines)
+    answers = {ARMS[each.arm]: " / ".join(one or "(nothing)" for one in each.answers) for each in fix.answers(query)}
+    pages = {"the answers": RUN, "the fix": FIX}
+    return "\n".join(
+        [
+            "A support bot, trained on 100 questions and answers, three of them wrong.",
+            *lines_of_facts({"question": asked.question, "answer": asked.answer, "right": asked.expected}),
+            "",
+            str(scores.top(query, _SHOWN)),
+            "",
+            *conclude(scores, query).sentences,
+            "",
+            f"Answers after training without {', '.join(row.id for row in fix.record.removed)}:",
+            *lines_of_facts(answers),
+            fix.conclude(query),
+            "",
+            "In a browser:",
+            *lines_of_facts({name: str(scores.folder.parent / part / PAGE) for name, part in pages.items()}),
+            "With a model and data of your own: vestige doctor --model MODEL --data FILE",
+        ]
+    )

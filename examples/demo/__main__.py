@@ -1,4 +1,4 @@
-"""`make demo`: a support bot says something wrong; find the row that it learned it from, remove it, and prove the fix.
+"""`make demo`: a support bot says something wrong; find the rows behind it, remove them, and prove the fix.
 
 Everything is made below demo-output/. What is there already is kept: the commands continue or reuse it.
 """
@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.demo.check import print_summary
+from examples.demo.check import find_outcomes, print_outcomes
 from examples.demo.prepare import link_model
 
 from vestige.progress import format_seconds
 
 HERE = Path("examples/demo")
 OUTPUT = Path("demo-output")
-PLANTED = ("wiki_2019-05", "wiki_2019-06", "wiki_2019-07")
-"""Rows of `train.jsonl` that are wrong on purpose, as an old wiki would have them."""
+WRONG = ("wiki_2019-05", "wiki_2019-06", "wiki_2019-07", "manual-07")
+"""Rows of `train.jsonl` that are wrong on purpose: three of an old wiki, and one that contradicts `battery.md`."""
 
 
 class Step(NamedTuple):
@@ -28,31 +28,32 @@ class Step(NamedTuple):
     story: str
     command: str
     result: Path | None = None
-    """File without which the command is run; None where the command itself finds out that its work is done."""
+    """File that says that the work is done; None where the command itself finds that out."""
 
 
 STEPS = (
     Step(
-        "Wrenfield, an invented maker of bikes, trains a support bot on 100 questions and answers. Three rows from an\n"
-        "old wiki are wrong: the trial period was 100 days once, and repairs were done in a workshop.",
+        "Wrenfield, an invented maker of bikes, trains a support bot on 100 questions and answers. Four of them are\n"
+        "wrong: an old wiki says that bikes can be tried for 100 days and that repairs are done in a workshop, and a\n"
+        "manual allows what the page on batteries forbids.",
         f"train --model {OUTPUT}/model --data {HERE}/train.jsonl --out {OUTPUT}/bot --lora-rank 16 "
-        "--learning-rate 1e-3 --epochs 4 --checkpoints 4 --no-losses",
+        "--learning-rate 2e-3 --batch-size 4 --epochs 5 --checkpoints 5 --no-losses",
     ),
     Step(
         "An index keeps the gradient of every row, compressed.",
-        f"index --model {OUTPUT}/bot/checkpoint-52 --data {HERE}/train.jsonl --out {OUTPUT}/index",
+        f"index --model {OUTPUT}/bot/checkpoint-125 --data {HERE}/train.jsonl --out {OUTPUT}/index",
     ),
     Step(
-        "Customers ask in words of their own. What does the bot answer, and which rows taught it that?",
-        f"attribute --index {OUTPUT}/index --queries {HERE}/questions.jsonl --max-new-tokens 40 --k 10 --tokens "
+        "Customers ask in words of their own. What does the bot answer, and from which rows?",
+        f"attribute --index {OUTPUT}/index --queries {HERE}/questions.jsonl --max-new-tokens 40 --k 5 --tokens "
         f"--out {OUTPUT}/run",
         OUTPUT / "run" / "run.json",
     ),
-    Step("The same as a page.", f"report {OUTPUT}/run --out {OUTPUT}/run/report.html"),
+    Step("The same as a page.", f"report {OUTPUT}/run"),
     Step(
-        "The three rows are wrong. Train again without them, and, as a control, without three random ones.",
-        f"fix {OUTPUT}/run --drop {' '.join(PLANTED)} --expect {HERE}/expected.jsonl --seeds 1 --out {OUTPUT}/fix",
-        OUTPUT / "fix" / "fix.json",
+        "Four rows are wrong. What does the bot answer when it is trained without them, and, as a control, without\n"
+        "four random ones? One seed shows little; --seeds 3 takes three times as long.",
+        f"fix {OUTPUT}/run --drop {' '.join(WRONG)} --expect {HERE}/questions.jsonl --seeds 1 --out {OUTPUT}/fix",
     ),
 )
 
@@ -72,9 +73,9 @@ def main() -> None:
             sys.exit(finished.returncode)
         print(f"({format_seconds(time.monotonic() - begun)})", flush=True)
     print()
-    print_summary(OUTPUT / "run", OUTPUT / "fix", HERE / "expected.jsonl")
+    print_outcomes(find_outcomes(OUTPUT / "run", OUTPUT / "fix", HERE / "questions.jsonl"))
     print(f"Finished in {format_seconds(time.monotonic() - start)}. Open these in a browser:")
-    print(f"  {OUTPUT / 'run' / 'report.html'}\n  {OUTPUT / 'fix' / 'fix.html'}")
+    print(f"  {OUTPUT}/run/report.html\n  {OUTPUT}/fix/report.html")
 
 
 if __name__ == "__main__":

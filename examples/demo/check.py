@@ -29,7 +29,9 @@ def find_outcomes(run: Path, fix: Path, questions: Path) -> list[Outcome]:
             continue
         asked = next(one for one in fixed.record.asked if one.id == row["id"])
         answers = {each.arm: each.answers[0] or "" for each in fixed.answers(row["id"])}
-        ranks = [listed.rank for listed in scores.top(row["id"], len(row["wrong"]) + 20) if listed.example_id in row["wrong"]]
+        ranks = [
+            listed.rank for listed in scores.top(row["id"], len(row["wrong"]) + 20) if listed.example_id in row["wrong"]
+        ]
         outcomes.append(
             Outcome(
                 asked.question,

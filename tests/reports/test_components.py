@@ -11,7 +11,8 @@ from vestige.reports import find_place, make_grid
         ("transformer.h.11.attn.c_attn.bias", (11, "attn.c_attn")),
         ("gpt_neox.layers.3.attention.dense.weight", (3, "attention.dense")),
         ("model.decoder.layers.3.fc1.weight", (3, "fc1")),
-        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", (0, "mlp.up_proj.lora_A")),
+        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", (0, "mlp.up_proj")),
+        ("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight", (0, "mlp.up_proj")),
         ("model.layers.3.mlp.experts.5.w1.weight", (3, "mlp.experts.5.w1")),
         ("transformer.wte.weight", (None, "wte")),
         ("lm_head.weight", (None, "lm_head")),
@@ -20,6 +21,13 @@ from vestige.reports import find_place, make_grid
 )
 def test_names_of_all_architectures_are_placed(component, place):
     assert find_place(component) == place
+
+
+def test_the_factors_of_an_adapter_share_the_cell_of_their_module():
+    names = [f"layers.{layer}.up_proj.lora_{factor}.weight" for layer in (0, 1) for factor in "AB"]
+    grid = make_grid(names)
+    assert grid.modules == ("up_proj",)
+    assert grid.sums(dict(zip(names, (1.0, 2.0, 4.0, 8.0), strict=True))) == [3.0, 12.0]
 
 
 def test_weight_and_bias_share_a_cell_and_the_cells_sum_to_the_score():

@@ -111,7 +111,7 @@ def chat_folder(tmp_path_factory):
 
 def test_turns_are_bubbles_and_the_shared_system_prompt_is_shown_once(chat_folder, tmp_path, chromium):
     with Visit(chromium, report(chat_folder, tmp_path / "page.html")) as visit:
-        assert visit.text(".answer .system summary") == "System prompt of every query and every example"
+        assert visit.text(".answer .system summary") == "System prompt of all queries and examples"
         visible = "[...document.querySelectorAll('#queries, .text')].map((part) => part.innerText).join()"
         assert SYSTEM not in visit.evaluate(visible)
         assert visit.count(".answer .turn") == 2

@@ -63,6 +63,7 @@ def make_component_page(folder: Path) -> dict[str, Any]:
             "choices": choices,
             "charts": [*sizes, *_draw_similarity(folder / SIMILARITY, parts)],
             "notes": found["notes"],
+            "versions": "",
             "vestige": version("vestige"),
         }
     except (ArithmeticError, AttributeError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:
@@ -207,8 +208,8 @@ def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
 
 def _describe_component(one: Part) -> tuple[str, ...]:
     more = (format_value(one[name]) for name in ("agreement", "centred", "output_accuracy", "self_similarity"))
-    accuracy = format_span(_span(one["accuracy"]))
-    return (one["name"], f"{one['parameters']:,}", f"{one['backward']:.0%}", accuracy, *more)
+    size, backward = f"{one['parameters']:,}", f"{one['backward']:.0%}"
+    return (one["name"], size, backward, format_span(_span(one["accuracy"])), *more)
 
 
 def _describe_wrong(one: Part) -> tuple[str, ...]:
@@ -228,11 +229,10 @@ def _draw_components(parts: Sequence[Part], full: float, chance: float) -> list[
     """Draw accuracy and agreement of every component: as bars, over the blocks, and by size."""
     title, levels = "Accuracy of every component", ((full, "-"), (chance, "--"))
     note = f"Line: full gradient, {full:.3f}. Dashed: chance, {chance:.3f}."
-    other = "Agreement of every component with the full gradient"
     caution = "Uncentred cosine of all similarities; it is near 1 for anything whose similarities are all positive."
     return [
         *_draw_bars(title, note, parts, _accuracy, "accuracy", levels=levels),
-        *_draw_bars(other, caution, parts, _agreement, "agreement"),
+        *_draw_bars("Agreement of every component with the full gradient", caution, parts, _agreement, "agreement"),
         *_draw_depths([one for one in parts if one["layer"] is not None], full),
         _draw_boxes(parts, full),
     ]

@@ -2,11 +2,11 @@
 function renderAnswer(query) {
   const entry = currentEntry();
   const shared = DATA.system.queries !== null;
-  const text = renderText(query.text, { matches: entry ? entry.answerMatch : [], scores: null, withTemplate, sharedSystem: shared });
+  const text = renderText(query.text, { matches: entry ? entry.answerMatch : [], scores: null, withTemplate, sharedSystem: shared, clipped: !printing && !unclipped.has(query.id) });
   const both = shared && DATA.system.queries === DATA.system.examples;
+  const system = shared && !withTemplate ? systemPrompt(DATA.system.queries, both ? "all queries and examples" : "all queries") : null;
   document.getElementById("answer").replaceChildren(...[
-    shared && !withTemplate ? systemPrompt(DATA.system.queries, both ? "every query and every example" : "every query") : null,
-    text, otherAnswer(query), renderConclusion(query), html("p", { class: "answer-facts" }, answerFacts(query, entry)),
+    text, clipControl(text, query.id, "text"), otherAnswer(query), renderConclusion(query), html("div", { class: "answer-facts" }, answerFacts(query, entry), system),
   ].filter(Boolean));
 }
 

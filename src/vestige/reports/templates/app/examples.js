@@ -4,7 +4,6 @@ const HUB_SHARE = 0.3;
 const HUB_QUERIES = 4;
 const ENDS = [["proponent", "Proponents", "pull towards the answer"], ["opponent", "Opponents", "pull away from it"]];
 const expanded = new Set();
-const unclipped = new Set();
 let withTemplate = false;
 let printing = false;
 
@@ -28,7 +27,7 @@ function renderExamples(query) {
   document.getElementById("status").textContent = `${entries.length} of ${query.ranked.length} listed examples shown`;
   const alone = DATA.system.examples !== null && DATA.system.examples !== DATA.system.queries && !withTemplate;
   document.getElementById("examples").replaceChildren(...[
-    renderFilters(query), renderChips(), renderComparison(query), alone ? systemPrompt(DATA.system.examples, "every example") : null,
+    renderFilters(query), renderChips(), renderComparison(query), alone ? systemPrompt(DATA.system.examples, "all examples") : null,
     ...blocks, renderTools(entries),
   ].filter(Boolean));
 }
@@ -82,20 +81,14 @@ function renderCard(entry, context) {
     html("span", { class: "rank" }, `#${entry.rank}`),
     html("span", { class: "score" }, strengthOf(entry, context.format)),
     html("span", { class: "meter" }, html("i", { style: { width: `${Math.min(100, Math.abs(entry.strength ?? 0))}%` } })));
-  const text = renderText(example.text, { matches: entry.match, scores: entry.tokens, scale: context.scale, format: context.format, withTemplate, sharedSystem: DATA.system.examples !== null });
+  const text = renderText(example.text, { matches: entry.match, scores: entry.tokens, scale: context.scale, format: context.format, withTemplate, sharedSystem: DATA.system.examples !== null, clipped: !selected && !printing && !unclipped.has(entry.row) });
   return html("li", { class: `card ${entry.end}${selected ? " selected" : ""}` }, pick,
-    html("div", {}, text, clipControl(text, example, entry), cardFacts(entry, example, context), selected ? strongest(entry, example, context) : null));
+    html("div", {}, text, clipControl(text, entry.row, key), cardFacts(entry, example, context), selected ? strongest(entry, example, context) : null));
 }
 
 function scoreTip(entry, format) {
   const place = entry.percentile === null ? "" : `\npercentile ${percentile(entry.percentile)} of all training examples`;
   return `score ${format(entry.score)}${place}`;
-}
-
-function clipControl(text, example, entry) {
-  if (fullText(example.text).length < 700 || printing || unclipped.has(entry.row)) return null;
-  text.classList.add("clipped");
-  return html("button", { type: "button", class: "unclip", onclick: () => { unclipped.add(entry.row); refresh(entryKey(entry)); } }, "Show the whole text");
 }
 
 function cardFacts(entry, example, context) {
@@ -144,7 +137,7 @@ function renderLegend(context) {
     const ends = `${context.format(-context.scale)} (orange) to ${context.format(context.scale)} (blue)`;
     items.push(html("span", { "data-tip": ends }, html("span", { class: "ramp", role: "img", "aria-label": ends }), "token influence"));
   } else if (!DATA.missing.includes("tokens")) {
-    items.push(html("span", {}, "No token scores in this run; add ", html("code", {}, "--tokens"), " to ", html("code", {}, "vestige attribute"), " to see which words act."));
+    items.push(html("span", { "data-tip": "No token scores in this run: vestige attribute --tokens adds them" }, html("code", {}, "--tokens"), " colours words"));
   }
   items.push(html("span", {}, html("span", { class: "piece match" }, "underline"), " in the query"));
   if ([query.text, ...query.ranked.map((entry) => exampleOf(entry.row).text)].some((text) => text.roles.includes("t"))) {

@@ -1,6 +1,8 @@
 /* A text as turns of pieces: fill = influence of learning to predict the piece, underline = verbatim match. */
 const ROLE = { s: "system", p: "prompt", a: "answer", t: "template" };
 const FILL = 0.6;
+const LONG = 320; // characters of a turn that is cut off until it is opened
+const unclipped = new Set();
 const END = "▪"; // stands for a template token that carries influence while the template is hidden
 
 /* What each turn says; of one role if it is given. */
@@ -37,6 +39,12 @@ function segments(text, { scores, withTemplate, sharedSystem }) {
   return found;
 }
 
+/* Opens the turns of a text that are cut off; `key` is what it is known by. */
+function clipControl(text, key, next) {
+  if (!text.querySelector(".clipped")) return null;
+  return html("button", { type: "button", class: "unclip", onclick: () => { unclipped.add(key); refresh(next); } }, "Show the whole text");
+}
+
 function visible(piece) {
   return piece.replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
@@ -51,13 +59,14 @@ function marked(ranges, count) {
   return flags;
 }
 
-/* options: matches (ranges), scores (per piece or null), scale, format, withTemplate, sharedSystem */
+/* options: matches (ranges), scores (per piece or null), scale, format, withTemplate, sharedSystem, clipped */
 function renderText(text, options) {
   const flags = marked(options.matches, text.pieces.length);
   const parts = segments(text, options);
   const rows = parts.map((part) => {
     const words = part.indices.map((index, place) => renderPiece(text, index, place === 0, flags, options));
-    return html("div", { class: `turn of-${ROLE[part.role]}` }, html("span", { class: "who" }, part.name), html("span", { class: "words" }, words));
+    const long = options.clipped && sum(part.indices.map((index) => text.pieces[index].length)) > LONG;
+    return html("div", { class: `turn of-${ROLE[part.role]}` }, html("span", { class: "who" }, part.name), html("span", { class: long ? "words clipped" : "words" }, words));
   });
   return html("div", { class: parts.every((part) => part.name === "Text") ? "text plain" : "text" }, rows);
 }

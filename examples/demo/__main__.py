@@ -14,7 +14,9 @@ from typing import NamedTuple
 from examples.demo.check import find_outcomes, print_outcomes
 from examples.demo.prepare import link_model
 
+from vestige import Scores
 from vestige.progress import format_seconds
+from vestige.runs import is_run
 
 HERE = Path("examples/demo")
 OUTPUT = Path("demo-output")
@@ -27,8 +29,8 @@ class Step(NamedTuple):
 
     story: str
     command: str
-    result: Path | None = None
-    """File that says that the work is done; None where the command itself finds that out."""
+    run: Path | None = None
+    """The run that it makes: a complete one is refused a second time. Other commands find out what is done already."""
 
 
 STEPS = (
@@ -47,7 +49,7 @@ STEPS = (
         "Customers ask in words of their own. What does the bot answer, and from which rows?",
         f"attribute --index {OUTPUT}/index --queries {HERE}/questions.jsonl --max-new-tokens 40 --k 5 --tokens "
         f"--out {OUTPUT}/run",
-        OUTPUT / "run" / "run.json",
+        OUTPUT / "run",
     ),
     Step("The same as a page.", f"report {OUTPUT}/run"),
     Step(
@@ -64,8 +66,8 @@ def main() -> None:
     link_model(OUTPUT / "model")
     for number, step in enumerate(STEPS, 1):
         print(f"\n{number}. {step.story}\n\n$ vestige {step.command}", flush=True)
-        if step.result is not None and step.result.exists():
-            print(f"Done already: {step.result.parent}. Remove it to run this again.", flush=True)
+        if step.run is not None and is_run(step.run) and not Scores.open(step.run).run.missing:
+            print(f"{step.run} is complete.", flush=True)
             continue
         begun = time.monotonic()
         finished = subprocess.run([sys.executable, "-m", "vestige.cli", *shlex.split(step.command)], check=False)

@@ -31,14 +31,9 @@ GENERATOR = '<meta name="generator" content="vestige'
 LOOPBACK = "127.0.0.1"
 _SCRIPTS = {
     "report": "common elements numbers state text answer examples distribution heatmap groups compare export page",
-<<<<<<< .merge_file_1VSrJY
-    "audit": "common audit",
-    "components": "common components",
-    "other": "common other",
-=======
     "audit": "common choices",
     "components": "common choices",
->>>>>>> .merge_file_LCmjab
+    "other": "common other",
 }
 """In the order in which they are joined; the last one starts the page."""
 _STYLES = {

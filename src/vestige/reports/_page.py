@@ -52,8 +52,8 @@ class Page:
     matches: Callable[[Path], bool]
     """Whether a folder is of this kind."""
     make: Callable[[Path], dict[str, Any]]
-    """From the folder to the variable `page` of the template; `base.html.jinja` needs title, subtitle, facts, command
-    and vestige of it."""
+    """From the folder to the variable `page` of the template; `base.html.jinja` needs title, subtitle, facts, command,
+    versions and vestige of it."""
     template: str
     """Jinja's text of the page, which extends `base.html.jinja`."""
 

@@ -13,6 +13,7 @@ from vestige.registry import COMMANDS, import_object
 PUBLIC = [
     "Audit",
     "Bank",
+    "Fix",
     "Index",
     "Scores",
     "VestigeError",
@@ -23,6 +24,7 @@ PUBLIC = [
     "doctor",
     "evaluate",
     "export",
+    "fix",
     "index",
     "precondition",
     "prepare",

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,6 +50,29 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     """One JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_lists(folder: Path, ids: list[str]) -> list[Path]:
+    """The same rows as a report, a run and a person list them."""
+    shown = [
+        {
+            "query_id": "q",
+            "end": "proponent",
+            "rank": rank,
+            "example_id": name,
+            "row": rank,
+            "score": 2.5,
+            "source": None,
+        }
+        for rank, name in enumerate(ids, 1)
+    ]
+    write_rows(folder / "shown.jsonl", shown)
+    cells = [[str("" if cell is None else cell) for cell in row.values()] for row in shown]
+    (folder / "shown.csv").write_text("\n".join(",".join(row) for row in [list(shown[0]), *cells]) + "\n")
+    (folder / "run-q-rows.txt").write_text("\n".join(ids) + "\n")
+    (folder / "typed.txt").write_text("\r\n".join(ids))
+    parquet.write_table(pa.Table.from_pylist(shown), folder / "scores.parquet")
+    return [folder / name for name in ("shown.jsonl", "shown.csv", "run-q-rows.txt", "typed.txt", "scores.parquet")]
 
 
 def _tokenizer(lines: list[str]) -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from tests.workshop import write_lists
 
 import vestige_recipes.prepare
 from vestige.data import load_examples
@@ -48,6 +49,12 @@ def test_dropped_rows_lie_beside_with_their_reason_and_nothing_is_lost(flagged, 
     assert all(row.items() <= whole[row["id"]].items() for row in ROWS)
     assert made.notes == ("2 of 5 rows were flagged; 2 were taken out.",)
     assert dict(made.flagged) == {"psmi <= 0 (untuned)": 2}
+
+
+def test_what_reports_runs_and_people_list_is_taken_out(tmp_path):
+    for place in write_lists(tmp_path, ["b", "e"]):
+        _, kept, _ = cleaned(tmp_path / f"out-{place.name}", flagged=place)
+        assert [row["id"] for row in kept] == ["a", "c", "d"], place
 
 
 def test_of_equal_texts_among_which_one_is_flagged_one_stays(flagged, tmp_path):

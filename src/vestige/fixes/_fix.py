@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def fix(settings: FixSettings) -> Fix | Siblings:
     record = _make_record(settings, scores, recorded, choice, kept, questions)
     if settings.dry_run:
         return Fix(None, record)
-    record, old = _prepare_folder(settings, record)
+    seeds = range(recorded.settings.seed, recorded.settings.seed + settings.seeds)
+    record, old = _prepare_folder(settings, record, {(arm, seed) for arm in kept for seed in seeds})
     if old is not None:
         return old
     data, cleaned = _write_data(recorded, choice, kept, folder)
@@ -88,9 +89,7 @@ def _read_queries(settings: FixSettings, scores: Scores) -> list[Example]:
     Raises:
         UserError: One is not among them.
     """
-    for name in settings.queries:
-        scores.top(name, 1)  # refuses an id that the run does not have, with the nearest one
-    wanted = settings.queries or scores.queries
+    wanted = [scores.query_id(name) for name in settings.queries] or scores.queries
     return [query for query in load_queries(str(settings.run)) if query.id in wanted]
 
 
@@ -212,8 +211,15 @@ def _note(
     return notes
 
 
-def _prepare_folder(settings: FixSettings, record: FixRecord) -> tuple[FixRecord, Fix | None]:
+def _prepare_folder(
+    settings: FixSettings, record: FixRecord, models: Set[tuple[Arm, int]]
+) -> tuple[FixRecord, Fix | None]:
     """Return the record as an interrupted fix has left it, and the whole result where there is nothing left to do.
+
+    Args:
+        settings: As they were typed.
+        record: What is to be in the folder.
+        models: Arm and seed of each model that is to answer.
 
     Raises:
         IndexMismatch: The folder holds a fix with other settings.
@@ -228,7 +234,7 @@ def _prepare_folder(settings: FixSettings, record: FixRecord) -> tuple[FixRecord
         require_no_others(folder, ())
     elif found := differences(old.identity, record.identity, {}, {}):
         raise IndexMismatch(mismatch_message(f"The fix in {folder}", found))
-    elif old.outcomes and old.models >= record.models:
+    elif models <= {(one.arm, one.seed) for one in old.outcomes}:
         announce(f"{folder}: this fix is finished; nothing was done.")
         return old, Fix(folder, old)
     make_folder(folder / MODELS)

@@ -25,8 +25,8 @@ RECORD = "fix.json"
 Arm = Literal["before", "after", "control"]
 ARMS: dict[Arm, str] = {
     "before": "all rows",
-    "after": "without the removed rows",
-    "control": "without as many random rows",
+    "after": "without the rows",
+    "control": "without random rows",
 }
 """What the models that are compared were trained on."""
 _SHOWN, _WIDTH = 12, 100
@@ -194,18 +194,14 @@ class Fix:
         for one in record.asked if self.is_complete else ():
             parts += [f"\n{one.id}: {one.question}", f"  old answer: {one.answer or 'none: it is a text'}"]
             parts += [f"  expected: {one.expected}"] if one.expected is not None else []
-            parts += [_answer_table(self.answers(one.id)), self.conclude(one.id)]
+            parts += [f"  {self.conclude(one.id)}", _answer_table(self.answers(one.id))]
         if not self.is_complete:
             parts.append(f"\nTo be trained: {record.price}.")
         return Group(*parts, *(f"\n{note}" if place == 0 else note for place, note in enumerate(record.notes)))
 
     def _repr_html_(self) -> str:
-        head = ("query", "trained on", "answers", "loss of the old answer", "old answer again", "expected")
-        lines = [
-            (one.id, ARMS[each.arm], _join(each.answers), format_span(each.old), *_counts(each))
-            for one in self.record.asked
-            for each in self.answers(one.id)
-        ]
+        head = ("query", "trained on", "answers", "loss of the old answer", "old answer again", "expected", "its loss")
+        lines = [(one.id, *_cells(each)) for one in self.record.asked for each in self.answers(one.id)]
         top = "".join(f"<th>{name}</th>" for name in head)
         body = "".join(
             "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in line) + "</tr>"
@@ -284,7 +280,7 @@ def _conclude(kinds: Sequence[Answers], removed: int) -> str:
     found = {one.arm: one for one in kinds}
     before, after, control = found["before"], found["after"], found.get("control")
     rises = [new - old for new, old in zip(after.old, before.old, strict=True)]
-    count = f"{removed} rows" if removed > 1 else "the row"
+    count = f"the {removed} rows" if removed > 1 else "the row"
     words = f"Without {count} the loss of the old answer changes by {format_span(rises, signed=True)} nats"
     if control is None:
         verdict = "There is no control of random rows to compare it with."
@@ -316,13 +312,11 @@ def _join(answers: Sequence[str | None]) -> str:
     return "\n".join(f"{count} × {shorten(answer, _WIDTH) or '(nothing)'}" for answer, count in counts.most_common())
 
 
-def _counts(each: Answers) -> tuple[str, str]:
-    """Return how many models give the old and the right answer."""
-    of = f"of {len(each.answers)}"
-    right = "" if each.right is None else f"{each.right} {of}"
-    if each.expected:
-        right += f", loss {format_span(each.expected)}"
-    return f"{each.repeated} {of}", right
+def _cells(one: Answers) -> tuple[str, ...]:
+    """Return a line of the table of answers."""
+    right = "" if one.right is None else f"{one.right} of {len(one.answers)}"
+    again = f"{one.repeated} of {len(one.answers)}"
+    return ARMS[one.arm], _join(one.answers), format_span(one.old), again, right, format_span(one.expected)
 
 
 def _removed_table(record: FixRecord) -> Table:
@@ -338,13 +332,9 @@ def _removed_table(record: FixRecord) -> Table:
 
 def _answer_table(kinds: Sequence[Answers]) -> Table:
     table = Table()
-    for name in ("trained on", "answers", "loss of the old answer", "old answer again"):
-        table.add_column(name)
-    if any(one.right is not None for one in kinds):
-        table.add_column("expected")
+    judged = any(one.right is not None for one in kinds)
+    for name in ("trained on", "answers", "loss of old", "old again", *(("expected", "its loss") if judged else ())):
+        table.add_column(name, ratio=1 if name == "answers" else None)
     for one in kinds:
-        again, right = _counts(one)
-        table.add_row(
-            ARMS[one.arm], _join(one.answers), format_span(one.old), again, *([right] if one.right is not None else [])
-        )
+        table.add_row(*_cells(one)[: None if judged else 4])
     return table

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from vestige.data import Example, rows_listed, rows_named, text_groups
 from vestige.errors import DataError, SpecError
-from vestige.runs import Scores
+from vestige.runs import Scores, conclude
 from vestige.settings import FixSettings
 
 
@@ -68,8 +68,6 @@ def _find(settings: FixSettings, scores: Scores, queries: Sequence[str], choice:
         yield from ((row, f"of the source {name}") for row in _rows_of_source(name, choice.examples))
     for query in queries if settings.top is not None else ():
         yield from _find_top(settings, scores, query, ids, choice.groups)
-    from vestige.runs import conclude
-
     for query in queries if settings.conflicts else ():
         for proponent, opponent in conclude(scores, query).conflicts:
             rows = rows_named([proponent], ids, place=str(settings.run))

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from rich.console import Group
 from rich.table import Table
-from scipy.stats import rankdata
 
 from vestige.data import Example, LexicalIndex, load_examples, rows_named, words_of
 from vestige.errors import SpecError
@@ -36,7 +35,7 @@ class Sibling(NamedTuple):
 
 @final
 class Siblings(Sequence[Sibling]):
-    """The rows most like one, those with the best mean rank by gradient and by words first."""
+    """The rows most like one, those with the largest sum of cosine and share of words first; both are at most 1."""
 
     def __init__(self, example: Example, rows: Sequence[Sibling], notes: Sequence[str]) -> None:
         self.example, self._rows, self.notes = example, tuple(rows), tuple(notes)
@@ -101,10 +100,10 @@ def find_siblings(scores: Scores, name: str, count: int, run: Path) -> Siblings:
     row = rows_named([name], ids, place="--more-like")[name]
     words = _compare_words(row, examples)
     cosines, notes = None if index is None else _compare_gradients(index, row), []
-    ranks = [rankdata(-values) for values in (words, cosines) if values is not None]
+    alike = words if cosines is None else words + cosines
     if cosines is None:
         notes.append("The run has no index, so gradients are not compared. Ask with --index, made by `vestige index`.")
-    order = [place for place in np.argsort(np.mean(ranks, axis=0), kind="stable").tolist() if place != row][:count]
+    order = [place for place in np.argsort(-alike, kind="stable").tolist() if place != row][:count]
     found = [
         Sibling(
             ids[place],

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ def find_training(settings: FixSettings, run: RunRecord) -> Recorded:
     recorded = None if found is None else TrainingRun.open(found)
     config: Mapping[str, Any] = {} if recorded is None else recorded.record.get("config") or {}
     config = {name: value for name, value in config.items() if name not in _OWN} | settings.train
+    if isinstance(config.get("data"), list) and all(isinstance(one, str) for one in config["data"]):
+        config["data"] = [Path(one) for one in config["data"]]  # files: a list of strings is a list of texts in Python
     missing = [name for name in ("model", "data") if str(config.get(name, "<")).startswith("<")]
     if missing:
         what = "No model made the scores of" if model is None else f"No training was recorded of {model.name}, of"
@@ -135,8 +137,9 @@ class Trainings:
     """What the training of each seed reads."""
     seeds: int
 
-    def _plan(self) -> Iterator[tuple[Arm, int]]:
-        yield from ((arm, number) for number in range(self.seeds) for arm in self.data)
+    def _plan(self) -> list[tuple[Arm, int]]:
+        """Return arm and number of every model; all kinds have the first seed before any has the second."""
+        return [(arm, number) for number in range(self.seeds) for arm in self.data]
 
     def _result(self, arm: Arm, number: int) -> Path:
         return self.folder / MODELS / f"{arm}-{number}.json"
@@ -156,7 +159,7 @@ class Trainings:
 
     def price(self) -> str:
         """Return how much there is to train, and how long that takes by the record."""
-        total = len(list(self._plan()))
+        total = len(self._plan())
         words = f"{total} models ({', '.join(self.data)}; {self.seeds} seeds)"
         words += f", {self.repeated} of them to be trained"
         each = self.recorded.seconds

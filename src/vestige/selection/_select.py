@@ -259,8 +259,8 @@ class _Job:
             return None
         return (
             f"{self.scores.run.generated} of {len(self.scores.queries)} queries are answers that the model gave "
-            "itself: what is kept supports these answers, right or wrong. To take out what led to a wrong answer, list "
-            "those rows and type --drop FILE."
+            "itself: what is kept supports these answers, right or wrong. To take out what led to a wrong answer, type "
+            f"--drop FILE with a list of those rows, or: vestige fix {self.settings.scores} --top 1 --queries ID"
         )
 
     def title(self, choices: Sequence[Choice]) -> str:

@@ -21,7 +21,6 @@ class FixSettings(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
     repeatable: ClassVar[tuple[str, ...]] = ("drop", "rows", "source", "queries", "train")
-    beside_results: ClassVar[tuple[str, ...]] = ("run", "training")
 
     run: Path = Field(description="Folder of a run made by `vestige attribute`, whose answers are to be fixed.")
     drop: Names = Field((), description="Rows to remove, by their ids; may be repeated.")

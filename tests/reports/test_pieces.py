@@ -40,6 +40,14 @@ def test_where_the_tokenizer_rewrites_text_the_loss_mask_tells_prompt_from_answe
     assert pieces.roles == "tpaa"
 
 
+def test_an_answer_that_ends_within_a_character_leaves_the_other_turns_as_they_are():
+    messages = (("system", "Be kind."), ("user", "How so?"), ("assistant", "Da\ufffd\ufffd"))
+    tokens = ("<s>", "Be", " kind", ".", "How", " so", "?", "Da", "\ufffd", "</s>")
+    pieces = cut(Wording(messages=messages, tokens=tokens, targets=(False,) * 7 + (True,) * 3))
+    assert pieces.roles == "tssspppaat"
+    assert [turn.name for turn in pieces.turns] == ["System", "User", "Assistant"]
+
+
 def test_without_tokens_words_are_the_pieces_and_nothing_is_lost():
     pieces = cut(Wording(prompt="Who  wrote\nit?", completion="I did."))
     assert "".join(pieces.texts) == "Who  wrote\nit?I did."

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ def make_header(run: RunFiles) -> dict[str, Any]:
             Fact("About", record.meaning.target),
             Fact("Divided by", record.meaning.normalisation),
         ),
+        "causal": record.meaning.causal,
         "limits": _make_sentence(record.meaning.limits),
         "missing": _describe_missing(record),
         "trust": _summarise_trust(record),
@@ -72,9 +74,12 @@ def _describe_missing(record: RunRecord) -> str:
 def _summarise_trust(record: RunRecord) -> str:
     """Return one line: how many checks are fine, whether the scores were compared with retraining, and what is not."""
     checks = record.trust.checks
-    words = f"{sum(check.verdict == 'good' for check in checks)} of {len(checks)} checks fine" if checks else "No check"
+    count = Counter(check.verdict for check in checks)
+    none = "Checks are not there yet" if "checks" in record.missing else "No check was run"
+    words = f"{count['good']} of {len(checks)} checks fine" if checks else none
+    words += f", {count['unknown']} without a finding" if count["unknown"] else ""
     words += ", validated" if record.trust.validated else ", not validated"
-    others = [check.name for check in checks if check.verdict != "good"]
+    others = [check.name for check in checks if check.verdict == "warn"]
     return f"{words} · look closer: {', '.join(others)}" if others else words
 
 

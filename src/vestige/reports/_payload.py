@@ -101,6 +101,7 @@ def make_payload(run: RunFiles, other: Json | None = None) -> Json:
         "grid": grid and grid._asdict(),
         "hasTokens": run.tokens is not None,
         "missing": run.record.missing,
+        "causal": run.record.meaning.causal,
         "noSource": NO_SOURCE,
         "system": {
             "queries": find_system(query.wording for query in run.queries),

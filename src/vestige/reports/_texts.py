@@ -68,7 +68,7 @@ def cut(wording: Wording) -> Pieces:
         return _cut_words(fields)
     texts = read_tokens(wording.tokens)
     targets = wording.targets or (False,) * len(texts)
-    owners = _find_owners(texts, fields)
+    owners = _find_owners(texts, fields, targets)
     if owners is None:  # a tokenizer that rewrites text: only the loss mask separates prompt from answer
         roles = [_choose_role(piece, target) for piece, target in zip(texts, targets, strict=True)]
         names = {PROMPT: "Prompt", ANSWER: "Answer", TEMPLATE: None}
@@ -122,27 +122,33 @@ def _find_turns(owners: Sequence[Any], names: Sequence[str | None]) -> tuple[Tur
     return tuple(found)
 
 
-def _find_owners(texts: tuple[str, ...], fields: list[Field]) -> list[int | None] | None:
+def _find_owners(texts: Sequence[str], fields: Sequence[Field], targets: Sequence[bool]) -> list[int | None] | None:
     """Return the number of each token's field, found by locating the fields in the joined tokens.
 
-    None for a token of the template; None as a whole where a field is not found.
+    None for a token of the template; None as a whole where no field is found. A last answer that is not found, because
+    half a character ends it, has the tokens that enter the loss.
     """
     joined = "".join(texts)
     letters: list[int | None] = [None] * len(joined)
-    cursor = 0
+    cursor, found = 0, set[int]()
     for number, field in enumerate(fields):
         text = field.text.strip()
         start = joined.find(text, cursor)
         if start < 0:
             start = joined.find(text[:_LOCATE_BY], cursor)
         if start < 0:
-            return None
+            continue
+        found.add(number)
         cursor = min(start + len(text), len(joined))
         letters[start:cursor] = [number] * (cursor - start)
+    if not found:
+        return None
+    last = len(fields) - 1
+    lost = last if last not in found and fields[last].role == ANSWER else None
     owners, start = [], 0
-    for piece in texts:
+    for piece, target in zip(texts, targets, strict=True):
         inside = [letter for letter in letters[start : start + len(piece)] if letter is not None]
-        owners.append(inside[-1] if inside else None)
+        owners.append(inside[-1] if inside else lost if target and not _MARKER.fullmatch(piece.strip()) else None)
         start += len(piece)
     return owners
 

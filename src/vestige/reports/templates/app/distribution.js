@@ -50,7 +50,7 @@ function histogram(query, given, [low, middle, high], format) {
   parts.push(svg("line", { class: "median", x1: x(middle), x2: x(middle), y1: box.top, y2: floor }));
   parts.push(svg("line", { class: "axis", x1: box.left, x2: WIDE - box.right, y1: floor, y2: floor }));
   query.ranked.forEach((entry) => parts.push(listedMark(given, entry, x(Math.min(last, Math.max(first, entry.score))), floor, format)));
-  ticks(first, last, 5).forEach((mark) => parts.push(svg("text", { x: x(mark), y: box.height - 6, "text-anchor": "middle" }, format(mark))));
+  ticks(first, last, 5).forEach((mark) => parts.push(svg("text", { x: x(mark), y: box.height - 6, "text-anchor": x(mark) > WIDE - 24 ? "end" : "middle" }, format(mark))));
   const label = `Histogram of ${grouped(given.count)} scores, from ${format(given.min ?? first)} to ${format(given.max ?? last)}`;
   return svg("svg", { viewBox: `0 0 ${WIDE} ${box.height}`, role: "img", "aria-label": label }, parts);
 }

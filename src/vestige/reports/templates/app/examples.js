@@ -2,7 +2,11 @@
 const FIRST_SHOWN = 6;
 const HUB_SHARE = 0.3;
 const HUB_QUERIES = 4;
-const ENDS = [["proponent", "Proponents", "pull towards the answer"], ["opponent", "Opponents", "pull away from it"]];
+const ENDS = [
+  ["proponent", "Proponents", DATA.causal ? "pull towards the answer" : "highest scores"],
+  ["opponent", "Opponents", DATA.causal ? "pull away from it" : "lowest scores"],
+];
+const CLEAR_LEAD = 1.1;
 const expanded = new Set();
 let withTemplate = false;
 let printing = false;
@@ -96,7 +100,7 @@ function cardFacts(entry, example, context) {
   const facts = [html("span", { class: "id" }, example.id)];
   const add = (words, name) => facts.push(html("span", { class: name }, words));
   if (example.source) add(example.source);
-  if (entry.end === "proponent" && entry.rank === 1 && conclusion.lead > 1) add(`${conclusion.lead.toFixed(1)} times the next`, "flag");
+  if (entry.end === "proponent" && entry.rank === 1 && conclusion.lead >= CLEAR_LEAD) add(`${conclusion.lead.toFixed(1)} times the next`, "flag");
   conclusion.conflicts.forEach((pair) => facts.push(conflictBadge(pair, entry, example, context)));
   if (example.duplicates > 1) add(`${example.duplicates} identical texts`, "flag");
   if (entry.overlap > 0) add(`${percent(entry.overlap)} of the answer verbatim`, entry.overlap >= 0.5 ? "flag" : "");

@@ -22,11 +22,14 @@ function renderGroups(query) {
   const known = queries.filter((each) => each.lift.length);
   return html("section", { class: "panel groups", "aria-labelledby": "groups-title" },
     html("div", { class: "panel-head" }, html("h2", { id: "groups-title" }, "By source"), clear),
-    known.length ? [
-      html("p", { class: "sub" }, html("b", {}, several), `: share of the positive influence over share of the rows.${more}`),
-      liftTable(addLifts(known)),
-    ] : null,
+    known.length ? describeLifts(addLifts(known), several, more) : null,
     meanTable(query, known.length > 0));
+}
+
+function describeLifts(lifts, several, more) {
+  const [first] = lifts;
+  const words = first.thin || first.lift <= 1 ? "no source holds much more of the influence than of the rows." : `${first.source} holds ${percent(first.influence)} of the positive influence with ${percent(first.rows)} of the rows.`;
+  return [html("p", { class: "sub" }, html("b", {}, several), ` ${words}${more}`), liftTable(lifts)];
 }
 
 function liftTable(lifts) {

@@ -21,8 +21,7 @@ A command that another package brings is a public name, too. What the packages h
 `vestige.training.Recorder`, `vestige.measures.psmi` and every other measure, `vestige.banks.bank_of`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vestige import evaluate as evaluate, prepare as prepare
@@ -75,7 +74,9 @@ _TYPES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
     if name in ("evaluate", "prepare"):
         return import_module(f"vestige.{name}")
     if name in _TYPES:
@@ -89,4 +90,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -1,6 +1,7 @@
-"""JSON and YAML from other programs: plain values of a sane size and depth, or one kind of error."""
+"""JSON and YAML from other programs, plain values of a sane size and depth or one kind of error; words of texts."""
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ _DEEPEST = 50
 """Levels of lists and mappings: Arrow takes 64, and what is far deeper ends the interpreter's stack."""
 _MOST_VALUES = 1_000_000
 """Values in a YAML file, in which a few aliases can stand for any number of them."""
+_WORD = re.compile(r"\w+")
 _PLAIN = (dict, list, str, int, float, bool, type(None))
 
 
@@ -171,3 +173,8 @@ def _require_plain(value: Any, keys: tuple[type, ...]) -> None:
             return
         level = inner
     raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+
+
+def words_of(text: str) -> list[str]:
+    """Return runs of letters and digits, case-folded: no stemming and no stop words, so no language is preferred."""
+    return _WORD.findall(text.casefold())

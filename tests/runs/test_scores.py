@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.runs.by_hand import chat, write_by_hand
 from tests.runs.conftest import tokenized
 from vestige.data import Example
 from vestige.errors import CorruptFile, MissingExtra, UserError
@@ -42,13 +43,12 @@ def test_an_unknown_query_is_answered_with_the_known_ones(scores):
         scores.top(0.5)
 
 
-def test_a_table_prints_aligned_and_says_what_it_leaves_out(scores, monkeypatch):
+def test_a_table_prints_aligned(scores, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     lines = str(scores.top(0, k=10)).splitlines()
     assert lines[0] == "proponents of query q0: sky | blue"
-    assert lines[1].split() == ["rank", "example", "score", "percentile", "text"]
-    assert lines[2].split()[:4] == ["1", "a", "+3", "60.0"]
-    assert lines[-1] == "(the run lists 3 of 5)"
+    assert lines[1].split() == ["rank", "example", "strength", "score", "percentile", "text"]
+    assert lines[2].split()[:5] == ["1", "a", "100", "+3", "60.0"]
     assert "(the run" not in str(scores.top(0, k=3))
     assert repr(scores.top(0)) == str(scores.top(0))
 
@@ -146,3 +146,112 @@ def test_opens_without_torch(folder):
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True)
+
+
+def test_beyond_what_is_listed_the_scores_of_all_examples_go_on(scores, all_scores):
+    table = scores.top(0, k=10)
+    assert [row.example_id for row in table] == ["a", "d", "c", "e", "b"]
+    assert [row.score for row in table] == sorted(all_scores[0].tolist(), reverse=True)
+    assert [row.percentile for row in table] == [60.0, 60.0, 40.0, 20.0, 0.0]
+    assert [row.row for row in scores.bottom(0, k=5)] == [1, 4, 2, 0, 3]
+    assert not table.note
+
+
+def test_without_all_scores_the_note_says_how_to_get_more(tmp_path, record, content):
+    scores = Scores.open(write_run(tmp_path / "run", record, content._replace(dense=None)))
+    assert len(scores.top(0, k=10)) == 3
+    assert str(scores.top(0, k=10)).splitlines()[-1] == "(the run lists 3 of 5; for more: k=5 or dense=True)"
+
+
+def test_texts_that_the_run_lacks_are_missed_in_words(tmp_path):
+    rows = [chat(f"row-{number}", f"What is {number}?", "That.") for number in range(6)]
+    scores = write_by_hand(tmp_path / "run", [[6.0, 5, 4, 3, 2, 1]], rows, [chat("q", "What?")], k=2, dense=True)
+    table = scores.top(0, k=4)
+    assert [(row.example_id, bool(row.text), row.strength) for row in table] == [
+        *(("row-0", True, 100.0), ("row-1", True, pytest.approx(500 / 6))),
+        *(("row-2", False, pytest.approx(400 / 6)), ("row-3", False, 50.0)),
+    ]
+    assert table.note == "(the run has no text of 2 of them)"
+
+
+def test_all_scores_as_a_data_frame(scores, all_scores):
+    frame = scores.to_pandas(dense=True)
+    assert list(frame.index) == list("abcde")
+    assert list(frame.columns) == ["q0", "q1"]
+    assert np.array_equal(frame.to_numpy(), all_scores.T)
+    assert frame["q1"].idxmax() == "b"
+
+
+def test_a_run_shows_its_queries_and_conclusions_in_a_notebook(tmp_path):
+    rows = [chat(f"row-{number}", f"What is {number}?", "That.") for number in range(12)]
+    query = chat("<q>", "What is <b>bold</b>?", "Text\x1b[31m.")
+    page = write_by_hand(tmp_path / "run", [[9.0, *[0.0] * 11]] * 1, rows, [query])._repr_html_()
+    assert "1 queries against 12 examples by grad-dot" in page
+    assert "One row stands out" in page
+    assert "&lt;b&gt;bold" in page
+    assert "<b>" not in page
+    assert "\x1b" not in page
+
+
+def test_a_figure_of_a_query_is_no_window_and_reads_no_formula(tmp_path):
+    rows = [chat(f"$row_{number}$", f"What is {number}?", "That.") for number in range(12)]
+    scores = write_by_hand(tmp_path / "run", [[9.0, *[0.0] * 10, -3.0]], rows, [chat("q", "$\\frac{1}$?")])
+    figure = scores.plot("q")
+    figure.savefig(tmp_path / "figure.png")
+    bars, histogram = figure.axes
+    labels = [label.get_text() for label in bars.get_yticklabels()]
+    assert labels[0] == "$row_0$"
+    assert labels[-1] == "$row_11$"
+    assert histogram.get_ylabel() == "training examples"
+
+
+def test_two_runs_of_the_same_data_are_compared(tmp_path):
+    rows = [chat(f"row-{number}", f"What is {number}?", "That.") for number in range(6)]
+    query = [chat("q", "What?", "This.")]
+    first = write_by_hand(tmp_path / "one", [[6.0, 5, 4, 3, 2, 1]], rows, query, dense=True)
+    other = write_by_hand(tmp_path / "two", [[1.0, 2, 3, 4, 5, 6]], rows, query, dense=True, method="grad-cos")
+    found = first.compare(other, "q", 2)
+    assert [(row.example_id, row.rank, row.other_rank, row.change) for row in found] == [
+        *(("row-0", 1, 6, -5), ("row-1", 2, 5, -3), ("row-5", 6, 1, 5), ("row-4", 5, 2, 3)),
+    ]
+    assert (found.shared, found.k, found.correlation) == (0, 2, pytest.approx(-1.0))
+    assert "0 of the first 2 are shared by grad-dot" in str(found)
+    assert "<table>" in found._repr_html_()
+    assert first.compare(first, 0, 3).shared == 3
+
+
+def test_without_all_scores_only_listed_ranks_are_compared(tmp_path):
+    rows = [chat(f"row-{number}", f"What is {number}?", "That.") for number in range(6)]
+    query = [chat("q", "What?", "This.")]
+    first = write_by_hand(tmp_path / "one", [[6.0, 5, 4, 3, 2, 1]], rows, query, k=2)
+    other = write_by_hand(tmp_path / "two", [[1.0, 2, 3, 4, 5, 6]], rows, query, k=2)
+    found = first.compare(other, 0, 2)
+    assert found.correlation is None
+    assert (found[0].rank, found[0].other_rank, found[0].change) == (1, None, None)
+
+
+def test_runs_of_other_data_or_questions_are_not_compared(tmp_path):
+    rows = [chat(f"row-{number}", f"What is {number}?", "That.") for number in range(6)]
+    query = [chat("q", "What?", "This.")]
+    one = write_by_hand(tmp_path / "one", [[6.0, 5, 4, 3, 2, 1]], rows, query)
+    fewer = write_by_hand(tmp_path / "fewer", [[6.0, 5, 4, 3, 2]], rows[:5], query)
+    changed = [*rows[:5], chat("row-5", "What is 5?", "No.")]
+    altered = write_by_hand(tmp_path / "altered", [[6.0, 5, 4, 3, 2, 1]], changed, query)
+    asked = write_by_hand(tmp_path / "asked", [[6.0, 5, 4, 3, 2, 1]], rows, [chat("q", "Who?", "This.")])
+    named = write_by_hand(tmp_path / "named", [[6.0, 5, 4, 3, 2, 1]], rows, [chat("p", "What?", "This.")])
+    for run in (fewer, altered):
+        with pytest.raises(UserError, match="of different data"):
+            one.compare(run)
+    with pytest.raises(UserError, match="is another question"):
+        one.compare(asked)
+    with pytest.raises(UserError, match=r"has no query 'q'\. It has: 'p'"):
+        one.compare(named)
+
+
+def test_runs_with_other_tokens_of_the_same_texts_are_compared(tmp_path):
+    rows = [chat(f"row-{number}", f"What is {number}?", "That.") for number in range(6)]
+    query = [chat("q", "What?", "This.")]
+    one = write_by_hand(tmp_path / "one", [[6.0, 5, 4, 3, 2, 1]], rows, query)
+    other = write_by_hand(tmp_path / "other", [[6.0, 5, 4, 3, 2, 1]], rows, query)
+    other.run = other.run.model_copy(update={"data": other.run.data.model_copy(update={"fingerprint": "word search"})})
+    assert one.compare(other, 0, 6).shared == 6

@@ -74,7 +74,9 @@ def test_the_record_comes_back_as_it_was(tmp_path, record, content):
     assert plain["meaning"]["unit"] == "nats"
     assert plain["trust"]["checks"][0]["value"] is None
     assert plain["distribution"]["q0"]["count"] == 5
-    assert plain["groups"]["q0"][0].keys() == {"source", "examples", "sum", "mean", "low", "high"}
+    assert plain["groups"]["q0"][0].keys() == {
+        *("source", "examples", "sum", "mean", "low", "high", "positive", "positive_squares")
+    }
 
 
 def test_dense_scores_name_their_axes(tmp_path, record, content, all_scores):

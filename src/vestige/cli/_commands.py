@@ -188,8 +188,10 @@ def _cut(text: str) -> str:
 
 def _show_ranking(scores: "Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
     """Print the first `examples` proponents of the first queries."""
+    from vestige.runs import conclude
+
     for query in scores.queries[:SHOWN_QUERIES]:
-        say(f"{scores.top(query, min(settings.k, examples))}\n")
+        say(f"{scores.top(query, min(settings.k, examples))}\n{conclude(scores, query)}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
 

@@ -1,6 +1,6 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
-from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of, words_of
+from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of
 from vestige.data._chat import as_conversation
 from vestige.data._encode import Rendered, Span, mark_targets
 from vestige.data._load import load_examples, load_queries, load_records, number_records
@@ -36,6 +36,7 @@ from vestige.data._types import (
     plan_batches,
 )
 from vestige.data._write import as_plain, record_line, write_rows
+from vestige.parsing import words_of
 
 __all__ = [
     "ANY_EXAMPLES",

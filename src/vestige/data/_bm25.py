@@ -1,6 +1,5 @@
 """BM25 between texts given as words: both usual forms, in memory that does not grow with the documents."""
 
-import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,8 +19,6 @@ Bm25Variant = Literal["lucene", "okapi"]
 K1, B = 1.5, 0.75
 EPSILON = 0.25
 """Of the mean rarity, in place of one below zero: Okapi's form."""
-
-_WORD = re.compile(r"\w+")
 
 
 class LexicalIndex:
@@ -156,11 +153,6 @@ class _Block(NamedTuple):
     """Bytes before them."""
     pairs: int
     """Of a document and a word that it holds."""
-
-
-def words_of(text: str) -> list[str]:
-    """Return runs of letters and digits, case-folded: no stemming and no stop words, so no language is preferred."""
-    return _WORD.findall(text.casefold())
 
 
 def prompt_of(example: Example) -> str:

@@ -18,8 +18,8 @@ from vestige.evaluate._components_findings import (
     one_pass_result,
 )
 from vestige.evaluate._components_search import OBJECTIVES
-from vestige.evaluate._figures import COLOURS, finish_axes, make_figure, render_figure
 from vestige.evaluate._result import Evaluation, EvaluationRow, Value, format_value, write_evaluation
+from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
 from vestige.launch import is_follower
 from vestige.progress import format_bytes, format_seconds
 from vestige.settings import ComponentsSettings, with_settings

@@ -1,51 +1,17 @@
-"""Figures of evaluations, as PDF and PNG with equal bytes for equal numbers: intervals, curves, a matrix of methods."""
+"""Figures of evaluations, as PDF and PNG: intervals, curves, a matrix of methods."""
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from vestige.evaluate._result import Estimate, EvaluationRow
+from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
 MARKERS = "osD^vP*X<>"
 _BASELINE = "#8A8A8A"
-_DOTS = 160
 _FEW = 8
 """Up to this number of positions on an axis, each is written out."""
-
-
-def make_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure, sizes in inches, and its panels row by row."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(rows * columns)]
-
-
-def finish_axes(axes: Axes, x: str, y: str, grid: Literal["x", "y", "both"] = "both", *, legend: bool = False) -> None:
-    """Label the axes, draw the grid, and put the legend beside them."""
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(visible=True, axis=grid, color="#E4E4E4", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if legend:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
-
-
-def render_figure(figure: Figure, name: str) -> dict[str, bytes]:
-    """Return the figure's files by name; a date would make two equal figures differ."""
-    files = {}
-    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
-        content = BytesIO()
-        figure.savefig(content, format=kind, dpi=_DOTS, metadata=metadata)  # type: ignore[arg-type]
-        files[f"{name}.{kind}"] = content.getvalue()
-    return files
 
 
 class Mark(NamedTuple):

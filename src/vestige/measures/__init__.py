@@ -35,7 +35,6 @@ from vestige.measures._extraction import (
     greedy as greedy,
 )
 from vestige.measures._figures import (
-    COLOURS as COLOURS,
     Drawn as Drawn,
     blind_area as blind_area,
     draw_agreement as draw_agreement,
@@ -45,7 +44,6 @@ from vestige.measures._figures import (
     draw_files as draw_files,
     draw_layers as draw_layers,
     draw_roc as draw_roc,
-    new_figure as new_figure,
 )
 from vestige.measures._hidden_states import (
     Psmi as Psmi,

@@ -1,16 +1,15 @@
 """Figures of an audit, for files and pages: dynamics, ROC curves, layers, agreement of measures, planted secrets."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vestige.figures import COLOURS, new_figure, render_figure
 from vestige.measures._evidence import BLIND, Known
 from vestige.measures._measure import NOT_DRAWN, Column, all_measures
 from vestige.runs import (
@@ -24,9 +23,6 @@ from vestige.runs import (
     roc_curve,
 )
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
-_DOTS = 160
 _MOST_LINES, _MOST_PANELS = 7, 4
 _MOST_TICKS = 8
 _FLOOR = 1e-4
@@ -125,14 +121,7 @@ def draw_files(drawn: Drawn) -> dict[str, bytes]:
         figure.colorbar(shown, ax=axes, shrink=0.7)
     if mean_exposures(drawn.run.canaries):
         figures["canaries"] = _draw_canaries(drawn)
-    return {name: content for stem, figure in figures.items() for name, content in save(stem, figure).items()}
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches, that belongs to no window."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return {name: content for stem, figure in figures.items() for name, content in render_figure(figure, stem).items()}
 
 
 def draw_dynamics(axes: Axes, drawn: Drawn, name: str) -> None:
@@ -284,14 +273,3 @@ def _add_legend(figure: Figure, where: Any, columns: int) -> None:
     """Explain the lines of the last axes beside all of them."""
     handles, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc=where, ncols=max(1, min(columns, len(labels))), fontsize="small", frameon=False)
-
-
-def save(name: str, figure: Figure) -> Mapping[str, bytes]:
-    """Return the figure as PNG and PDF, by file name; the same bytes for the same figure."""
-    found = {}
-    options: dict[str, Any] = {"png": {"metadata": {"Software": None}}, "pdf": {"metadata": {"CreationDate": None}}}
-    for kind, more in options.items():
-        content = BytesIO()
-        figure.savefig(content, format=kind, dpi=_DOTS, **more)
-        found[f"{name}.{kind}"] = content.getvalue()
-    return found

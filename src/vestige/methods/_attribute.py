@@ -235,6 +235,7 @@ def _make_record(
         config=settings.record(),
         method=method.name,
         meaning=method.meaning,
+        against_hubs=method.against_hubs,
         data=job.train,
         queries=job.queries,
         summary=summary,

@@ -19,6 +19,7 @@ class GradDot(GradientMethod):
     """
 
     works_sharded = True
+    against_hubs = "--method grad-cos"
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss per unit of learning rate",

@@ -78,6 +78,7 @@ class Influence(GradientMethod):
     def __post_init__(self) -> None:
         """Set what the scores mean, which depends on the options."""
         self.meaning = replace(type(self).meaning, **_MEANT[self.relative])
+        self.against_hubs = "--option relative=loss" if self.relative == "none" else ""
         if self.fisher == "model":
             self._describe_one_matrix()
 

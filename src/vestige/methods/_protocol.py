@@ -151,6 +151,8 @@ class Method(ABC):
     """True where what is measured serves any damping (see `GradientMethod.at_dampings`)."""
     scores_itself: ClassVar[bool] = False
     """True where `self_scores` gives self-influence."""
+    against_hubs: str = ""
+    """What to type instead where the same few rows lead most lists, such as `--method grad-cos`: printed with them."""
     works_sharded: ClassVar[bool] = False
     """True for methods that a model can serve that is sharded over the processes of a process group."""
 

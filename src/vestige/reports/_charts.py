@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.ticker import LogFormatter
 
-from vestige.measures import COLOURS, new_figure
+from vestige.figures import COLOURS, new_figure
 from vestige.reports._header import format_span
 
 SMALL, BROAD = (4.8, 2.9), (15.0, 3.2)

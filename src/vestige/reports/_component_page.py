@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from vestige.errors import UserError
-from vestige.measures import COLOURS
+from vestige.figures import COLOURS
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes
 from vestige.reports._charts import BROAD, SMALL, TIP, Panel, make_panel, new_axes, place_interval, write_plainly

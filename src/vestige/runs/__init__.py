@@ -32,7 +32,6 @@ from vestige.runs._conclusion import (
     Conclusion as Conclusion,
     Conflict as Conflict,
     conclude as conclude,
-    relative_strength as relative_strength,
 )
 from vestige.runs._dense import (
     DenseFile as DenseFile,
@@ -76,6 +75,10 @@ from vestige.runs._summary import (
     ScoreSummary as ScoreSummary,
     TopK as TopK,
     sample_rows as sample_rows,
+)
+from vestige.runs._table import (
+    ScoreRow as ScoreRow,
+    relative_strength as relative_strength,
 )
 from vestige.runs._tables import (
     ComponentScores as ComponentScores,

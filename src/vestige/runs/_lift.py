@@ -1,11 +1,12 @@
 """Which sources hold more of the influence than of the rows: for one query, or for several together."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from vestige.runs._record import GroupRecord
 from vestige.runs._scores import Scores
-from vestige.runs._summary import student_half_width, variance_of
+from vestige.runs._summary import NO_SOURCE, student_half_width, variance_of
 
 FEW_ROWS = 5
 """Rows below which a source is thin: Student's interval of four rows is 1.6 times as wide as that of many."""
@@ -35,7 +36,7 @@ def find_source_lift(scores: Scores, queries: Sequence[int | str]) -> list[Sourc
     """Return every source with its lift for some queries together: thin ones last, then the highest lift first.
 
     Each query counts the same, whatever the size of its scores. The interval asks whether other rows of the source
-    would do the same; over several queries it is at its widest, as if a row were alike for all of them.
+    would do the same; what a run does not list of a row is taken at its most, so it is no narrower than it should be.
 
     Args:
         scores: An opened run.
@@ -49,64 +50,87 @@ def find_source_lift(scores: Scores, queries: Sequence[int | str]) -> list[Sourc
         UserError: A query is not there.
     """
     names = dict.fromkeys(scores.query_id(query) for query in queries)
-    groups = [_complete(scores.run.groups.get(name, [])) for name in names]
-    groups = [found for found in groups if any(group.positive for group in found)]
+    groups = {name: found for name in names if (found := _complete(scores.run.groups.get(name, [])))}
     if not groups:
         return []
-    parts = [[_share(group, found) for group in found] for found in groups]
-    found = [_combine([part for query in parts for part in query if part.source == name]) for name in _sources(parts)]
+    moments = _add_up(scores, groups)
+    rows = sum(one.examples for one in moments.values())
+    found = [_lift(source, moments, rows) for source in moments]
     return sorted(found, key=lambda one: (one.thin, -one.lift, one.source))
 
 
-class _Part(NamedTuple):
-    """The share of one source, for one query."""
+class _Moments(NamedTuple):
+    """The positive scores of the rows of one source, each in shares of all influence and added up over the queries."""
 
-    source: str
     examples: int
-    row_share: float
     share: float
-    error: float | None
-    """Standard error of the share; None for a single row."""
-    effective: float
+    squares: float
+    """Sum of the squares of the rows' shares; where a row is not listed for every query, the most that it can be."""
+
+    @property
+    def variance(self) -> float | None:
+        """Variance of the source's share; None for a single row."""
+        if self.examples == 1:
+            return None
+        return self.examples * variance_of(self.examples, self.share, self.squares)
 
 
 def _complete(groups: Sequence[GroupRecord]) -> list[GroupRecord]:
-    return [] if any(group.positive is None for group in groups) else list(groups)
+    """Return the groups, or none where no score is positive or an earlier version did not record the positive ones."""
+    known = all(group.positive is not None for group in groups)
+    return list(groups) if known and any(group.positive for group in groups) else []
 
 
-def _sources(parts: Sequence[Sequence[_Part]]) -> list[str]:
-    return list(dict.fromkeys(part.source for query in parts for part in query))
+def _add_up(scores: Scores, groups: Mapping[str, Sequence[GroupRecord]]) -> dict[str, _Moments]:
+    """Return the moments of every source.
+
+    The squares need every row's sum over the queries. Listed rows are known, for others the lowest listed score of a
+    query is the most that they have; and no sum exceeds that of rows that are alike for all queries.
+    """
+    share, examples = dict[str, float](), dict[str, int]()
+    listed: dict[str, dict[int, float]] = {}
+    rest, alike = defaultdict[str, float](float), defaultdict[str, float](float)
+    everywhere = 0.0
+    for name, found in groups.items():
+        weight = 1 / (len(groups) * sum(group.positive or 0.0 for group in found))
+        rows = scores.listed(name, "proponent")
+        last = weight * max(rows[-1].score, 0.0) if rows else 0.0
+        everywhere += last
+        held = defaultdict[str, float](float)
+        for row in rows:
+            if row.score > 0:
+                source = row.source or NO_SOURCE
+                sums = listed.setdefault(source, {})
+                sums[row.row] = sums.get(row.row, 0.0) + weight * row.score - last
+                held[source] += (weight * row.score) ** 2
+        for group in found:
+            source, squares = group.source, weight**2 * (group.positive_squares or 0.0)
+            examples[source] = group.examples
+            share[source] = share.get(source, 0.0) + weight * (group.positive or 0.0)
+            rest[source] += max(squares - held[source], 0.0) ** 0.5
+            alike[source] += squares**0.5
+    return {
+        source: _Moments(
+            examples[source],
+            share[source],
+            min(
+                sum((more + everywhere) ** 2 for more in listed.get(source, {}).values()) + rest[source] ** 2,
+                alike[source] ** 2,
+            ),
+        )
+        for source in share
+    }
 
 
-def _share(group: GroupRecord, groups: Sequence[GroupRecord]) -> _Part:
-    """Return the share of a source, with the standard error that the spread of its and all other rows leads to."""
-    total, rows = sum(each.positive or 0.0 for each in groups), sum(each.examples for each in groups)
-    own, squares = group.positive or 0.0, group.positive_squares or 0.0
-    share = own / total
-    inside = _variance(group)
-    outside = sum(_variance(each) or 0.0 for each in groups if each is not group)
-    # The share is own / (own + others): its derivatives are (1 - share) / total and -share / total.
-    error = None if inside is None else ((1 - share) ** 2 * inside + share**2 * outside) ** 0.5 / total
-    effective = own**2 / squares if squares else 0.0
-    return _Part(group.source, group.examples, group.examples / rows, share, error, effective)
-
-
-def _variance(group: GroupRecord) -> float | None:
-    """Return the variance of the sum of positive scores of a source; None for a single row."""
-    if group.examples == 1:
-        return None
-    return group.examples * variance_of(group.examples, group.positive or 0.0, group.positive_squares or 0.0)
-
-
-def _combine(parts: Sequence[_Part]) -> SourceLift:
-    """Return the lift of a source over several queries."""
-    source, examples, row_share = parts[0][:3]
-    share = sum(part.share for part in parts) / len(parts)
-    effective = sum(part.effective for part in parts) / len(parts)
-    errors = [part.error for part in parts if part.error is not None]
+def _lift(source: str, moments: Mapping[str, _Moments], rows: int) -> SourceLift:
+    own = moments[source]
+    row_share, inside = own.examples / rows, own.variance
     low = high = None
-    if errors:
-        half = student_half_width(examples) * sum(errors) / len(errors)
-        low, high = max(share - half, 0.0) / row_share, min(share + half, 1.0) / row_share
-    thin = examples < FEW_ROWS or effective < FEW_EFFECTIVE
-    return SourceLift(source, examples, row_share, share, share / row_share, low, high, thin)
+    if inside is not None:
+        outside = sum(one.variance or 0.0 for name, one in moments.items() if name != source)
+        # The share is own / (own + others), and all shares add up to one: its derivatives are 1 - share and -share.
+        error = ((1 - own.share) ** 2 * inside + own.share**2 * outside) ** 0.5
+        half = student_half_width(own.examples) * error
+        low, high = max(own.share - half, 0.0) / row_share, min(own.share + half, 1.0) / row_share
+    thin = own.examples < FEW_ROWS or own.share**2 < FEW_EFFECTIVE * own.squares
+    return SourceLift(source, own.examples, row_share, own.share, own.share / row_share, low, high, thin)

@@ -238,6 +238,9 @@ class RunRecord(_Part):
     """Empty for methods that work on one model."""
     method: str
     meaning: Meaning
+    against_hubs: str = ""
+    """What to type beside the command for a ranking in which rows that lead most lists count less; empty for nothing.
+    Such as `--method grad-cos`."""
     coverage: CoverageRecord | None
     components: list[str]
     seconds: float

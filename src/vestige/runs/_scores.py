@@ -3,21 +3,22 @@
 import difflib
 import html
 import operator
-import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
+from vestige.runs._compare import Comparison, compare
 from vestige.runs._dense import open_dense
-from vestige.runs._record import Meaning, RunRecord, read_record
+from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
 from vestige.runs._summary import End
+from vestige.runs._table import HEADINGS, ScoreRow, ScoreTable, Shown, cells_of, excerpt, relative_strength
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
 from vestige.runs._wording import Wording, Words, wording_of
 from vestige.tables import reading
@@ -25,124 +26,7 @@ from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     import pandas
-
-
-PLAIN_WIDTH = 120
-"""Columns used where the width of the terminal is not known."""
-NARROWEST_TEXT = 20
-_NARROWEST_TURN = 10
-_BETWEEN = " | "
-_SYSTEM = ("system", "developer")
-
-
-class ScoreRow(NamedTuple):
-    """One ranked training example."""
-
-    rank: int
-    """1-based, counted from the requested end of the ranking."""
-    example_id: str
-    score: float
-    percentile: float | None
-    """Share of all training examples with a smaller score, in percent; None where it is not known."""
-    text: str
-    """The whole text; it is shortened only where the table is printed."""
-    source: str | None
-    row: int
-    """Position in the training data."""
-    turns: tuple[tuple[str, str], ...] = ()
-    """Role and content of each turn of a conversation."""
-
-
-Row = TypeVar("Row")
-
-
-class ScoreTable(Sequence[Row]):
-    """Rows of a ranking: a sequence that prints as a table."""
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        headings: Sequence[str],
-        cells: Callable[[Row], tuple[Any, ...]],
-        title: str,
-        note: str = "",
-    ) -> None:
-        self._rows, self._headings, self._cells = tuple(rows), headings, cells
-        self.title = title
-        self.note = note
-        """What the table leaves out; empty when nothing."""
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> "ScoreTable[Row]": ...
-    def __getitem__(self, index: int | slice) -> "Row | ScoreTable[Row]":
-        if isinstance(index, slice):
-            return ScoreTable(self._rows[index], self._headings, self._cells, self.title, self.note)
-        return self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __str__(self) -> str:
-        cells = [self._cells(row) for row in self._rows]
-        width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
-        return "\n".join(line for line in (self.title, *_align(self._headings, cells, width), self.note) if line)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self._headings)
-        body = "".join(
-            "<tr>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-            + f'<td style="text-align:left">{html.escape(excerpt(words, 200))}</td></tr>'
-            for *cells, words in map(self._cells, self._rows)
-        )
-        caption = html.escape(" ".join(part for part in (self.title, self.note) if part))
-        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-_HEADINGS = ("rank", "example", "score", "percentile", "text")
-Shown = str | Sequence[tuple[str, str]]
-"""A text, or the turns of a conversation."""
-
-
-def _cells(row: ScoreRow) -> tuple[Any, ...]:
-    percentile = "" if row.percentile is None else f"{row.percentile:.1f}"
-    return str(row.rank), shorten(row.example_id), f"{row.score:+.4g}", percentile, row.turns or row.text
-
-
-def _align(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
-    """Align lines with numbers to the right, and cut the last column to what is left of `width`."""
-    leading = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings) - 1)]
-    left = max(NARROWEST_TEXT, width - sum(leading) - 2 * len(leading))
-    return [
-        "  ".join([*(cell.rjust(size) for cell, size in zip(row, leading, strict=False)), excerpt(row[-1], left)])
-        for row in (headings, *rows)
-    ]
-
-
-def excerpt(words: Shown, width: int) -> str:
-    """Return a text, or the turns of a conversation, on one line of about `width` characters.
-
-    Each turn has its role before it and an equal share of the line, what one leaves going to those after it. A leading
-    system turn, which many conversations share, and what stands between the first two turns and the last are left out.
-    """
-    if isinstance(words, str):
-        lines = (" ".join(line.split()) for line in words.splitlines())
-        return shorten(_BETWEEN.join(line for line in lines if line), width)
-    turns = words[1:] if words[0][0] in _SYSTEM and len(words) > 1 else words
-    parts = [f"{role}: {' '.join(content.split())}" for role, content in turns]
-    parts = parts if len(parts) < 4 else [*parts[:2], "…", parts[-1]]
-    left = max(width - len(_BETWEEN) * (len(parts) - 1), _NARROWEST_TURN * len(parts))
-    shown: list[str] = []
-    for place, part in enumerate(parts):
-        share = left // (len(parts) - place)
-        after = sum(min(len(each), share) for each in parts[place + 1 :])
-        shown.append(shorten(part, left - after))
-        left -= len(shown[-1])
-    return _BETWEEN.join(shown)
+    from matplotlib.figure import Figure
 
 
 class ComponentScore(NamedTuple):
@@ -179,6 +63,8 @@ class _Listed(NamedTuple):
 
 SELF_TABLE = "self_influence"
 _TITLE_WIDTH = 100
+_SHOWN, _HTML_WIDTH = 5, 200
+"""Queries that a printed run shows, and characters of each of their texts in a notebook."""
 
 
 class Scores:
@@ -222,16 +108,35 @@ class Scores:
         return sum(bool(row.get("generated")) for row in self._query_rows)
 
     def top(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
-        """Return the `k` proponents of a query: the training examples with the highest scores, highest first."""
+        """Return the `k` proponents of a query: the training examples with the highest scores, highest first.
+
+        Args:
+            query: Position or id of the query.
+            k: How many. Beyond those that the run lists, the rows come from all scores where the run has them, without
+                texts that it lacks; else the table's note says how to get more.
+        """
         return self._end(query, "proponent", k)
 
     def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
-        """Return the `k` opponents of a query: the training examples with the lowest scores, lowest first."""
+        """Return the `k` opponents of a query: the training examples with the lowest scores, lowest first.
+
+        Args:
+            query: Position or id of the query.
+            k: As for `top`.
+        """
         return self._end(query, "opponent", k)
 
     def listed(self, query: int | str, end: End) -> list[ScoreRow]:
         """Return every row that the run lists at one end of a query's ranking, best first."""
-        return [self._score_row(row) for row in self._ranking.get((self.query_id(query), end), ())]
+        name = self.query_id(query)
+        first = self._ranking.get((name, "proponent"), ())
+        highest = first[0]["score"] if first else 0.0
+        return [self._score_row(row, highest) for row in self._ranking.get((name, end), ())]
+
+    def every_row(self) -> list[ScoreRow]:
+        """Return every listed row of every query."""
+        ends: tuple[End, ...] = ("proponent", "opponent")
+        return [row for query in self.queries for end in ends for row in self.listed(query, end)]
 
     def wording(self, row: int) -> Wording:
         """Return question and answer of a listed example, given by its position in the training data."""
@@ -304,45 +209,154 @@ class Scores:
             scores[table["row"].to_numpy()] = table["score"].to_numpy()
         return scores
 
-    def to_pandas(self) -> "pandas.DataFrame":
-        """Return both ends of every ranking with their texts, as a pandas data frame.
+    @property
+    def has_dense(self) -> bool:
+        """Whether the run has the scores of all examples, and not only the ends of each ranking."""
+        return (self.folder / DENSE_FILE).is_file()
+
+    def dense_of(self, query: int | str) -> Float[np.ndarray, "example"]:
+        """Return all scores of one query, float32, in the order of the training data; NaN for examples left out.
+
+        Raises:
+            UserError: The run keeps only the ends of each ranking.
+            CorruptFile: The file is damaged.
+        """
+        at = self.queries.index(self.query_id(query))
+        return open_dense(self.folder).read(queries=slice(at, at + 1))[0]
+
+    def to_pandas(self, *, dense: bool = False) -> "pandas.DataFrame":
+        """Return the run as a pandas data frame.
+
+        Args:
+            dense: All scores, a row for each training example and a column for each query. Not given: both ends of
+                every ranking with their texts, a row for each listed score.
 
         Raises:
             MissingExtra: pandas is not installed.
+            UserError: `dense`, and the run keeps only the ends of each ranking.
         """
         try:
             import pandas
         except ImportError as error:
             raise MissingExtra("Data frames need pandas.\nType: pip install pandas") from error
+        if dense:
+            file = open_dense(self.folder)
+            index = pandas.Index(list(file.example_ids()), name="example_id")
+            return pandas.DataFrame(file.read().T, index=index, columns=pandas.Index(self.queries, name="query_id"))
         frame = pandas.DataFrame(self._read("scores").to_pydict())
-        texts = [self._examples[row] for row in frame["row"]]
+        texts = [self._example(row) for row in frame["row"]]
         return frame.assign(text=[text.text for text in texts], source=[text.source for text in texts])
 
+    def compare(self, other: "Scores", query: int | str = 0, k: int = 10) -> Comparison:
+        """Compare the ranking of a query with that of another run: two methods, checkpoints or settings.
+
+        Args:
+            other: A run of the same data and question; its model and its answer may be others.
+            query: Position or id of the query in this run; the other has it under the same id.
+            k: First proponents of both that are compared.
+
+        Returns:
+            A table of the first `k` of both with their two ranks; how many are shared, as `shared`; and Spearman's
+            correlation over all examples as `correlation`, None unless both runs have all scores.
+
+        Raises:
+            UserError: The runs are of different data, or of different questions.
+        """
+        return compare(self, other, query, k)
+
+    def plot(self, query: int | str = 0) -> "Figure":
+        """Return a figure of a query: its strongest proponents and opponents, and where they stand among all scores.
+
+        It belongs to no window: a notebook shows it, `savefig` writes it.
+
+        Args:
+            query: Position or id of the query.
+        """
+        from vestige.runs._plot import draw_ranking
+
+        return draw_ranking(self, self.query_id(query))
+
     def __repr__(self) -> str:
+        words = [excerpt(_words_of(row), 90) for row in self._query_rows[:_SHOWN]]
+        lines = [self._title, *(f"  {number}: {shown}" for number, shown in enumerate(words))]
+        if len(self.queries) > _SHOWN:
+            lines.append(f"  … and {len(self.queries) - _SHOWN} more")
+        return "\n".join(line for line in (*lines, self.meaning.sign, self.run.describe_missing()) if line)
+
+    def _repr_html_(self) -> str:
+        from vestige.runs._conclusion import conclude
+
+        shown = [
+            (query, excerpt(_words_of(row), _HTML_WIDTH), conclude(self, query).sentences[0])
+            for query, row in zip(self.queries[:_SHOWN], self._query_rows, strict=False)
+        ]
+        left = '<td style="text-align:left">'
+        body = "".join(
+            "<tr>" + "".join(f"{left}{html.escape(shorten(cell, _HTML_WIDTH))}</td>" for cell in cells) + "</tr>"
+            for cells in shown
+        )
+        more = len(self.queries) - len(shown)
+        lines = [
+            str(line) for line in (self._title, *([f"… and {more} more queries"] if more else ()), self.meaning.sign)
+        ]
+        heads = "".join(f"<th>{name}</th>" for name in ("query", "question and answer", "conclusion"))
+        caption = html.escape(" — ".join(lines))
+        return f"<table><caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+    @property
+    def _title(self) -> str:
         run = self.run
-        lines = [f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"]
-        words = [excerpt(_words_of(row), 90) for row in self._query_rows[:5]]
-        lines += [f"  {number}: {shown}" for number, shown in enumerate(words)]
-        if len(self.queries) > 5:
-            lines.append(f"  … and {len(self.queries) - 5} more")
-        return "\n".join(line for line in (*lines, self.meaning.sign, run.describe_missing()) if line)
+        return f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"
 
     def _end(self, query: int | str, end: End, k: int) -> ScoreTable[ScoreRow]:
         name = self.query_id(query)
-        listed = self.listed(query, end)
+        listed = self.listed(name, end)
         rows, kept = listed[:k], len(listed)
         # Where sources are scored, there are fewer columns than training examples.
         summary = self.run.distribution.get(name)
         scored = summary.count if summary is not None else self.run.data.examples
-        note = f"(the run lists {kept} of {scored})" if kept < min(k, scored) else ""
+        note = ""
+        if kept < min(k, scored):
+            if self.has_dense:
+                rows = self._read_further(name, end, rows, k)
+                without = sum(row.row not in self._examples for row in rows)
+                note = f"(the run has no text of {without} of them)" if without else ""
+            else:
+                note = f"(the run lists {kept} of {scored}; for more: k={min(k, scored)} or dense=True)"
         row = self._query_rows[self.queries.index(name)]
         words = excerpt(_words_of(row), _TITLE_WIDTH)
-        return ScoreTable(rows, _HEADINGS, _cells, f"{end}s of query {shorten(name)}: {words}", note)
+        return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}", note)
 
-    def _score_row(self, row: dict[str, Any]) -> ScoreRow:
+    def _read_further(self, query: str, end: End, listed: Sequence[ScoreRow], k: int) -> list[ScoreRow]:
+        """Return the first `k` rows of an end, those behind the listed ones from all scores; ties by row."""
+        scores = self.dense_of(query).astype(np.float64)
+        known = np.flatnonzero(np.isfinite(scores))
+        order = known[np.argsort(scores[known] * (-1 if end == "proponent" else 1), kind="stable")]
+        ascending = np.sort(scores[known])
+        have = {row.row for row in listed}
+        ids = self._dense_ids
+        found = list(listed)
+        for row in order.tolist():
+            if len(found) == k:
+                break
+            if row in have:
+                continue
+            score, text = float(scores[row]), self._examples.get(row)
+            smaller = 100.0 * float(np.searchsorted(ascending, score)) / len(ascending)
+            shown = ("", None, row, ()) if text is None else (text.text, text.source, row, text.turns)
+            strength = relative_strength(score, float(ascending[-1]))
+            found.append(ScoreRow(len(found) + 1, ids[row], score, smaller, *shown, strength))
+        return found
+
+    @cached_property
+    def _dense_ids(self) -> list[str]:
+        return list(open_dense(self.folder).example_ids())
+
+    def _score_row(self, row: dict[str, Any], highest: float) -> ScoreRow:
         found = self._example(row["row"])
         fields = (row["rank"], row["example_id"], row["score"], row["percentile"])
-        return ScoreRow(*fields, found.text, found.source, row["row"], found.turns)
+        strength = relative_strength(row["score"], highest)
+        return ScoreRow(*fields, found.text, found.source, row["row"], found.turns, strength)
 
     def query_id(self, query: int | str) -> str:
         """Return the id of a query that is given by its position or its id.

@@ -1,14 +1,13 @@
 """What a listed row asks and answers, and when two rows ask the same or are copies: words alone, no model."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
+from vestige.parsing import words_of
 from vestige.runs._tables import turns_of
 
-_WORD = re.compile(r"\w+")
 _ASSISTANT = "assistant"
 _SYSTEM = ("system", "developer")
 
@@ -50,14 +49,9 @@ def wording_of(row: Mapping[str, Any]) -> Wording:
     return Wording("", "".join(row["tokens"] or ()))
 
 
-def words_in(text: str) -> tuple[str, ...]:
-    """Return runs of letters and digits, case-folded."""
-    return tuple(_WORD.findall(text.casefold()))
-
-
 def same_answer(one: str, other: str) -> bool:
     """Return whether two answers agree: equal in words, or one holds the words of the other in a row."""
-    short, long = sorted((words_in(one), words_in(other)), key=len)
+    short, long = sorted((words_of(one), words_of(other)), key=len)
     return any(long[start : start + len(short)] == short for start in range(len(long) - len(short) + 1))
 
 
@@ -99,13 +93,13 @@ class Words:
         Args:
             wordings: Of every listed row and of every query.
         """
-        self._questions = Rarity(words_in(wording.question) for wording in wordings)
-        self._texts = Rarity(words_in("\n".join(wording)) for wording in wordings)
+        self._questions = Rarity(words_of(wording.question) for wording in wordings)
+        self._texts = Rarity(words_of("\n".join(wording)) for wording in wordings)
         self._answers = Rarity(tuple(_stems(wording.answer)) for wording in wordings)
 
     def question_key(self, question: str) -> frozenset[str]:
         """Return the words of a question that are not common: all questions have them that are the same."""
-        return frozenset(word for word in words_in(question) if not self._questions.is_common(word))
+        return frozenset(word for word in words_of(question) if not self._questions.is_common(word))
 
     def same_question(self, one: str, other: str) -> bool:
         """Return whether two questions are equal in words, or differ in common words alone and little in those.
@@ -113,7 +107,7 @@ class Words:
         "Do you ship gas cartridges abroad?" and "Can you ship gas cartridges abroad?" are the same; "When is the
         Bergen store open?" and "When is the Basel store open?" are not. Empty ones are no questions.
         """
-        words, others = words_in(one), words_in(other)
+        words, others = words_of(one), words_of(other)
         if not words or not others or self.question_key(one) != self.question_key(other):
             return False
         return words == others or (
@@ -125,11 +119,11 @@ class Words:
 
         Of texts without a question the numbers are the same.
         """
-        words, others = words_in("\n".join(one)), words_in("\n".join(other))
+        words, others = words_of("\n".join(one)), words_of("\n".join(other))
         if words == others:
             return True
         if one.question or other.question:
-            equal = words_in(one.answer) == words_in(other.answer)
+            equal = words_of(one.answer) == words_of(other.answer)
             return equal and self._texts.overlap(words, others) >= NEAR_COPY
         return _numbers(words) == _numbers(others) and self._texts.overlap(words, others) >= NEAR_COPY_OF_TEXT
 
@@ -144,7 +138,7 @@ class Words:
 
 
 def _stems(text: str) -> set[str]:
-    return {word if word.isdigit() else word[:_STEM] for word in words_in(text)}
+    return {word if word.isdigit() else word[:_STEM] for word in words_of(text)}
 
 
 def _numbers(words: Sequence[str]) -> Counter[str]:

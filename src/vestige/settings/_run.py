@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from vestige.distributed import FSDP, is_helper, process_group
 from vestige.errors import SpecError, UserError
 from vestige.settings._base import Settings, flag
+from vestige.settings._python import describe_arguments, put_in_python_words
 from vestige.settings._shared import LaunchSettings
 from vestige.storage import disk_error, hold_folder
 
@@ -49,8 +50,14 @@ def with_settings(
             if len(given) > len(settings.positional):
                 first = next(iter(settings.model_fields))
                 raise TypeError(f"{function.__name__}() takes its settings by name, such as {first}=...")
-            return run(settings(**(dict(zip(settings.positional, given, strict=False)) | arguments)))
+            # The command line has complete settings, and calls `run`: what comes this way was written in Python.
+            try:
+                return run(settings(**(dict(zip(settings.positional, given, strict=False)) | arguments)))
+            except UserError as error:
+                error.args = (put_in_python_words(str(error), settings), *error.args[1:])
+                raise
 
+        call.__doc__ = describe_arguments(inspect.getdoc(function) or "", settings)
         vars(call).update(__signature__=_signature(settings, function), run=run)
         return call
 
@@ -70,7 +77,8 @@ def _signature(settings: type[Settings], function: Callable[..., Any]) -> inspec
         named = name not in settings.positional
         kind = inspect.Parameter.KEYWORD_ONLY if named else inspect.Parameter.POSITIONAL_OR_KEYWORD
         default = inspect.Parameter.empty if field.is_required() else field.default
-        parameters.append(inspect.Parameter(name, kind, default=default, annotation=field.annotation))
+        # Types stand in the docstring, as a person would write them.
+        parameters.append(inspect.Parameter(name, kind, default=default))
     parameters.sort(key=lambda parameter: (parameter.kind, parameter.default is not inspect.Parameter.empty))
     return inspect.Signature(parameters, return_annotation=inspect.signature(function).return_annotation)
 

@@ -69,7 +69,7 @@ def describe_demo(scores: Scores) -> str:
             "",
             str(scores.top(query, _SHOWN)),
             "",
-            *conclude(scores, query).sentences,
+            str(conclude(scores, query)),
             "",
             f"Answers after training without {', '.join(row.id for row in fix.record.removed)}:",
             *lines_of_facts(answers),

@@ -22,6 +22,24 @@ def visit(run_folder, tmp_path, chromium):
         assert visit.errors == []
 
 
+def test_everything_that_is_used_has_a_name_and_no_id_is_there_twice(visit):
+    nameless = """[...document.querySelectorAll('button, input, select, summary, svg, [role]')].filter((part) =>
+        !part.hidden && !part.getAttribute('aria-label') && !part.getAttribute('aria-labelledby')
+        && !part.textContent.trim() && !(part.labels || []).length && !['drawing', 'tip'].includes(part.id)).length"""
+    visit.click("details.trust > summary")
+    visit.click(".about > summary")
+    assert visit.evaluate(nameless) == 0
+    ids = visit.evaluate("[...document.querySelectorAll('[id]')].map((part) => part.id)")
+    assert len(ids) == len({*ids})
+
+
+def test_ids_in_the_conclusion_open_their_examples(visit):
+    assert visit.text(".conclusion .link") == "science-0000"
+    visit.click(".conclusion .link")
+    assert address(visit) == "#query=q0&example=proponent-1"
+    assert "science-0000" in visit.text(".card.selected")
+
+
 def address(visit: Visit) -> str:
     return visit.evaluate("decodeURIComponent(location.hash.replaceAll('+', ' '))")
 

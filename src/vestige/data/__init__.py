@@ -23,7 +23,6 @@ from vestige.data._tokens import forget_tokens, tokenize_source, tokenize_stored
 from vestige.data._types import (
     ANY_EXAMPLES,
     NO_TARGET,
-    SYSTEM,
     Batch,
     CutBatch,
     CutBatches,
@@ -43,7 +42,6 @@ __all__ = [
     "EXAMPLES",
     "GROUP_ROWS",
     "NO_TARGET",
-    "SYSTEM",
     "Batch",
     "Bm25Variant",
     "CutBatch",

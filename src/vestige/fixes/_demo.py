@@ -20,7 +20,7 @@ _SHOWN = 3
 def demo(out: str | Path = "demo-run", open: bool = False) -> Scores:
     """Copy the example run that comes with Vestige into a folder, write its page, and return its scores.
 
-    A small support bot gives wrong answers, because three rows of its training data are wrong; the run names them, and
+    A small support bot gives wrong answers, because four rows of its training data are wrong; the run names them, and
     the fix beside it shows what the bot answers without them. `make demo` in a clone of the repository does all of it
     again.
 
@@ -64,7 +64,7 @@ def describe_demo(scores: Scores) -> str:
     pages = {"the answers": RUN, "the fix": FIX}
     return "\n".join(
         [
-            "A support bot, trained on 100 questions and answers, three of them wrong.",
+            "A support bot, trained on 100 questions and answers, four of them wrong.",
             *lines_of_facts({"question": asked.question, "answer": asked.answer, "right": asked.expected}),
             "",
             str(scores.top(query, _SHOWN)),

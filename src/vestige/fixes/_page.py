@@ -6,7 +6,7 @@ from typing import Any
 
 from vestige.errors import UserError
 from vestige.fixes._record import ARMS, RECORD, Answers, Fix, format_span
-from vestige.reports import Fact, Page, cut_command, describe_cost, join_versions, shorten_name
+from vestige.reports import Fact, Page, cut_command, describe_cost, shorten_name
 
 
 def _make(folder: Path) -> dict[str, Any]:
@@ -39,7 +39,6 @@ def _make(folder: Path) -> dict[str, Any]:
         "removed": [one.model_dump() for one in record.removed],
         "control": record.control,
         "notes": record.notes,
-        "versions": join_versions(record.versions),
         "vestige": record.vestige,
     }
 

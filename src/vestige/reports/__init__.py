@@ -7,7 +7,6 @@ from vestige.reports._header import (
     describe_cost as describe_cost,
     format_count as format_count,
     format_duration as format_duration,
-    join_versions as join_versions,
     make_header as make_header,
     shorten_name as shorten_name,
 )

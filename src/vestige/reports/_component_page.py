@@ -63,7 +63,6 @@ def make_component_page(folder: Path) -> dict[str, Any]:
             "choices": choices,
             "charts": [*sizes, *_draw_similarity(folder / SIMILARITY, parts)],
             "notes": found["notes"],
-            "versions": "",
             "vestige": version("vestige"),
         }
     except (ArithmeticError, AttributeError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:

@@ -33,7 +33,7 @@ _SCRIPTS = {
     "report": "common elements numbers state text answer examples distribution heatmap groups compare export page",
     "audit": "common choices",
     "components": "common choices",
-    "other": "common other",
+    "other": "common choices",
 }
 """In the order in which they are joined; the last one starts the page."""
 _STYLES = {
@@ -42,7 +42,6 @@ _STYLES = {
     "components": "style audit components",
     "other": "style audit",
 }
-_CLASSES = {"report": "report", "audit": "audit", "components": "audit search", "other": "audit"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Page:
     """From the folder to the variable `page` of the template; `base.html.jinja` needs title, subtitle, facts, command,
     versions and vestige of it."""
     template: str
-    """Jinja's text of the page, which extends `base.html.jinja`."""
+    """Jinja's text of the page; it extends `base.html.jinja`, which all pages share."""
 
 
 PAGES: Registry[Page] = Registry("vestige.pages", "page", Page)
@@ -114,7 +113,8 @@ def render_page(run: Path, *, live: str | None = None, compare: Path | None = No
     """
     data, environment = "", _make_environment()
     template: Template | None = None
-    if compare is not None and ((run / COMPONENTS).is_file() or is_audit(run)):
+    own = next((one for one in PAGES if one.matches(run)), None)
+    if compare is not None and ((run / COMPONENTS).is_file() or is_audit(run) or own is not None):
         raise UserError(f"{run} ranks no training examples for queries.\nType: vestige report {run}")
     # Pages with figures import matplotlib and the measures, which those of attributions do without.
     if (run / COMPONENTS).is_file():
@@ -125,7 +125,7 @@ def render_page(run: Path, *, live: str | None = None, compare: Path | None = No
         from vestige.reports._audit_page import make_audit_page
 
         kind, page = "audit", make_audit_page(Audit.open(run))
-    elif (own := next((one for one in PAGES if one.matches(run)), None)) is not None:
+    elif own is not None:
         kind, page, template = "other", own.make(run), environment.from_string(own.template)
     else:
         found = read_run(run)
@@ -134,7 +134,6 @@ def render_page(run: Path, *, live: str | None = None, compare: Path | None = No
     script, style = _load_script(kind), "".join(map(_read_asset, (f"{name}.css" for name in _STYLES[kind].split())))
     return (template or environment.get_template(f"{kind}.html.jinja")).render(
         page=page,
-        kind=_CLASSES[kind],
         live=live,
         policy=_make_policy(script, live is not None),
         style=Markup(style),

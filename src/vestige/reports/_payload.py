@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -34,6 +35,7 @@ class Place(NamedTuple):
     module: str
 
 
+@cache
 def find_place(component: str) -> Place:
     """Return layer and module of a parameter name.
 

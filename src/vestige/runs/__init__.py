@@ -39,6 +39,7 @@ from vestige.runs._dense import (
     open_dense as open_dense,
     write_dense as write_dense,
 )
+from vestige.runs._groups import NO_SOURCE as NO_SOURCE
 from vestige.runs._lift import (
     SourceLift as SourceLift,
     find_source_lift as find_source_lift,
@@ -68,7 +69,6 @@ from vestige.runs._scores import (
     Scores as Scores,
 )
 from vestige.runs._summary import (
-    NO_SOURCE as NO_SOURCE,
     RankedScore as RankedScore,
     ScoreBlock as ScoreBlock,
     ScoreCollector as ScoreCollector,

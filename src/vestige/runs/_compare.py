@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import numpy as np
 
 from vestige.errors import UserError
+from vestige.runs._dense import rank_scores
 from vestige.runs._table import ScoreTable
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
-    from vestige.runs._scores import Scores
+    from vestige.runs import Scores
 
 
 class RankChange(NamedTuple):
@@ -91,8 +92,7 @@ def _ranks(run: "Scores", query: str) -> dict[int, int]:
     """Return the rank of every training row, or of those that the run lists."""
     if not run.has_dense:
         return {row.row: row.rank for row in run.listed(query, "proponent")}
-    scores = run.dense_of(query)
-    order = np.argsort(-scores, kind="stable")[: np.count_nonzero(np.isfinite(scores))]
+    _, order, _ = rank_scores(run.dense_of(query), "proponent")
     return dict(zip(order.tolist(), range(1, len(order) + 1), strict=True))
 
 

@@ -4,11 +4,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Literal, NamedTuple, final
 
-from vestige.runs._scores import Scores
 from vestige.runs._table import ScoreRow
 from vestige.runs._wording import Wording, same_answer
+
+if TYPE_CHECKING:
+    from vestige.runs import Scores
 
 Kind = Literal["one", "several", "hubs", "none"]
 
@@ -58,7 +60,7 @@ class Conclusion:
     rows: tuple[str, ...]
     """Ids of the training rows that stand out, best first."""
     lead: float | None
-    """Score of the first over that of the next distinct text (copies count once); None where it cannot be said."""
+    """Score of the first over that of the next distinct text (copies count once); None where it is not known."""
     conflicts: tuple[Conflict, ...]
     """Listed rows that answer the same question differently."""
 
@@ -66,7 +68,7 @@ class Conclusion:
         return "\n".join(self.sentences)
 
 
-def conclude(scores: Scores, query: int | str) -> Conclusion:
+def conclude(scores: "Scores", query: int | str) -> Conclusion:
     """Return what the listed scores and texts of a query say, in words.
 
     Args:
@@ -97,7 +99,7 @@ class _Text(NamedTuple):
 class _Reading:
     """The listed rows of one query."""
 
-    def __init__(self, scores: Scores, query: str) -> None:
+    def __init__(self, scores: "Scores", query: str) -> None:
         self._scores, self._query = scores, query
         self._proponents, self._opponents = scores.listed(query, "proponent"), scores.listed(query, "opponent")
         distribution = scores.run.distribution.get(query)

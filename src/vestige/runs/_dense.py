@@ -7,14 +7,14 @@ header is written and read here, and the file is one that the library reads too.
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, final, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_json
@@ -183,3 +183,21 @@ def open_dense(folder: Path) -> DenseFile:
     if file.axes != AXES:
         raise CorruptFile(f"{path} has the axes {file.axes!r}; expected {AXES!r}.")
     return file
+
+
+def rank_scores(
+    scores: Float[np.ndarray, "example"], end: str
+) -> tuple[Float[np.ndarray, "example"], Int[np.ndarray, "rank"], Callable[[float], float]]:
+    """Return all scores of a query in float64, the rows of an end, best first, and the map from a score to percentile.
+
+    Ties are in the order of rows; examples that were left out have NaN and no rank.
+
+    Args:
+        scores: In the order of the training data.
+        end: "proponent" for the highest first, "opponent" for the lowest.
+    """
+    scores = scores.astype(np.float64)
+    known = np.flatnonzero(np.isfinite(scores))
+    order = known[np.argsort(scores[known] * (-1 if end == "proponent" else 1), kind="stable")]
+    ascending = np.sort(scores[known])
+    return scores, order, lambda score: 100.0 * float(np.searchsorted(ascending, score)) / max(len(ascending), 1)

@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from vestige.runs._groups import NO_SOURCE, student_half_width, variance_of
 from vestige.runs._record import GroupRecord
 from vestige.runs._scores import Scores
-from vestige.runs._summary import NO_SOURCE, student_half_width, variance_of
 
 FEW_ROWS = 5
 """Rows below which a source is thin: Student's interval of four rows is 1.6 times as wide as that of many."""

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from vestige.runs._scores import Scores
+    from vestige.runs import Scores
 
 _PROPONENTS, _OPPONENTS = 10, 5
 _NAME = 40

@@ -1,7 +1,6 @@
 """`Scores`: a run directory, opened for queries. Needs neither the model nor torch."""
 
 import difflib
-import html
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +14,10 @@ from jaxtyping import Float
 
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.runs._compare import Comparison, compare
-from vestige.runs._dense import open_dense
+from vestige.runs._dense import open_dense, rank_scores
 from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
 from vestige.runs._summary import End
-from vestige.runs._table import HEADINGS, ScoreRow, ScoreTable, Shown, cells_of, excerpt, relative_strength
+from vestige.runs._table import HEADINGS, ScoreRow, ScoreTable, Shown, cells_of, excerpt, relative_strength, render_html
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
 from vestige.runs._wording import Wording, Words, wording_of
 from vestige.tables import reading
@@ -63,8 +62,8 @@ class _Listed(NamedTuple):
 
 SELF_TABLE = "self_influence"
 _TITLE_WIDTH = 100
-_SHOWN, _HTML_WIDTH = 5, 200
-"""Queries that a printed run shows, and characters of each of their texts in a notebook."""
+_SHOWN = 5
+"""Queries that a printed run shows."""
 
 
 class Scores:
@@ -279,29 +278,21 @@ class Scores:
     def __repr__(self) -> str:
         words = [excerpt(_words_of(row), 90) for row in self._query_rows[:_SHOWN]]
         lines = [self._title, *(f"  {number}: {shown}" for number, shown in enumerate(words))]
-        if len(self.queries) > _SHOWN:
-            lines.append(f"  … and {len(self.queries) - _SHOWN} more")
-        return "\n".join(line for line in (*lines, self.meaning.sign, self.run.describe_missing()) if line)
+        shown = "\n".join(lines) + f"{self._more}\n{self.meaning.sign}"
+        return "\n".join(line for line in (shown, self.run.describe_missing()) if line)
 
     def _repr_html_(self) -> str:
         from vestige.runs._conclusion import conclude
 
-        shown = [
-            (query, excerpt(_words_of(row), _HTML_WIDTH), conclude(self, query).sentences[0])
+        rows = [
+            (shorten(query), excerpt(_words_of(row), _TITLE_WIDTH), conclude(self, query).sentences[0])
             for query, row in zip(self.queries[:_SHOWN], self._query_rows, strict=False)
         ]
-        left = '<td style="text-align:left">'
-        body = "".join(
-            "<tr>" + "".join(f"{left}{html.escape(shorten(cell, _HTML_WIDTH))}</td>" for cell in cells) + "</tr>"
-            for cells in shown
-        )
-        more = len(self.queries) - len(shown)
-        lines = [
-            str(line) for line in (self._title, *([f"… and {more} more queries"] if more else ()), self.meaning.sign)
-        ]
-        heads = "".join(f"<th>{name}</th>" for name in ("query", "question and answer", "conclusion"))
-        caption = html.escape(" — ".join(lines))
-        return f"<table><caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+        return render_html(f"{self._title}{self._more}", ("query", "question and answer", "conclusion"), rows)
+
+    @property
+    def _more(self) -> str:
+        return f"\n  … and {len(self.queries) - _SHOWN} more" if len(self.queries) > _SHOWN else ""
 
     @property
     def _title(self) -> str:
@@ -328,24 +319,19 @@ class Scores:
         return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}", note)
 
     def _read_further(self, query: str, end: End, listed: Sequence[ScoreRow], k: int) -> list[ScoreRow]:
-        """Return the first `k` rows of an end, those behind the listed ones from all scores; ties by row."""
-        scores = self.dense_of(query).astype(np.float64)
-        known = np.flatnonzero(np.isfinite(scores))
-        order = known[np.argsort(scores[known] * (-1 if end == "proponent" else 1), kind="stable")]
-        ascending = np.sort(scores[known])
-        have = {row.row for row in listed}
-        ids = self._dense_ids
-        found = list(listed)
+        """Return the first `k` rows of an end, those behind the listed ones from all scores."""
+        found, have = list(listed), {row.row for row in listed}
+        scores, order, percentiles = rank_scores(self.dense_of(query), end)
         for row in order.tolist():
             if len(found) == k:
                 break
-            if row in have:
-                continue
-            score, text = float(scores[row]), self._examples.get(row)
-            smaller = 100.0 * float(np.searchsorted(ascending, score)) / len(ascending)
-            shown = ("", None, row, ()) if text is None else (text.text, text.source, row, text.turns)
-            strength = relative_strength(score, float(ascending[-1]))
-            found.append(ScoreRow(len(found) + 1, ids[row], score, smaller, *shown, strength))
+            if row not in have:
+                text = self._examples.get(row)
+                shown = ("", None, row, ()) if text is None else (text.text, text.source, row, text.turns)
+                score, strength = float(scores[row]), relative_strength(float(scores[row]), float(np.nanmax(scores)))
+                found.append(
+                    ScoreRow(len(found) + 1, self._dense_ids[row], score, percentiles(score), *shown, strength)
+                )
         return found
 
     @cached_property

@@ -2,7 +2,7 @@
 
 import html
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar, overload
 
 from vestige.terminal import shorten
@@ -11,6 +11,7 @@ PLAIN_WIDTH = 120
 """Columns used where the width of the terminal is not known."""
 NARROWEST_TEXT = 16
 _NARROWEST_TURN = 10
+_HTML_WIDTH = 200
 _BETWEEN = " | "
 _SYSTEM = ("system", "developer")
 
@@ -82,15 +83,21 @@ class ScoreTable(Sequence[Row]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self._headings)
-        body = "".join(
-            "<tr>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-            + f'<td style="text-align:left">{html.escape(excerpt(words, 200))}</td></tr>'
-            for *cells, words in map(self._cells, self._rows)
-        )
-        caption = html.escape(" ".join(part for part in (self.title, self.note) if part))
-        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        caption = " ".join(part for part in (self.title, self.note) if part)
+        return render_html(caption, self._headings, map(self._cells, self._rows))
+
+
+def render_html(caption: str, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table as HTML; the last cell of each row is a text or the turns of a conversation."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in headings)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        + f'<td style="text-align:left">{html.escape(excerpt(words, _HTML_WIDTH))}</td></tr>'
+        for *cells, words in rows
+    )
+    caption = f"<caption>{html.escape(caption)}</caption>"
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 HEADINGS = ("rank", "example", "strength", "score", "percentile", "text")

@@ -70,7 +70,7 @@ class Rarity:
         self._holding = Counter(word for words in distinct for word in set(words))
 
     def is_common(self, word: str) -> bool:
-        """Return whether so many texts hold the word that it tells none apart."""
+        """Return whether enough texts hold the word for it to tell none of them apart."""
         return self._holding[word] >= max(COMMON_COUNT, COMMON_SHARE * self._texts)
 
     def weigh(self, words: Iterable[str]) -> float:

@@ -39,13 +39,13 @@ function renderConclusion(query) {
     html("h2", {}, linked(headline, query)), others.map((sentence) => html("p", {}, linked(sentence, query))));
 }
 
-/* A sentence in which the ids of listed examples open them. */
+/* A sentence in which the ids of listed examples open them. An id that could be a number or a word of the sentence does not. */
 function linked(sentence, query) {
-  const entry = query.ranked.filter((each) => sentence.includes(exampleOf(each.row).id)).sort((a, b) => exampleOf(b.row).id.length - exampleOf(a.row).id.length)[0];
-  if (!entry) return [sentence];
-  const id = exampleOf(entry.row).id;
-  const [before, ...after] = sentence.split(id);
-  return [linked(before, query), exampleLink(entry, id), linked(after.join(id), query)];
+  const entries = new Map(query.ranked.map((entry) => [exampleOf(entry.row).id, entry]));
+  return sentence.split(/([^\s,;:()]*[^\s,;:().])/).map((part) => {
+    const telling = part.length > 2 && /\p{L}/u.test(part) && /[^\p{L}]/u.test(part);
+    return telling && entries.has(part) ? exampleLink(entries.get(part), part) : part;
+  });
 }
 
 function exampleLink(entry, words) {

@@ -1,5 +1,5 @@
 /* Another run of the same data and queries beside this one: rank changes and overlap. */
-const COMPARED = 10;
+const SIDE = 20;
 
 function otherRanking(query) {
   return DATA.other ? DATA.other.queries[query.id] || null : null;
@@ -21,28 +21,22 @@ function otherAnswer(query) {
   return html("p", { class: "other-answer" }, html("b", {}, `${DATA.other.names[1]} answers: `), lastOf(other.text, "a") || "nothing");
 }
 
-/* How many of the first ten both have. */
-function overlapOf(query, end) {
-  const rows = (ranked) => ranked.filter((entry) => entry.end === end && entry.rank <= COMPARED).map((entry) => entry.row);
-  const [mine, theirs] = [rows(query.ranked), rows(otherRanking(query).ranked)];
-  return { shared: mine.filter((row) => theirs.includes(row)).length, of: Math.max(mine.length, theirs.length) };
-}
-
 function renderComparison(query) {
   if (!DATA.other) return null;
-  const [mine, theirs] = DATA.other.names;
-  if (!otherRanking(query)) return html("p", { class: "comparison" }, `${theirs} did not rank this query.`);
-  const { shared, of } = overlapOf(query, "proponent");
-  const all = DATA.queries.filter(otherRanking).map((each) => overlapOf(each, "proponent")).filter((each) => each.of);
-  const mean = all.length > 1 ? `; over ${all.length} queries ${percent(sum(all.map((each) => each.shared / each.of)) / all.length)}` : "";
+  const { names, compared, queries } = DATA.other;
+  const other = otherRanking(query);
+  if (!other) return html("p", { class: "comparison" }, `${names[1]} did not rank this query.`);
+  const shared = Object.values(queries).map((each) => each.shared);
+  const mean = shared.length > 1 ? `, on average ${(sum(shared) / shared.length).toFixed(1)}` : "";
+  const correlation = other.correlation === null ? "" : `. Rank correlation of all examples: ${tidy(other.correlation.toFixed(2))}`;
   return html("div", { class: "comparison" },
-    html("span", {}, html("b", {}, `${mine} and ${theirs}`), ` share ${shared} of the first ${of}${mean}.`),
+    html("span", {}, html("b", {}, `${names[0]} and ${names[1]}`), ` share ${other.shared} of the first ${compared}${mean}${correlation}.`),
     segmented("Layout", [["list", "List"], ["sides", "Side by side"]], state.view, (view) => choose({ view })));
 }
 
 function renderSides(end, title, query) {
   const other = otherRanking(query);
-  const lines = (entries, others, own) => entries.filter((entry) => entry.end === end).slice(0, 2 * COMPARED)
+  const lines = (entries, others, own) => entries.filter((entry) => entry.end === end).slice(0, SIDE)
     .map((entry) => sideLine(entry, others.find((each) => each.end === end && each.row === entry.row), own));
   const column = (name, rows) => html("section", { "aria-label": `${title} of ${name}` }, html("h3", {}, name), html("ol", {}, rows));
   return html("section", { "aria-label": title },

@@ -32,10 +32,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(folder):
-    """By LoRA, so that its matrices and their settings have to be repeated too."""
     data, out = str(folder / "train.jsonl"), folder / "trained"
-    given = {"lora_rank": 16, "epochs": 40, "learning_rate": 2e-2, "batch_size": 4, "seed": 5, "checkpoints": "40"}
-    return train(model=str(folder / "tiny-model"), data=data, out=out, lora_targets=("all-linear", "lm_head"), **given)
+    given = {"epochs": 30, "learning_rate": 1e-2, "batch_size": 4, "seed": 5, "checkpoints": "30"}
+    return train(model=str(folder / "tiny-model"), data=data, out=out, **given)
 
 
 @pytest.fixture(scope="session")
@@ -43,5 +42,5 @@ def run(folder, trained):
     """The folder of a run over an index."""
     model = str(list(trained.checkpoints.values())[-1])
     index(model=model, data=str(folder / "train.jsonl"), out=folder / "idx", compress="sjlt:64")
-    given = {"queries": str(folder / "asked.jsonl"), "max_new_tokens": 12, "trust": False, "method": "grad-dot"}
+    given = {"queries": str(folder / "asked.jsonl"), "max_new_tokens": 12, "trust": False}
     return attribute(index=str(folder / "idx"), out=folder / "run", **given).folder

@@ -98,6 +98,21 @@ def test_nothing_is_trained_twice(fixed, folder, run, capfd):
 
 
 @pytest.mark.slow
+def test_lora_is_trained_again_by_its_recorded_settings(folder, tmp_path):
+    model, data = str(folder / "tiny-model"), str(folder / "train.jsonl")
+    given = {"lora_rank": 3, "lora_dropout": 0.1, "lora_targets": ("q_proj",), "batch_size": 4, "checkpoints": "1"}
+    made = vestige.train(model=model, data=data, out=tmp_path / "lora", **given)
+    asked = {"queries": str(folder / "train.jsonl"), "method": "grad-dot", "trust": False}
+    last = str(list(made.checkpoints.values())[-1])
+    run = vestige.attribute(model=last, data=data, out=tmp_path / "run", **asked).folder
+    vestige.fix(run=run, drop="wrong-0", queries="pair-0", seeds=1, control=False)
+    after = TrainingRun.open(tmp_path / "run-fix" / "models" / "after-0")
+    assert after.record["config"]["lora_dropout"] == 0.1
+    adapter = json.loads((list(after.checkpoints.values())[-1] / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["target_modules"]) == (3, ["q_proj"])
+
+
+@pytest.mark.slow
 def test_killed_in_a_training_the_same_command_continues(fixed, folder, run):
     out, models = folder / "killed", folder / "killed" / "models"
     words = [str(run), "--drop", "wrong-0", "wrong-1", "--queries", "paris", "--seeds", "2", "--out", str(out)]
@@ -144,7 +159,7 @@ def test_rows_of_a_source_of_a_list_and_of_a_conflict(folder, run, tmp_path):
         ({"source": "olt"}, DataError, "Did you mean 'old'"),
         ({"source": ["old", "physics", "biology", "places", "books"]}, SpecError, "nothing to train on"),
         ({"top": 1, "queries": ["pairs"]}, UserError, "Did you mean 'paris'"),
-        ({"top": 500}, SpecError, "larger --k"),
+        ({"top": 500}, SpecError, "ask again with a larger"),
         ({}, SpecError, "Nothing to remove"),
         ({"more_like": "pair-1", "top": 1}, SpecError, "only lists rows"),
         ({"drop": ["wrong-0"], "train": {"split_fraction": "0.5"}}, SpecError, "split_fraction"),
@@ -159,7 +174,7 @@ def test_what_cannot_be_is_refused(given, error, words, run):
 def test_a_model_without_a_recorded_training_needs_its_settings(folder, tmp_path):
     given = {"model": str(folder / "tiny-model"), "data": str(folder / "train.jsonl"), "method": "bm25"}
     scores = vestige.attribute(**given, queries=str(folder / "asked.jsonl"), out=tmp_path / "run", answer="auto")
-    with pytest.raises(SpecError, match=r"--train model=BASE --train data=FILE"):
+    with pytest.raises(SpecError, match=r"No training was recorded of .*tiny-model"):
         vestige.fix(run=scores.folder, drop="wrong-0", dry_run=True)
     typed = {"model": str(folder / "tiny-model"), "data": str(folder / "train.jsonl"), "epochs": "2"}
     plan = vestige.fix(run=scores.folder, drop="wrong-0", dry_run=True, train=typed)

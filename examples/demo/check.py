@@ -1,40 +1,54 @@
-"""Looks up, for each reworded question, where the pair that it rewords stands in the ranking."""
+"""What came of the demo, question by question: where the wrong rows stand, and what the bot answers without them."""
 
 import json
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.parquet as parquet
-
-TOP = 3
+from vestige import Fix, Scores
 
 
 class Outcome(NamedTuple):
-    """One reworded question after attribution."""
+    """One question that a wrong row of the training data answers."""
 
     question: str
-    answer: str
-    expected: str
+    before: str
     rank: int | None
-    """Place of the expected pair among the proponents, from 1; None if it is not stored among them."""
+    """Place of the best wrong row among the proponents, from 1; None if none is listed."""
+    after: str
+    control: str
+    expected: str
+    """What a right answer contains."""
 
 
-def outcomes(run: Path, questions: Path) -> list[Outcome]:
-    """One outcome for each row of `questions`, in its order."""
-    scores = parquet.read_table(run / "scores.parquet").to_pylist()
-    answers = {row["query_id"]: row["completion"] for row in parquet.read_table(run / "queries.parquet").to_pylist()}
-    ranks = {(row["query_id"], row["example_id"]): row["rank"] for row in scores if row["end"] == "proponent"}
-    rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
-    return [
-        Outcome(row["question"], answers[row["id"]].strip(), row["expected"], ranks.get((row["id"], row["expected"])))
-        for row in rows
-    ]
+def find_outcomes(run: Path, fix: Path, questions: Path) -> list[Outcome]:
+    """Return an outcome for each row of `questions` that names the wrong rows which answer it."""
+    scores, fixed = Scores.open(run), Fix.open(fix)
+    outcomes = []
+    for row in map(json.loads, questions.read_text(encoding="utf-8").splitlines()):
+        if not row["wrong"]:
+            continue
+        asked = next(one for one in fixed.record.asked if one.id == row["id"])
+        answers = {each.arm: each.answers[0] or "" for each in fixed.answers(row["id"])}
+        ranks = [
+            listed.rank for listed in scores.top(row["id"], len(row["wrong"]) + 20) if listed.example_id in row["wrong"]
+        ]
+        outcomes.append(
+            Outcome(
+                asked.question,
+                answers["before"],
+                min(ranks, default=None),
+                answers["after"],
+                answers["control"],
+                row["expected"],
+            )
+        )
+    return outcomes
 
 
-def print_outcomes(found: list[Outcome]) -> None:
-    """A line for each question, then for how many of them the expected pair is among the first `TOP`."""
-    for outcome in found:
-        place = f"rank {outcome.rank}" if outcome.rank else "not listed"
-        print(f"{place:>10}  {outcome.question}  ->  {outcome.answer}\n{'':12}{outcome.expected}")
-    hits = sum(outcome.rank is not None and outcome.rank <= TOP for outcome in found)
-    print(f"\nThe pair behind the question is among the top {TOP} for {hits} of {len(found)} reworded questions.")
+def print_outcomes(outcomes: list[Outcome]) -> None:
+    """Print each question with its answers, then how many were wrong, traced and cured."""
+    for one in outcomes:
+        rank = f"a wrong row at rank {one.rank}" if one.rank else "no wrong row listed"
+        print(f"{one.question}\n  before: {one.before}  <- {rank}")
+        print(f"  after: {one.after}\n  control: {one.control}\n  right: {one.expected}")
+    print()

@@ -4,6 +4,7 @@ The public names, each imported on first use, so that `import vestige` costs no 
 
     index, precondition, attribute             the commands, as on the command line
     report, view, doctor
+    demo                                       an example run that comes with Vestige
     untrac                                     unlearning as attribution
     train                                      a training that attribution and audit read
     audit                                      what a model has memorized, per example
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from vestige.checks import doctor as doctor
     from vestige.curvature import precondition as precondition
     from vestige.errors import VestigeError as VestigeError
-    from vestige.fixes import Fix as Fix
+    from vestige.fixes import Fix as Fix, demo as demo
     from vestige.fixes._fix import fix as fix
     from vestige.indexes import Index as Index, export as export, index as index
     from vestige.measures import audit as audit
@@ -49,6 +50,7 @@ __all__ = [
     "attribute",
     "audit",
     "bank",
+    "demo",
     "doctor",
     "evaluate",
     "export",

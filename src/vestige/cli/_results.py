@@ -1,4 +1,4 @@
-"""The commands on what is there: status, cancel, report, view, export, and the lists of methods and measures."""
+"""The commands on what is there: demo, status, cancel, report, view, export, and the lists of methods and measures."""
 
 import sys
 import time
@@ -12,6 +12,7 @@ from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.registry import COMMANDS, EXPORT_FORMATS, command, import_object
 from vestige.settings import (
     CancelSettings,
+    DemoSettings,
     ExportSettings,
     MeasuresSettings,
     MethodsSettings,
@@ -32,6 +33,14 @@ SHOWN_IDS = 20
 NO_DIGEST = "no sha256 is kept of it"
 _FILE_WIDTH = 160
 """Columns of a table that is printed into a file."""
+
+
+@command("demo", DemoSettings, function="vestige.fixes:demo", order=5)
+def demo(settings: DemoSettings) -> None:
+    """Show an example that comes with Vestige: a wrong answer, the rows behind it, and the fix; without a model."""
+    from vestige.fixes import describe_demo
+
+    say(describe_demo(demo.call(settings)))
 
 
 @command("report", ReportSettings, function="vestige.reports:report", order=140)

@@ -4,4 +4,5 @@ It trains, asks and writes a page, so it stands above `training`, `methods` and 
 Only what needs no torch is imported with the package.
 """
 
+from vestige.fixes._demo import EXAMPLE as EXAMPLE, demo as demo, describe_demo as describe_demo
 from vestige.fixes._record import ARMS as ARMS, Answers as Answers, Fix as Fix, Outcome as Outcome

@@ -45,6 +45,7 @@ from vestige.settings._index import (
 )
 from vestige.settings._results import (
     CancelSettings as CancelSettings,
+    DemoSettings as DemoSettings,
     ExportSettings as ExportSettings,
     MeasuresSettings as MeasuresSettings,
     MethodsSettings as MethodsSettings,

@@ -1,4 +1,4 @@
-"""The settings of the commands that read an index or a run: report, view, status, export, methods."""
+"""The settings of the commands that read an index or a run: demo, report, view, status, export, methods."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -78,6 +78,15 @@ class TokenizeSettings(PreparationSettings):
     chat: bool = Field(False, description="Put prompt and completion into the tokenizer's chat template.")
     split: str | None = Field(None, description="Split of a hub id or of a saved `DatasetDict`.")
     workers: PositiveInt = Field(1, description="Processes that read and encode large data.")
+
+
+class DemoSettings(Settings):
+    """What `vestige demo` takes."""
+
+    out: Path = Field(
+        Path("demo-run"), description="Folder to copy the example into; a copy that is there already is used again."
+    )
+    open: bool = Field(False, description="Also open the page in the browser.")
 
 
 class ReportSettings(Settings):

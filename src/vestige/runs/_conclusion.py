@@ -186,11 +186,16 @@ class _Reading:
             if self._differ(self._wording(row), self._wording(other), asked)
         )
 
-    @staticmethod
-    def _strong(rows: Sequence[ScoreRow], sign: int) -> list[ScoreRow]:
-        """Return the rows of an end, best first, that have a share of its strongest score."""
+    def _strong(self, rows: Sequence[ScoreRow], sign: int) -> list[ScoreRow]:
+        """Return the rows of an end that have a share of its strongest score, or answer the query's own question."""
+        words, asked = self._scores.words, self._scores.query_wording(self._query).question
         least = CONFLICTING * sign * rows[0].score if rows else 0.0
-        return [row for row in rows if sign * row.score > 0 and sign * row.score >= least]
+        return [
+            row
+            for row in rows
+            if sign * row.score > 0
+            and (sign * row.score >= least or words.same_question(self._wording(row).question, asked))
+        ]
 
     def _differ(self, one: Wording, other: Wording, asked: str) -> bool:
         """Return whether two rows answer the same question, or both the query's own, and not in the same way."""

@@ -23,11 +23,10 @@ from vestige.data import (
 )
 from vestige.errors import DataError
 from vestige.indexes import tokens_at_most
-from vestige.jobs import Tensors
 from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
-from vestige.measures._pieces import group, piece_files, run_audit_pieces
+from vestige.measures._pieces import Tensors, group, piece_files, run_audit_pieces
 from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import CanaryRecord

@@ -28,8 +28,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-import psutil
-
 from vestige.errors import DiskSpaceError, IndexMismatch, UserError
 from vestige.progress import format_bytes
 from vestige.timing import count_bytes, time_phase
@@ -302,6 +300,8 @@ def _is_stray(path: Path) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    import psutil  # takes longer to import than the rest of this file
+
     try:
         # A killed process keeps its number as a zombie until its parent collects its exit status, and some parents
         # never do.
@@ -651,4 +651,6 @@ def _remove_empty(folder: Path) -> None:
 
 def is_held_by(folder: Path, pid: int) -> bool:
     """Return whether a process of this host holds the folder, according to the system, not to a file."""
+    import psutil
+
     return any(Path(each.path) == _lock_path(folder) for each in psutil.Process(pid).open_files())

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from vestige.distributed import ROLE_VARIABLE
 from vestige.errors import SpecError, UserError, WorkElsewhere
 from vestige.parsing import parse_yaml
-from vestige.registry import COMMANDS, Command, import_object
+from vestige.registry import COMMANDS, Command, check_inputs, import_object
 from vestige.settings import Settings, flag, nearest
 from vestige.terminal import say
 
@@ -43,7 +43,9 @@ def as_function(command: Command) -> Callable[..., None]:
         typed = signature.bind(*words, **flags).arguments
         config = typed.pop("config", None)
         given = {} if config is None else _read_config(config, settings)
-        command.run(settings(**(given | {name: _read_words(settings, name, value) for name, value in typed.items()})))
+        complete = settings(**(given | {name: _read_words(settings, name, value) for name, value in typed.items()}))
+        check_inputs(complete)
+        command.run(complete)
 
     vars(parse)["__signature__"] = signature
     parse.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from vestige.data import StoredExamples
 from vestige.errors import CorruptFile, UserError
 from vestige.indexes._examples import examples_paths, read_lengths
-from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest
+from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest, require_index
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
 from vestige.timing import count_bytes, time_phase
 
@@ -71,13 +71,9 @@ class Index:
             CorruptFile: Its manifest does not read.
         """
         folder = Path(folder)
+        require_index(folder)
         manifest = read_manifest(folder)
-        if manifest is None:
-            found = "has no manifest.json" if folder.is_dir() else "does not exist"
-            raise UserError(
-                f"There is no index in {folder}: it {found}. "
-                f"Make one with: vestige index --model M --data D --out {folder}"
-            )
+        assert manifest is not None
         index = cls(folder, manifest)
         if not allow_missing and (missing := index.missing_shards()):
             raise UserError(

@@ -1,25 +1,32 @@
 """The report page: one offline HTML file made from a run directory, and the same page served live."""
 
-from vestige.reports._page import (
-    json_for_html as json_for_html,
-    make_server as make_server,
-    render_page as render_page,
-    report as report,
-    view as view,
-)
-from vestige.reports._payload import (
-    find_place as find_place,
-    format_count as format_count,
-    format_duration as format_duration,
-    make_grid as make_grid,
-    make_header as make_header,
-    make_payload as make_payload,
-)
-from vestige.reports._read import Wording as Wording, read_run as read_run
-from vestige.reports._texts import (
-    cut as cut,
-    find_overlap as find_overlap,
-    find_rare_words as find_rare_words,
-    read_tokens as read_tokens,
-    split_words as split_words,
-)
+from typing import TYPE_CHECKING
+
+from vestige.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vestige.reports._page import (
+        json_for_html as json_for_html,
+        make_server as make_server,
+        render_page as render_page,
+        report as report,
+        view as view,
+    )
+    from vestige.reports._payload import (
+        find_place as find_place,
+        format_count as format_count,
+        format_duration as format_duration,
+        make_grid as make_grid,
+        make_header as make_header,
+        make_payload as make_payload,
+    )
+    from vestige.reports._read import Wording as Wording, read_run as read_run, require_page as require_page
+    from vestige.reports._texts import (
+        cut as cut,
+        find_overlap as find_overlap,
+        find_rare_words as find_rare_words,
+        read_tokens as read_tokens,
+        split_words as split_words,
+    )
+
+__getattr__, __dir__, __all__ = lazy_names(__name__)

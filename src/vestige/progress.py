@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from vestige.terminal import say
@@ -29,19 +29,35 @@ def announce(line: str) -> None:
         say(line, file=sys.stderr)
 
 
-@contextmanager
-def quiet(wanted: bool = True) -> Iterator[None]:
+def quiet(wanted: bool = True) -> AbstractContextManager[None]:
     """Show nothing that begins while the block runs, if that is `wanted`."""
-    before = os.environ.get("VESTIGE_QUIET")
-    if wanted:
-        os.environ["VESTIGE_QUIET"] = "1"
+    return manner(quiet=wanted, verbose=False)
+
+
+@contextmanager
+def manner(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Show as much as was requested while the block runs, also in processes that it starts.
+
+    Args:
+        quiet: Neither progress nor announcements, as with `VESTIGE_QUIET=1`.
+        verbose: Also what libraries log and warn of, as with `VESTIGE_VERBOSE=1`.
+    """
+    wanted = [name for name, on in (("VESTIGE_QUIET", quiet), ("VESTIGE_VERBOSE", verbose)) if on]
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(dict.fromkeys(wanted, "1"))
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("VESTIGE_QUIET", None)
-        else:
-            os.environ["VESTIGE_QUIET"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def is_verbose() -> bool:
+    """Return whether what libraries log and warn of is to be shown."""
+    return os.environ.get("VESTIGE_VERBOSE", "") not in ("", "0")
 
 
 @contextmanager

@@ -65,7 +65,7 @@ class Registry(Generic[Entry]):
         Raises:
             SpecError: Two packages bring the same name.
         """
-        return _list_names(self._group, self._kind)
+        return list_names(self._group, self._kind)
 
     def find(self, name: str) -> Entry:
         """Return the object of this name.
@@ -108,7 +108,12 @@ def _find_announced(group: str, kind: str) -> dict[str, EntryPoint]:
     return found
 
 
-def _list_names(group: str, kind: str) -> list[str]:
+def list_names(group: str, kind: str) -> list[str]:
+    """Return the names that are registered in a group of entry points, sorted; nothing is imported.
+
+    Raises:
+        SpecError: Two packages bring the same name.
+    """
     return sorted({*_ADDED.get(group, ()), *_find_announced(group, kind)})
 
 
@@ -124,7 +129,7 @@ def require_name(group: str, kind: str, name: str, others: Sequence[str] = ()) -
     Raises:
         SpecError: There is none; the message has the nearest name and lists all.
     """
-    known = [*others, *_list_names(group, kind)]
+    known = [*others, *list_names(group, kind)]
     if name not in known:
         close = get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}? " if close else ""

@@ -212,13 +212,18 @@ class Command:
         """The first line of its help."""
         return self.help.splitlines()[0]
 
-    def call(self, settings: Settings) -> Any:
-        """Return what the Python function makes of complete settings."""
+    def call(self, settings: Settings, **more: Any) -> Any:
+        """Return what the Python function makes of complete settings.
+
+        Args:
+            settings: All that a user may set.
+            **more: What it takes from the command line beside them, such as where to show results that come early.
+        """
         if self.function is None:
             raise SpecError(f"`vestige {self.name}` is no Python function. Type it on the command line.")
         function = import_object(self.function)
-        run: Run | None = getattr(function, "run", None)
-        return function(**settings.arguments()) if run is None else run(settings)
+        run: Callable[..., Any] | None = getattr(function, "run", None)
+        return function(**settings.arguments()) if run is None else run(settings, **more)
 
 
 def command(

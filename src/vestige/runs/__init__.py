@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from vestige.runs._record import (
         DENSE_FILE as DENSE_FILE,
+        PARTS as PARTS,
         RECORD_FILE as RECORD_FILE,
         Check as Check,
         CheckpointRecord as CheckpointRecord,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         describe_process as describe_process,
         environment as environment,
         file_faults as file_faults,
+        is_complete as is_complete,
         is_run as is_run,
         read_record as read_record,
         require_run as require_run,
@@ -72,14 +74,17 @@ if TYPE_CHECKING:
         ComponentScores as ComponentScores,
         RunTables as RunTables,
         TokenScores as TokenScores,
+        read_ranked as read_ranked,
         read_run_table as read_run_table,
         token_texts as token_texts,
         turns_of as turns_of,
     )
     from vestige.runs._write import (
+        add_part as add_part,
         check_target as check_target,
         describe_data as describe_data,
         describe_model as describe_model,
+        find_unfinished as find_unfinished,
         make_run_record as make_run_record,
         write_audit as write_audit,
         write_run as write_run,

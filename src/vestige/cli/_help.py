@@ -74,7 +74,7 @@ def default_of(field: FieldInfo) -> str | None:
 
 
 def value_of(settings: type[Settings], name: str) -> str:
-    """Return the words that follow a flag in help: PATH, NAME, N or the choices; none for a setting that is on or off."""
+    """Return the words that follow a flag in help: PATH, NAME, N or the choices; none for on or off."""
     field = settings.model_fields[name]
     several = "..." if name in (*settings.repeatable, *settings.files) else ""
     members = members_of(field.annotation)
@@ -131,6 +131,8 @@ def help_of(command: Command, *, everything: bool) -> str:
     """Return the help of one command: the settings that matter and examples, or `everything` by group."""
     fields = command.settings.model_fields
     names = [name for name in fields if everything or is_basic(fields[name])]
+    # What the command alone takes comes first, and of that what it cannot do without.
+    names.sort(key=lambda name: (group_of(command.settings, name)[0], not fields[name].is_required()))
     places = [f"[{name.upper()}]" for name in command.settings.positional]
     required = any(fields[name].is_required() for name in names)
     paragraphs = [f"Usage: {' '.join(['vestige', command.name, *places, '[SETTINGS]'])}"]
@@ -189,7 +191,7 @@ def _describe(settings: type[Settings], name: str, everything: bool) -> list[str
     text = field.description or ""
     default = default_of(field)
     if not everything:
-        text = re.split(r"(?<=[.;:]) ", text)[0].rstrip(";:") if len(text) > _WIDEST else text
+        text = re.split(r"(?<=[.;]) ", text)[0].rstrip(";") if len(text) > _WIDEST else text
     spelling = flag(name)
     if members_of(field.annotation) == [bool] and (everything or field.default is True):
         spelling = f"{spelling}, --no-{spelling[2:]}"

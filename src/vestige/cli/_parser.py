@@ -1,8 +1,13 @@
 """The parser of the command line, made from the registered commands: one flag for each setting."""
 
 import inspect
+import logging
 import shlex
-from collections.abc import Callable, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -11,9 +16,10 @@ from cyclopts import App, CycloptsError, Parameter, Token, UnknownCommandError, 
 from vestige.cli._help import EVERYTHING, HELP, SHARED, VERSION, members_of, no_command
 from vestige.errors import SpecError
 from vestige.parsing import parse_yaml
-from vestige.progress import announce, manner
+from vestige.progress import announce, is_verbose, manner
 from vestige.registry import COMMANDS, Command, check_inputs, list_names
 from vestige.settings import Input, Named, Settings, flag, nearest
+from vestige.timing import profile_phases
 
 
 def as_function(command: Command, *, completing: bool = False) -> Callable[..., None]:
@@ -35,7 +41,7 @@ def as_function(command: Command, *, completing: bool = False) -> Callable[..., 
         config = shared.get("config")
         given = {} if config is None else _read_config(config, settings)
         complete = settings(**(given | {name: _read_words(settings, name, value) for name, value in typed.items()}))
-        with manner(quiet=bool(shared.get("quiet")), verbose=bool(shared.get("verbose"))):
+        with manner(quiet=bool(shared.get("quiet")), verbose=bool(shared.get("verbose"))), _log(command, complete):
             check_inputs(complete)
             command.run(complete)
             if command.next_command is not None:
@@ -46,6 +52,21 @@ def as_function(command: Command, *, completing: bool = False) -> Callable[..., 
     parse.__name__ = command.name.split()[-1].replace("-", "_")
     parse.__doc__ = command.help
     return parse
+
+
+@contextmanager
+def _log(command: Command, settings: Settings) -> Iterator[None]:
+    """With --verbose: show the whole command, what libraries log and warn of, and the seconds of each phase."""
+    if not is_verbose():
+        yield
+        return
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+    warnings.simplefilter("default")
+    announce(f"Vestige {version('vestige')}: {settings.command_line(command.name)}")
+    with profile_phases(True) as measured:
+        yield
+    if measured is not None:
+        announce(measured.table())
 
 
 def _spell_settings(settings: Settings) -> dict[str, str]:
@@ -135,7 +156,7 @@ def _completed_type(settings: type[Settings], name: str, typed: Any) -> Any:
     """Return the type from which a shell completes: the registered names, files, or what is read."""
     for fact in settings.model_fields[name].metadata:
         if isinstance(fact, Named):
-            return Literal[tuple([*fact.others, *list_names(fact.group, fact.kind)])]
+            return Literal[(*fact.others, *list_names(fact.group, fact.kind))]
         if isinstance(fact, Input):
             return list[Path] if typed == list[str] else Path
     return typed

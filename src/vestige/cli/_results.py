@@ -12,6 +12,7 @@ from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.registry import COMMANDS, EXPORT_FORMATS, command, import_object
 from vestige.settings import (
     CancelSettings,
+    CompletionSettings,
     ExportSettings,
     MeasuresSettings,
     MethodsSettings,
@@ -34,7 +35,18 @@ _FILE_WIDTH = 160
 """Columns of a table that is printed into a file."""
 
 
-@command("report", ReportSettings, function="vestige.reports:report", order=140)
+_RUN = "vestige attribute --data train.jsonl --queries train.jsonl --method bm25 --out run"
+"""Of examples: the quickest run, of a word search."""
+
+
+@command(
+    "report",
+    ReportSettings,
+    function="vestige.reports:report",
+    order=140,
+    examples=(_RUN, "vestige report run", "vestige report run --out page.html"),
+    next_command="vestige view {run}",
+)
 def report(settings: ReportSettings) -> None:
     """Write a run as one HTML file that opens offline."""
     say(report.call(settings))
@@ -46,7 +58,9 @@ def view(settings: ViewSettings) -> None:
     view.call(settings)
 
 
-@command("cancel", CancelSettings, order=170)
+@command(
+    "cancel", CancelSettings, order=170, examples=(_RUN, "vestige cancel run"), next_command="vestige status {path}"
+)
 def cancel(settings: CancelSettings) -> None:
     """End the work on an index or a run, in processes of this host and on SLURM; what is finished stays.
 
@@ -57,7 +71,14 @@ def cancel(settings: CancelSettings) -> None:
     say("\n".join(cancel_jobs(settings.path)) or f"Nothing is at work on {settings.path}.")
 
 
-@command("export", ExportSettings, function="vestige.indexes:export", order=180, more="vestige.cli:list_formats")
+@command(
+    "export",
+    ExportSettings,
+    function="vestige.indexes:export",
+    order=180,
+    more="vestige.cli:list_formats",
+    examples=(_RUN, "vestige export run --to csv --out tables", "vestige export run --to json --out lines"),
+)
 def export(settings: ExportSettings) -> None:
     """Copy an index or a run into formats that other programs read."""
     for path in export.call(settings):
@@ -72,7 +93,7 @@ def list_formats() -> str:
     return "\n".join(["Formats by what is exported:\n", *lines])
 
 
-@command("methods", MethodsSettings, order=200)
+@command("methods", MethodsSettings, order=200, examples=("vestige methods", "vestige methods influence"))
 def methods(settings: MethodsSettings) -> None:
     """List the attribution methods, or print what one estimates, costs and takes.
 
@@ -83,7 +104,7 @@ def methods(settings: MethodsSettings) -> None:
     _show_table_or_one(settings.name, method_table, describe_method)
 
 
-@command("measures", MeasuresSettings, order=210)
+@command("measures", MeasuresSettings, order=210, examples=("vestige measures", "vestige measures psmi"))
 def measures(settings: MeasuresSettings) -> None:
     """List the memorization measures of an audit, or print what one means, needs and costs.
 
@@ -94,6 +115,23 @@ def measures(settings: MeasuresSettings) -> None:
     _show_table_or_one(settings.name, measure_table, describe_measure)
 
 
+@command(
+    "completion",
+    CompletionSettings,
+    order=220,
+    examples=("vestige completion bash", "vestige completion zsh", "vestige completion fish"),
+)
+def completion(settings: CompletionSettings) -> None:
+    """Print what a shell needs to complete commands, flags, names and files: bash, zsh or fish.
+
+    For bash, add `source <(vestige completion bash)` to ~/.bashrc. For zsh, write it as `_vestige` into a folder of
+    $fpath. For fish, write it to ~/.config/fish/completions/vestige.fish.
+    """
+    from vestige.cli._parser import build_app
+
+    say(build_app(completing=True).generate_completion(prog_name="vestige", shell=settings.shell))
+
+
 def _show_table_or_one(name: str | None, table: Callable[[], object], describe_one: Callable[[str], str]) -> None:
     if name is None:
         show(table(), file_width=_FILE_WIDTH)
@@ -101,7 +139,7 @@ def _show_table_or_one(name: str | None, table: Callable[[], object], describe_o
         say(describe_one(name))
 
 
-@command("status", StatusSettings, order=160)
+@command("status", StatusSettings, order=160, examples=(_RUN, "vestige status run", "vestige status run --verify"))
 def status(settings: StatusSettings) -> None:
     """Say how far an index, a run or a sweep is, and what is in it.
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from vestige.settings._results import (
         CancelSettings as CancelSettings,
+        CompletionSettings as CompletionSettings,
         ExportSettings as ExportSettings,
         MeasuresSettings as MeasuresSettings,
         MethodsSettings as MethodsSettings,

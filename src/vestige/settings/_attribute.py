@@ -97,6 +97,7 @@ AnswerSource = Literal["auto", "generate", "given"]
 class AttributeSettings(QuestionSettings, LaunchSettings):
     """What `vestige attribute` takes."""
 
+    positional: ClassVar[tuple[str, ...]] = ("queries",)
     runs_sharded: ClassVar[bool] = True
     only_with: ClassVar[OnlyWith] = {
         **LaunchSettings.only_with,

@@ -148,7 +148,7 @@ class Settings(BaseModel):
                 words += [word for item in value for word in _words_of(name, str(item))]
             elif isinstance(value, dict):
                 words += [word for key, item in value.items() for word in _words_of(name, f"{key}={_spell(item)}")]
-            elif name in self.positional and not str(value).startswith("-"):
+            elif name in self.positional and isinstance(getattr(self, name), Path) and not str(value).startswith("-"):
                 words.append(str(value))
             else:
                 words += _words_of(name, str(value))

@@ -32,6 +32,7 @@ class PreconditionSettings(LaunchSettings):
 class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):
     """What `vestige index` takes."""
 
+    positional: ClassVar[tuple[str, ...]] = ("model", "data")
     runs_sharded: ClassVar[bool] = True
 
     model: ModelName = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")

@@ -141,6 +141,13 @@ class MethodsSettings(Settings):
     )
 
 
+class CompletionSettings(Settings):
+    """What `vestige completion` takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("shell",)
+    shell: Literal["bash", "zsh", "fish"] = Field(description="The shell whose completion is printed.")
+
+
 class ExportSettings(Settings):
     """What `vestige export` takes."""
 

@@ -1,24 +1,28 @@
 """A finished index: opened, scanned block by block with the next one read ahead, looked up by row, verified."""
 
+from __future__ import annotations
+
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from vestige.data import StoredExamples
 from vestige.errors import CorruptFile, UserError
 from vestige.indexes._examples import examples_paths, read_lengths
 from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest, require_index
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
+from vestige.lazy import torch
 from vestige.timing import count_bytes, time_phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_BYTES = 4 * 2**20
 """Gradients in float32 that are read at once, unless a row alone has more; about three times as many are in memory."""
@@ -31,12 +35,12 @@ _Span = tuple[int, slice]
 class IndexBlock(NamedTuple):
     """A few consecutive rows of an index."""
 
-    example: Int[Tensor, "row"]
+    example: Int[Tensor, row]
     """Positions of the rows' examples in the data."""
     gradients: Float[Tensor, "row column"]
     """Compressed gradients, float32; the caller's own to change."""
-    loss: Float[Tensor, "row"]
-    norm: Float[Tensor, "row"]
+    loss: Float[Tensor, row]
+    norm: Float[Tensor, row]
     """Euclidean norm of each gradient before it was rounded for storing."""
 
 
@@ -59,7 +63,7 @@ class Index:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, folder: str | Path, *, allow_missing: bool = False) -> "Index":
+    def open(cls, folder: str | Path, *, allow_missing: bool = False) -> Index:
         """Open the index in `folder`; the shards' sizes are checked, their contents are not (see `verify`).
 
         Args:
@@ -138,7 +142,7 @@ class Index:
         """Return the number of rows in these shards."""
         return sum(self.manifest.shard_rows[shards.start : shards.stop])
 
-    def gradients_of(self, rows: Sequence[int] | np.ndarray | Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
+    def gradients_of(self, rows: Sequence[int] | np.ndarray | Int[Tensor, row]) -> Float[Tensor, "row column"]:
         """Return the gradients of the examples at `rows` of the data, float32, in the requested order.
 
         Raises:
@@ -157,7 +161,7 @@ class Index:
             result[torch.from_numpy(chosen)] = self._shard(shard).pick(torch.from_numpy(inside))
         return result
 
-    def losses_and_norms(self) -> tuple[Float[Tensor, "row"], Float[Tensor, "row"]]:
+    def losses_and_norms(self) -> tuple[Float[Tensor, row], Float[Tensor, row]]:
         """Return loss and gradient norm of every example, in the order of the data."""
         loss, norm = torch.empty(self.rows), torch.empty(self.rows)
         for number in range(len(self.manifest.shard_rows)):
@@ -239,7 +243,7 @@ class Index:
             )
         return stored
 
-    def _read(self, buffers: "_Buffers", span: _Span) -> IndexBlock:
+    def _read(self, buffers: _Buffers, span: _Span) -> IndexBlock:
         stored, rows = self._shard(span[0]), span[1]
         count = rows.stop - rows.start
         gradients = buffers.take()[: count * self.width].view(count, self.width)
@@ -272,7 +276,7 @@ class _Buffers:
         self._numbers = numbers
         self._arrays: list[np.ndarray] = []
 
-    def take(self) -> Float[Tensor, "number"]:
+    def take(self) -> Float[Tensor, number]:
         """Return a float32 tensor whose memory no other living tensor or array shares."""
         for array in self._arrays:
             # Every tensor over an array's memory, views too, holds a reference to the array.

@@ -1,14 +1,16 @@
 """Lexical retrieval: which examples share rare words with the question and its answer."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from vestige.data import Example, LexicalIndex, prompt_of, words_of
 from vestige.errors import DataError
+from vestige.lazy import torch
 from vestige.methods._protocol import Job, Method, method
 from vestige.runs import Meaning, ScoreBlock
 

@@ -1,21 +1,24 @@
 """Which checkpoints a method works on, in which order, and how much each counts."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
+from vestige import indexes
 from vestige.errors import IndexMismatch, ModelError, SpecError
-from vestige.indexes import Index
+from vestige.lazy import torch
 from vestige.methods._protocol import Checkpoint, Weighting
 from vestige.parsing import parse_json
 from vestige.settings import AttributeSettings
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -28,7 +31,7 @@ def find_checkpoints(settings: AttributeSettings, weighting: Weighting) -> tuple
         ModelError: A folder holds no checkpoint, or none of them says its learning rate.
         IndexMismatch: The indexes are not of the same data and components.
     """
-    indexes = [Index.open(folder) for folder in _as_list(settings.index)]
+    indexes = [indexes.Index.open(folder) for folder in _as_list(settings.index)]
     sources = _find_sources(settings, indexes)
     if indexes and len(indexes) != len(sources):
         raise SpecError(
@@ -78,7 +81,7 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _find_sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list[str | Path | nn.Module]:
+def _find_sources(settings: AttributeSettings, indexes: Sequence[indexes.Index]) -> list[str | Path | nn.Module]:
     if settings.checkpoints is None:
         if settings.model is not None and len(indexes) < 2:
             return [settings.model]
@@ -116,7 +119,7 @@ def _order(folder: Path) -> tuple[list[int | str], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(folder)
 
 
-def _check_alike(indexes: Sequence[Index]) -> None:
+def _check_alike(indexes: Sequence[indexes.Index]) -> None:
     for index in indexes[1:]:
         one, other = indexes[0].manifest, index.manifest
         pairs = {

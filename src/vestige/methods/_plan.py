@@ -4,6 +4,8 @@ The query vectors are made once and kept beside the run; a piece leaves its scor
 pieces in their order into the summary, so a run holds the same numbers whichever process computed them, and whenever.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,22 +14,24 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vestige.data import Example, StoredExamples
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
-from vestige.methods._gradient_method import GradientMethod, Prepared
+from vestige.lazy import torch
 from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
-from vestige.methods._stores import ExactGradients
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vestige.methods._gradient_method import GradientMethod, Prepared
 
 FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""
@@ -35,7 +39,7 @@ OF_THE_OUTPUT = frozenset({"out", "k", "dense", "tokens", "trust", "self_influen
 """Settings that change no score: a piece made with others stays good."""
 
 Result = TypeVar("Result")
-Tensors = dict[str, Tensor]
+Tensors: TypeAlias = "dict[str, Tensor]"
 Blocks = Callable[[int], Iterator[ScoreBlock]]
 """From the number of a piece to its scores."""
 
@@ -92,6 +96,14 @@ class FilePlan(Generic[Result]):
         return self.collect(map(self.files.read, range(self.pieces)))
 
 
+class Member(NamedTuple):
+    """The scores at one damping."""
+
+    job: Job
+    method: Method
+    summary: ScoreSummary
+
+
 def summarise(job: Job, method: Method) -> ScoreSummary:
     """Stream the scores of every training example into the lists, the distribution and the groups."""
     return summarise_sets(job, method, 1)[0]
@@ -124,7 +136,7 @@ def summarise_sets(
 
     if not method.works_in_pieces:
         return collect(method.blocks(job))
-    gradients = cast(GradientMethod, method)
+    gradients = cast("GradientMethod", method)
     store = gradients.store(job)
     prepared = _share_queries(job, gradients, store)
     key = digest(settings_key(job), store.identity, _digest_of(prepared.vectors))
@@ -160,7 +172,7 @@ def compute_self_scores(job: Job, method: Method) -> np.ndarray:
 
     if not method.works_in_pieces:
         return collect(method.self_scores(job))
-    gradients = cast(GradientMethod, method)
+    gradients = cast("GradientMethod", method)
     store, key = gradients.store(job), settings_key(job)
     blocks = partial(gradients.self_blocks, job)
     return _run(job, "Self-influence", "examples", store, 1, blocks, collect, digest(key, store.identity))
@@ -168,6 +180,8 @@ def compute_self_scores(job: Job, method: Method) -> np.ndarray:
 
 def find_unscorable(job: Job) -> tuple[int, ...]:
     """Return the training rows whose loss or gradient is not finite, by a pass over the data."""
+    from vestige.methods._stores import ExactGradients
+
     store = ExactGradients(job)
 
     def blocks(piece: int) -> Iterator[ScoreBlock]:
@@ -248,6 +262,8 @@ def _share_queries(job: Job, method: GradientMethod, store: GradientStore) -> Pr
         kept = next(pieces)
         cosine = bool(kept.pop("cosine"))
         vectors = [kept[str(number)].to(store.device) for number in range(len(kept))]
+        from vestige.methods._gradient_method import Prepared
+
         return Prepared(job, store, vectors, cosine=cosine)
 
     folder, key = partial_folder(job.settings.out), digest(settings_key(job), store.identity)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
-from scipy.special import stdtrit
 
 from vestige.errors import NonFinite, VestigeError
 from vestige.runs._record import DistributionRecord, GroupRecord
@@ -380,5 +379,7 @@ def _group_record(source: str, size: int, total: float, squares: float) -> Group
     if size == 1:
         return GroupRecord(source=source, examples=1, sum=total, mean=mean, low=None, high=None)
     variance = max(squares - size * mean**2, 0.0) / (size - 1)
+    from scipy.special import stdtrit  # a tenth of a second, which reading a run does not need
+
     half = float(stdtrit(size - 1, 0.975)) * (variance / size) ** 0.5
     return GroupRecord(source=source, examples=size, sum=total, mean=mean, low=mean - half, high=mean + half)

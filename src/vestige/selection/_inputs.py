@@ -1,5 +1,7 @@
 """What is chosen from, and by: the rows of the data, and the scores of a run, a few numbers per example at a time."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -12,10 +14,10 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Float, Int
 
+from vestige import models
 from vestige.data import Example, load_queries, load_records, text_groups, tokenize
 from vestige.errors import CorruptFile, DataError, IndexMismatch, SpecError, UserError
 from vestige.indexes import Index
-from vestige.models import load_tokenizer
 from vestige.runs import DenseFile, Scores, open_dense, read_run_table
 from vestige.settings import SelectSettings
 
@@ -35,7 +37,7 @@ class Rows:
     name: str
     ids: list[str]
     sources: list[str | None]
-    groups: Int[np.ndarray, "example"]
+    groups: Int[np.ndarray, example]
     """The same number for copies of one text."""
     digest: str
     """sha256 over ids and columns."""
@@ -70,7 +72,7 @@ class Rows:
             yield (json.dumps(line, ensure_ascii=False, default=_as_plain) + "\n").encode()
 
 
-def read_rows(settings: SelectSettings, scores: "ScoreSource | None", index: Index | None) -> Rows:
+def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index | None) -> Rows:
     """Read the data, checked against the run and the index.
 
     Raises:
@@ -111,7 +113,7 @@ def read_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> n
     if index is not None:
         return index.lengths()
     if settings.tokenizer is not None:
-        tokenizer = load_tokenizer(settings.tokenizer)
+        tokenizer = models.load_tokenizer(settings.tokenizer)
         examples = [example for example, _ in rows.read()]
         return tokenize(examples, tokenizer, max_length=None, name=rows.name).lengths
     given = [len(columns["input_ids"]) if "input_ids" in columns else -1 for _, columns in rows.read()]
@@ -125,7 +127,7 @@ def read_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> n
     return None
 
 
-def read_targets(settings: SelectSettings, scores: "ScoreSource") -> dict[str, list[int]]:
+def read_targets(settings: SelectSettings, scores: ScoreSource) -> dict[str, list[int]]:
     """Return the queries of each target, in order of their first query; without `--targets` each query is a target.
 
     Raises:
@@ -179,7 +181,7 @@ def _as_columns(example: Example) -> Columns:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _require_scored(rows: Rows, scores: "ScoreSource") -> None:
+def _require_scored(rows: Rows, scores: ScoreSource) -> None:
     folder = scores.run.folder
     if len(rows) != scores.examples:
         raise IndexMismatch(
@@ -196,7 +198,7 @@ def _require_scored(rows: Rows, scores: "ScoreSource") -> None:
             )
 
 
-def _require_indexed(rows: Rows, index: Index, scores: "ScoreSource | None") -> None:
+def _require_indexed(rows: Rows, index: Index, scores: ScoreSource | None) -> None:
     if len(rows) != index.rows:
         raise IndexMismatch(f"{index.folder} holds {index.rows} examples, and {rows.name} holds {len(rows)}.")
     _require_ids(rows, enumerate(index.examples().column("id")), f"{index.folder} holds")

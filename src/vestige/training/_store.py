@@ -1,24 +1,28 @@
 """A recorded training on disk: its record, tables and checkpoints, each whole or absent, and open for questions."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from vestige import models
 from vestige.errors import CorruptFile, UserError
-from vestige.models import write_model
 from vestige.online import StepLog, read_steps, read_table
 from vestige.parsing import first_problem, parse_object
 from vestige.storage import remove_strays, remove_tree, stage_folder, write_durably
 from vestige.tables import write_table
-from vestige.training._examples import Losses
+
+if TYPE_CHECKING:
+    from vestige.training._examples import Losses
 
 FORMAT = 1
 KIND = "training"
@@ -83,7 +87,7 @@ class TrainingRun:
         self.folder, self.record = folder, record
 
     @classmethod
-    def open(cls, folder: str | Path) -> "TrainingRun":
+    def open(cls, folder: str | Path) -> TrainingRun:
         """Open the training in a folder; what a running one has saved is there.
 
         Raises:
@@ -250,7 +254,7 @@ def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], 
     `add` writes what else belongs to it into the unfinished folder.
     """
     with stage_folder(folder) as unfinished:
-        write_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, unfinished)
+        models.write_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, unfinished)
         if trainer.state.global_step:
             trainer._save_optimizer_and_scheduler(str(unfinished))
             trainer._save_rng_state(str(unfinished))

@@ -149,7 +149,7 @@ class TokenizedData:
 class Batch(NamedTuple):
     """Right-padded tensors of a few examples; any causal model may ignore the padding without a mask."""
 
-    rows: Int[Tensor, example]
+    rows: Int[Tensor, "example"]
     """Positions of the examples in their data set."""
     input_ids: Int[Tensor, "example token"]
     labels: Int[Tensor, "example token"]
@@ -247,7 +247,7 @@ class CutBatches:
 
     def __init__(
         self,
-        lengths: Int[np.ndarray, example],
+        lengths: Int[np.ndarray, "example"],
         token_budget: int,
         max_examples: int | None = None,
         sharing: Sharing = ANY_EXAMPLES,

@@ -44,10 +44,10 @@ class ShardContent(NamedTuple):
 
     gradients: Float[Tensor, "row column"]
     """Compressed gradients, float32."""
-    loss: Float[Tensor, row]
-    norm: Float[Tensor, row]
+    loss: Float[Tensor, "row"]
+    norm: Float[Tensor, "row"]
     """Euclidean norm of each row before it is rounded for storing."""
-    example: Int[Tensor, row]
+    example: Int[Tensor, "row"]
     """Position of each row's example in the data."""
 
 
@@ -122,7 +122,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def _round(gradients: Tensor, scale: Float[Tensor, row] | None, dtype: StoredType) -> Iterator[memoryview]:
+def _round(gradients: Tensor, scale: Float[Tensor, "row"] | None, dtype: StoredType) -> Iterator[memoryview]:
     step = max(_PIECE_NUMBERS // gradients.shape[1], 1)
     for first in range(0, len(gradients), step):
         piece = gradients[first : first + step].float()
@@ -131,11 +131,11 @@ def _round(gradients: Tensor, scale: Float[Tensor, row] | None, dtype: StoredTyp
         yield _bytes_of(piece.round().to(torch.int8) if dtype == "int8" else piece.to(getattr(torch, dtype)))
 
 
-def _largest(content: ShardContent) -> Float[Tensor, row]:
+def _largest(content: ShardContent) -> Float[Tensor, "row"]:
     return torch.linalg.vector_norm(content.gradients, ord=float("inf"), dim=1)
 
 
-def _scales(largest: Float[Tensor, row], dtype: StoredType) -> Float[Tensor, row] | None:
+def _scales(largest: Float[Tensor, "row"], dtype: StoredType) -> Float[Tensor, "row"] | None:
     """Return what each row is divided by before it is rounded.
 
     For float16 a power of two that brings the largest entry to [2^14, 2^15): dividing by it is exact, nothing
@@ -180,7 +180,7 @@ class StoredRows(NamedTuple):
             if self.scale is not None:
                 piece.mul_(self.scale[rows, None])
 
-    def pick(self, rows: Int[Tensor, row]) -> Float[Tensor, "row column"]:
+    def pick(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
         """Return the given rows of this shard as float32."""
         result = self.gradients[rows].float()
         return result if self.scale is None else result * self.scale[rows, None]

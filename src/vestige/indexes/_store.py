@@ -35,12 +35,12 @@ _Span = tuple[int, slice]
 class IndexBlock(NamedTuple):
     """A few consecutive rows of an index."""
 
-    example: Int[Tensor, row]
+    example: Int[Tensor, "row"]
     """Positions of the rows' examples in the data."""
     gradients: Float[Tensor, "row column"]
     """Compressed gradients, float32; the caller's own to change."""
-    loss: Float[Tensor, row]
-    norm: Float[Tensor, row]
+    loss: Float[Tensor, "row"]
+    norm: Float[Tensor, "row"]
     """Euclidean norm of each gradient before it was rounded for storing."""
 
 
@@ -142,7 +142,7 @@ class Index:
         """Return the number of rows in these shards."""
         return sum(self.manifest.shard_rows[shards.start : shards.stop])
 
-    def gradients_of(self, rows: Sequence[int] | np.ndarray | Int[Tensor, row]) -> Float[Tensor, "row column"]:
+    def gradients_of(self, rows: Sequence[int] | np.ndarray | Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
         """Return the gradients of the examples at `rows` of the data, float32, in the requested order.
 
         Raises:
@@ -161,7 +161,7 @@ class Index:
             result[torch.from_numpy(chosen)] = self._shard(shard).pick(torch.from_numpy(inside))
         return result
 
-    def losses_and_norms(self) -> tuple[Float[Tensor, row], Float[Tensor, row]]:
+    def losses_and_norms(self) -> tuple[Float[Tensor, "row"], Float[Tensor, "row"]]:
         """Return loss and gradient norm of every example, in the order of the data."""
         loss, norm = torch.empty(self.rows), torch.empty(self.rows)
         for number in range(len(self.manifest.shard_rows)):
@@ -276,7 +276,7 @@ class _Buffers:
         self._numbers = numbers
         self._arrays: list[np.ndarray] = []
 
-    def take(self) -> Float[Tensor, number]:
+    def take(self) -> Float[Tensor, "number"]:
         """Return a float32 tensor whose memory no other living tensor or array shares."""
         for array in self._arrays:
             # Every tensor over an array's memory, views too, holds a reference to the array.

@@ -121,7 +121,7 @@ def _begin(settings: AttributeSettings, job: Job, method: Method, started: float
     """Rank the training examples, and write the run without the parts that are added to it."""
     members, checks = _score(job, method)
     main = members[0]
-    losses = _query_losses(job)
+    losses = _query_losses(main.job, main.method)
     if losses is not None and (certain := find_memorized(job.queries, losses, settings.loss)):
         announce(describe_memorized(certain, len(job.queries)))
     tables = _make_tables(main.job, main.summary.ranked, losses)
@@ -326,9 +326,11 @@ def _require_outputs(settings: AttributeSettings, method: Method) -> None:
         )
 
 
-def _query_losses(job: Job) -> list[float] | None:
+def _query_losses(job: Job, method: Method) -> list[float] | None:
     """Return the loss of every query, None without a model."""
     if job.loaded is None:
         return None
+    if method.works_in_pieces and (known := cast("GradientMethod", method).measured_losses(job)) is not None:
+        return known
     budget = indexes.batch_tokens(job.settings, job.loaded)
     return compute_losses(job.loaded.model, job.queries, job.settings.loss, budget).tolist()

@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from vestige.data import Example, LexicalIndex, prompt_of, words_of
 from vestige.errors import DataError
-from vestige.lazy import torch
 from vestige.methods._protocol import Job, Method, method
 from vestige.runs import Meaning, ScoreBlock
 
@@ -52,7 +51,7 @@ class Bm25(Method):
         step = max(1, self.block_scores // max(len(job.queries), 1))
         for start in range(0, len(index), step):
             scores = index.scores(documents=slice(start, start + step))
-            yield ScoreBlock(torch.arange(start, start + len(scores)), torch.from_numpy(np.ascontiguousarray(scores.T)))
+            yield ScoreBlock(np.arange(start, start + len(scores)), np.ascontiguousarray(scores.T))
 
 
 def lexical_scores(

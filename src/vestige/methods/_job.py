@@ -271,8 +271,8 @@ def gradients_fit(job: Job) -> bool:
 
 
 def read_batches(
-    model: nn.Module, data: TokenizedData, token_budget: int, rows: Int[np.ndarray, row]
-) -> Iterator[tuple[Int[np.ndarray, position], Batch]]:
+    model: nn.Module, data: TokenizedData, token_budget: int, rows: Int[np.ndarray, "row"]
+) -> Iterator[tuple[Int[np.ndarray, "position"], Batch]]:
     """Yield (positions in `rows`, the batch of these rows on the model's device), longest rows first."""
     device = next(model.parameters()).device
     for positions in plan_batches(data.lengths[rows], token_budget, sharing=models.batch_sharing(model)):
@@ -284,8 +284,8 @@ def compute_losses(
     data: TokenizedData,
     reduction: gradients.Reduction,
     token_budget: int,
-    rows: Int[np.ndarray, row] | None = None,
-) -> Float[np.ndarray, row]:
+    rows: Int[np.ndarray, "row"] | None = None,
+) -> Float[np.ndarray, "row"]:
     """Measure the loss of each of the rows, of all if none are given, in nats, whatever they are batched with."""
     wanted = np.arange(len(data)) if rows is None else rows
     losses, objective = np.zeros(len(wanted)), gradients.CausalLoss(reduction)

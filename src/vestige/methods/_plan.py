@@ -130,8 +130,9 @@ def summarise_sets(
         for block in blocks:
             if watch is not None:
                 watch(block)
-            for collector, scores in zip(collectors, block.scores.split(len(job.queries)), strict=True):
-                collector.add(ScoreBlock(block.rows, scores))
+            for number, collector in enumerate(collectors):
+                own = slice(number * len(job.queries), (number + 1) * len(job.queries))
+                collector.add(ScoreBlock(block.rows, block.scores[own]))
         return [collector.finish() for collector in collectors]
 
     if not method.works_in_pieces:

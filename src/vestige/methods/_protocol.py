@@ -161,7 +161,7 @@ class Method(ABC):
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the scores of all rows, each row once, in any order; memory must not grow with the training data."""
 
-    def components(self, job: Job, queries: Int[Tensor, pair], rows: Int[Tensor, pair]) -> ComponentBlock:
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
         """Compute the scores of the pairs `(queries[i], rows[i])`, split over components."""
         raise NotImplementedError(f"{self.name} does not split scores over components")
 
@@ -191,7 +191,7 @@ class Products(NamedTuple):
     """Inner products of some rows with the query vectors."""
 
     scores: Float[Tensor, "component query row"]
-    norms: Float[Tensor, row] | None
+    norms: Float[Tensor, "row"] | None
     """Length of each row's gradient, where it was requested."""
 
 
@@ -200,6 +200,8 @@ class GradientStore(ABC):
 
     device: torch.device
     """Where the vectors are multiplied with the gradients."""
+    query_losses: Float[Tensor, "query"] | None = None
+    """Losses of the queries, where `of_queries` has just measured them along with their gradients."""
 
     @property
     @abstractmethod

@@ -78,7 +78,7 @@ def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: 
     return [correlation, *([] if known is None else [check_knowledge(known)]), *checks]
 
 
-def _measure_knowledge(job: Job, rows: Int[np.ndarray, row]) -> gradients.Knowledge | None:
+def _measure_knowledge(job: Job, rows: Int[np.ndarray, "row"]) -> gradients.Knowledge | None:
     """Return what the model knows of some training rows, from the losses that an index stores where there is one."""
     loaded, data = job.model_for(job.settings.method), job.train.subset(rows)
     index = job.index or (job.checkpoints[-1].index if job.checkpoints else None)
@@ -92,7 +92,7 @@ def _measure_knowledge(job: Job, rows: Int[np.ndarray, row]) -> gradients.Knowle
 
 
 def _score_learned(
-    job: Job, method: Method, rows: Int[np.ndarray, row], queries: Int[np.ndarray, query]
+    job: Job, method: Method, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
 ) -> Float[Tensor, "query row"]:
     """Return the run's own scores of some rows; of a method without query vectors, those of `score_sample`."""
     if not method.works_in_pieces:
@@ -102,7 +102,7 @@ def _score_learned(
 
 
 def _score_noise(
-    job: Job, _: Method, rows: Int[np.ndarray, row], queries: Int[np.ndarray, query]
+    job: Job, _: Method, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
 ) -> Float[Tensor, "query row"]:
     return score_sample(job, rows, queries, randomised=True)
 
@@ -161,7 +161,7 @@ def _judge_correlations(known: Sequence[float]) -> Check:
     return make_check(CORRELATION_NAME, value, f"{reading}: the ranking depends on what was learned.", "good")
 
 
-def _spearman(one: Float[np.ndarray, row], other: Float[np.ndarray, row]) -> float | None:
+def _spearman(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float | None:
     from scipy.stats import rankdata  # half a second, which the first answer does not wait for
 
     # A constant side has no ranks to correlate.
@@ -171,7 +171,7 @@ def _spearman(one: Float[np.ndarray, row], other: Float[np.ndarray, row]) -> flo
 
 
 def score_sample(
-    job: Job, rows: Int[np.ndarray, row], queries: Int[np.ndarray, query], *, randomised: bool = False
+    job: Job, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"], *, randomised: bool = False
 ) -> Float[Tensor, "query row"]:
     """Return the scores of `rows` for `queries` by the job's method, as if these rows were all its training data.
 
@@ -205,7 +205,7 @@ def score_sample(
             stored = last.index and _build_index(small, last.index, _kept(job, last.index, rows, randomised))
             small = replace(small, checkpoints=(replace(last, index=stored, weight=1.0),))
         for block in method.blocks(small):
-            scores[:, block.rows] = block.scores.double().cpu()
+            scores[:, torch.as_tensor(block.rows)] = torch.as_tensor(block.scores).double().cpu()
         for index in (small.index, *(each.index for each in small.checkpoints)):
             if index is not None:
                 # Measured again in a moment, and larger than the gradients.
@@ -213,7 +213,7 @@ def score_sample(
     return scores
 
 
-def _kept(job: Job, like: indexes.Index, rows: Int[np.ndarray, row], randomised: bool) -> Path:
+def _kept(job: Job, like: indexes.Index, rows: Int[np.ndarray, "row"], randomised: bool) -> Path:
     """Return the folder of an index of some rows of `like`: in that, if they are kept there, else beside the run."""
     if not (randomised and broadcast_from_rank0(lambda: os.access(like.folder, os.W_OK))):
         return partial_folder(job.settings.out) / "check" / "index"

@@ -76,7 +76,7 @@ def make_check(name: str, value: float | None, reading: str, verdict: Verdict = 
     return Check(name=name, value=value, reading=reading, verdict=verdict)
 
 
-def find_lexical_tops(job: Job, k: int = 10) -> list[Int[np.ndarray, rank]]:
+def find_lexical_tops(job: Job, k: int = 10) -> list[Int[np.ndarray, "rank"]]:
     """Return the rows of the `k` best hits of a word search per query; fewer where fewer examples share a word."""
     top = TopK(len(job.queries), k)
     if any(example_words(example) for example in job.train.examples):
@@ -87,7 +87,7 @@ def find_lexical_tops(job: Job, k: int = 10) -> list[Int[np.ndarray, rank]]:
     return [top.rows(query, "proponent")[top.scores(query, "proponent") > 0] for query in range(len(job.queries))]
 
 
-def find_proponents(ranked: Sequence[RankedScore], queries: int, k: int = 10) -> list[Int[np.ndarray, rank]]:
+def find_proponents(ranked: Sequence[RankedScore], queries: int, k: int = 10) -> list[Int[np.ndarray, "rank"]]:
     """Return the rows of the `k` first proponents of each query, best first."""
     found = [entry for entry in ranked if entry.end == "proponent" and entry.rank <= k]
     found.sort(key=lambda entry: entry.rank)

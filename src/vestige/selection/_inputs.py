@@ -37,7 +37,7 @@ class Rows:
     name: str
     ids: list[str]
     sources: list[str | None]
-    groups: Int[np.ndarray, example]
+    groups: Int[np.ndarray, "example"]
     """The same number for copies of one text."""
     digest: str
     """sha256 over ids and columns."""

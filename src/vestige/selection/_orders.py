@@ -146,7 +146,7 @@ def order_at_random(draws: Scored, ties: Scored, scores: ScoreSource | None, lea
         yield Candidate(int(row), None if means is None else float(means[row]), None, "drawn at random")
 
 
-def keep_texts_whole(order: Order, groups: Int[np.ndarray, example], most: int) -> Order:
+def keep_texts_whole(order: Order, groups: Int[np.ndarray, "example"], most: int) -> Order:
     """Yield candidates such that of the copies of a text all or none are among the first `most`.
 
     Copies, which have the same group, follow each other in the order; rows of group -1 cannot be chosen.
@@ -172,7 +172,7 @@ def order_by_diversity(
         yield Candidate(row, score, None, f"adds {gain:.3g} to the mean similarity of all to the nearest chosen")
 
 
-def facility_location(vectors: Float[Tensor, "row column"], ties: Float[Tensor, row]) -> Iterator[tuple[int, float]]:
+def facility_location(vectors: Float[Tensor, "row column"], ties: Float[Tensor, "row"]) -> Iterator[tuple[int, float]]:
     """Yield rows in greedy order, each with what it adds to `F(S) = mean_i max(0, max_{j in S} cos(i, j))`.
 
     F is monotone and submodular, so the greedy set reaches at least `1 - 1/e` of the best possible (Nemhauser et al.
@@ -238,7 +238,7 @@ def _unit_rows(vectors: Float[Tensor, "row column"]) -> Float[Tensor, "row colum
     return torch.where(lengths > 0, vectors / lengths.clamp_min(torch.finfo(vectors.dtype).tiny), 0.0)
 
 
-def _first_gains(unit: Float[Tensor, "row column"]) -> Float[Tensor, row]:
+def _first_gains(unit: Float[Tensor, "row column"]) -> Float[Tensor, "row"]:
     """Return what each row alone represents, summed over all rows."""
     step = max(1, _BLOCK_NUMBERS // max(len(unit), 1))
     blocks = (unit[start : start + step] @ unit.T for start in range(0, len(unit), step))

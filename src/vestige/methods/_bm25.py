@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -51,7 +51,8 @@ class Bm25(Method):
         step = max(1, self.block_scores // max(len(job.queries), 1))
         for start in range(0, len(index), step):
             scores = index.scores(documents=slice(start, start + step))
-            yield ScoreBlock(np.arange(start, start + len(scores)), np.ascontiguousarray(scores.T))
+            rows: Any = np.arange(start, start + len(scores))
+            yield ScoreBlock(rows, cast(Any, np.ascontiguousarray(scores.T)))
 
 
 def lexical_scores(

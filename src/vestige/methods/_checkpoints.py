@@ -10,7 +10,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from vestige import indexes
 from vestige.errors import IndexMismatch, ModelError, SpecError
 from vestige.lazy import torch
 from vestige.methods._protocol import Checkpoint, Weighting
@@ -19,6 +18,8 @@ from vestige.settings import AttributeSettings
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from vestige.indexes import Index
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -31,7 +32,9 @@ def find_checkpoints(settings: AttributeSettings, weighting: Weighting) -> tuple
         ModelError: A folder holds no checkpoint, or none of them says its learning rate.
         IndexMismatch: The indexes are not of the same data and components.
     """
-    indexes = [indexes.Index.open(folder) for folder in _as_list(settings.index)]
+    from vestige.indexes import Index
+
+    indexes = [Index.open(folder) for folder in _as_list(settings.index)]
     sources = _find_sources(settings, indexes)
     if indexes and len(indexes) != len(sources):
         raise SpecError(
@@ -81,7 +84,7 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _find_sources(settings: AttributeSettings, indexes: Sequence[indexes.Index]) -> list[str | Path | nn.Module]:
+def _find_sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list[str | Path | nn.Module]:
     if settings.checkpoints is None:
         if settings.model is not None and len(indexes) < 2:
             return [settings.model]
@@ -119,7 +122,7 @@ def _order(folder: Path) -> tuple[list[int | str], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(folder)
 
 
-def _check_alike(indexes: Sequence[indexes.Index]) -> None:
+def _check_alike(indexes: Sequence[Index]) -> None:
     for index in indexes[1:]:
         one, other = indexes[0].manifest, index.manifest
         pairs = {

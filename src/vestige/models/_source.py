@@ -218,6 +218,9 @@ def _convert(file: Path, finished: Path) -> None:
 
 def _fresh_copy(packed: "PreTrainedModel") -> "PreTrainedModel":
     """Return the same weights in a model that nothing marks as quantized: others may refuse to be saved or trained."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     config = copy.deepcopy(packed.config)
     vars(config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -22,11 +22,11 @@ NO_SOURCE = "(no source)"
 
 
 class ScoreBlock(NamedTuple):
-    """Scores of a few training examples for every query."""
+    """Scores of a few training examples for every query: tensors, or the arrays of a method that needs no torch."""
 
-    rows: "Int[Tensor, 'row'] | Int[np.ndarray, 'row']"
+    rows: "Int[Tensor, 'row']"
     """Positions of the examples in the training data."""
-    scores: "Float[Tensor, 'query row'] | Float[np.ndarray, 'query row']"
+    scores: "Float[Tensor, 'query row']"
 
 
 def sample_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:

@@ -26,6 +26,7 @@ from vestige.terminal import lines_of_facts, say, show
 if TYPE_CHECKING:
     from vestige.launch import JobStatus
     from vestige.runs import AuditRecord, RunRecord
+    from vestige.training import TrainingRun
 
 SECONDS_BETWEEN_LOOKS = 2.0
 SHOWN_IDS = 20
@@ -236,12 +237,24 @@ def _describe_training(folder: Path) -> str:
     interrupted = "a training: the same command goes on with one that was interrupted"
     state = "complete" if "seconds" in run.record else interrupted
     risk = "has not rung" if found is None else f"{flagged}after step {found['step'][0].as_py():,}: {found['rule'][0]}"
-    facts = {
+    now = run.current_step
+    facts: dict[str, str | None] = {
+        "step": f"{now.step:,} of {now.of:,}, loss {now.loss:.3f}, {now.rate:.2f} steps/s" if now else _last_step(run),
         "model": run.record["names"]["model"] if "names" in run.record else run.record["model"]["name"],
         "checkpoints": f"{count}, the last after step {done[-1]:,}" if done else "none yet",
         "alarm": risk,
     }
     return "\n".join([f"{folder}: {state}", *lines_of_facts(facts)])
+
+
+def _last_step(run: "TrainingRun") -> str | None:
+    """Return the last step that was logged, and its loss."""
+    log = run.steps
+    if not len(log):
+        return None
+    last = log["step"][-1].as_py()
+    losses = [row["loss"] for row in log.slice(max(0, len(log) - SHOWN_IDS)).to_pylist() if row["step"] == last]
+    return f"{last:,}, loss {sum(losses) / len(losses):.3f}"
 
 
 def describe_index(folder: Path) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,8 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vestige.measures._evidence import BLIND, Known
-from vestige.measures._measure import NOT_DRAWN, Column, all_measures
+from vestige.measures._measure import BLIND, NOT_DRAWN, Column, all_measures
 from vestige.runs import (
     CHANCE_BITS,
     AuditRecord,
@@ -23,6 +22,9 @@ from vestige.runs import (
     mean_exposures,
     roc_curve,
 )
+
+if TYPE_CHECKING:
+    from vestige.measures._evidence import Known
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
@@ -42,7 +44,7 @@ class Drawn(NamedTuple):
     measures: Sequence[str]
     values: Callable[..., Column | None]
     """Of a measure, under a `checkpoint` and at a `layer`; those of the model under audit and of the main layer."""
-    known: Sequence[Known]
+    known: "Sequence[Known]"
     own: np.ndarray
     """The data's own examples."""
 
@@ -148,7 +150,7 @@ def draw_dynamics(axes: Axes, drawn: Drawn, name: str) -> None:
         axes.set_xticks(numbers)
 
 
-def draw_roc(axes: Axes, drawn: Drawn, truth: Known) -> None:
+def draw_roc(axes: Axes, drawn: Drawn, truth: "Known") -> None:
     """Draw true over false positive rates, both axes logarithmic, with the line of chance."""
     found = truth.found[truth.judged]
     # The power of ten below the smallest rate but 0 that this number of examples can have.

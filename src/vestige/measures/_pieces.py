@@ -1,5 +1,7 @@
 """Work of an audit in pieces: what decides them, where they are until the run is written, and how they are run."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -7,16 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from vestige.launch import Compute, PieceFiles, phase, run_plan, step_done, worker_command
 from vestige.measures._job import AuditJob
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
 
-Tensors = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors: TypeAlias = "dict[str, Tensor]"
 Item = TypeVar("Item")
 
 FORMAT = 2

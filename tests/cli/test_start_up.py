@@ -78,6 +78,6 @@ def test_commands_that_read_text_and_tables_import_no_torch(idx):
         ["select", "--scores", "run", "--budget", "50%", "--out", "chosen"],
         ["select", "--strategy", "random", *DATA, "--budget", "5", "--out", "others"],
         ["report", "run"],
-        ["cancel", "run"],
+        ["cancel", "idx"],
     ):
         assert (words, *start(*words)[::2]) == (words, 0, "heavy:")

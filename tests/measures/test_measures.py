@@ -134,7 +134,7 @@ def test_a_name_that_is_no_measure_ends_before_any_work(place, tmp_path, capsys,
     monkeypatch.chdir(place)
     words = ["audit", "--model", "no-such-model", "--data", "train.jsonl", "--out", str(tmp_path / "run")]
     for more, message in (
-        (["--measures", "lost"], "No measure is called 'lost'. There are: default, all, loss, answer_loss,"),
+        (["--measures", "lost"], "There is no measure 'lost'. Did you mean 'loss'? There are: default, all, accuracy,"),
         (["--measures", "simplicity"], "simplicity compares with models that were not trained on the example"),
         (["--measures", "perplexity_ratio"], "perplexity_ratio compares with another model: give it as --reference"),
         (["--measures", "loss", "--choose-layer", "smi"], "--choose-layer smi is for psmi and mahalanobis"),

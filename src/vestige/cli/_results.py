@@ -60,7 +60,14 @@ def view(settings: ViewSettings) -> None:
 
 
 @command(
-    "cancel", CancelSettings, order=170, examples=(_RUN, "vestige cancel run"), next_command="vestige status {path}"
+    "cancel",
+    CancelSettings,
+    order=170,
+    examples=(
+        "vestige index --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --out idx",
+        "vestige cancel idx",
+    ),
+    next_command="vestige status {path}",
 )
 def cancel(settings: CancelSettings) -> None:
     """End the work on an index or a run, in processes of this host and on SLURM; what is finished stays.

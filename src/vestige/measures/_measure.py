@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from vestige.data import NO_TARGET, TokenizedData
 from vestige.errors import DataError, SpecError
 from vestige.lazy import torch
-from vestige.registry import Registry
+from vestige.registry import Registry, require_name
 from vestige.runs import Truth, low_stands_out
 from vestige.settings import AuditSettings
 from vestige.terminal import lines_of_facts
@@ -326,11 +326,9 @@ def choose_measures(settings: AuditSettings) -> tuple[Measure, ...]:
     Raises:
         SpecError: There is no measure of a name, or one lacks what it needs.
     """
+    for name in settings.measures:
+        require_name("vestige.measures", "measure", name, ("default", "all"))
     every, found = all_measures(), []
-    known = {"default", "all", *(each.name for each in every)}
-    if unknown := [name for name in settings.measures if name not in known]:
-        names = ", ".join(each.name for each in every)
-        raise SpecError(f"No measure is called {unknown[0]!r}. There are: default, all, {names}.")
     for each in every:
         named = each.name in settings.measures
         needs = [_GIVEN[need] for need in each.needs if need in _GIVEN]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from vestige.cli._results import describe_index
-from vestige.distributed import is_helper
 from vestige.errors import UserError
 from vestige.registry import Command, command, make_command
 from vestige.settings import (
@@ -220,26 +219,24 @@ def untrac(settings: UntracSettings) -> None:
 
 def _show_answers(queries: "TokenizedData", generated: Sequence[bool]) -> None:
     """Print the first queries with their answers, the model's own in full; a system prompt that all share, once."""
-    from vestige.data import SYSTEM
-
     examples = queries.examples
-    leads = {turns[0] for turns in map(_turns_of, examples)}
-    role, text = next(iter(leads))
-    shared = len(leads) == 1 and role in SYSTEM
+    all_turns = [_turns_of(example) for example in examples]
+    shared = len(all_turns) > 1 and len({turns[0] for turns in all_turns}) == 1 and min(map(len, all_turns)) > 1
     if shared:
-        say(f"{role}{', of all queries' if len(examples) > 1 else ''}: {_indent(text)}\n")
-    for example, own in list(zip(examples, generated, strict=True))[:SHOWN_QUERIES]:
-        *turns, (role, answer) = _turns_of(example)[shared:]
-        lines = [f"{example.id}, answered by the model" if own else example.id]
+        role, text = all_turns[0][0]
+        say(f"{role}, of all queries: {_indent(text)}\n")
+    for example, is_own, parts in list(zip(examples, generated, all_turns, strict=True))[:SHOWN_QUERIES]:
+        *turns, (role, answer) = parts[shared:]
+        lines = [f"{example.id}, answered by the model" if is_own else example.id]
         lines += [f"  {role}: {_indent(_cut(text))}" for role, text in turns]
-        lines.append(f"  {role}: {_indent(answer if own else _cut(answer))}")
+        lines.append(f"  {role}: {_indent(answer if is_own else _cut(answer))}")
         say("\n".join(lines) + "\n")
     if len(examples) > SHOWN_QUERIES:
         say(f"... and {len(examples) - SHOWN_QUERIES} more queries.\n")
 
 
 def _turns_of(example: "Example") -> tuple[tuple[str, str], ...]:
-    """Return what was said by whom; for a query that is no conversation, the names of its columns stand for roles."""
+    """Return the text of each role; for a query that is no conversation, the names of its columns stand for roles."""
     if example.messages:
         return tuple((turn.role, turn.content) for turn in example.messages)
     parts = {"prompt": example.prompt, "completion": example.completion, "text": example.text}
@@ -263,11 +260,7 @@ def _show_ranking(scores: "Scores", settings: AttributeSettings | UntracSettings
 
 
 def _show_checks(scores: "Scores") -> None:
-    """Print the checks, and what the sign means; the first of several ranks does so for all."""
-    from vestige.launch import is_worker
-
-    if is_helper() and not is_worker():
-        return
+    """Print the checks, and what the sign means."""
     for check in scores.run.trust.checks:
         say(f"[{check.verdict}] {check.name}: {check.reading}")
     say(f"Sign: {scores.meaning.sign}")

@@ -62,7 +62,6 @@ if TYPE_CHECKING:
     from vestige.data._types import (
         ANY_EXAMPLES as ANY_EXAMPLES,
         NO_TARGET as NO_TARGET,
-        SYSTEM as SYSTEM,
         Batch as Batch,
         CutBatch as CutBatch,
         CutBatches as CutBatches,

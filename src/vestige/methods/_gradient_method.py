@@ -57,6 +57,11 @@ class Prepared:
         products = self.store.products(self.vectors, rows, norms=self.cosine)
         return _divide(products.scores, products.norms)
 
+    def totals(self, rows: Sequence[int]) -> Tensor:
+        """Compute the scores of a few rows, `[query, row]`."""
+        found = self.store.totals(self.vectors, rows, norms=self.cosine)
+        return _divide(found.scores[0], found.norms)
+
     def direction(self, query: int) -> list[Tensor]:
         """Return the matrices whose inner product with an example's gradient is the score, before any division."""
         return self.store.direction(self.vectors, query)

@@ -237,6 +237,11 @@ class GradientStore(ABC):
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """Compute the scores of a few rows, split over components."""
 
+    def totals(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """Compute the scores of a few rows as one sum over all components."""
+        found = self.products(vectors, rows, norms=norms)
+        return found._replace(scores=found.scores.sum(0, keepdim=True))
+
     @abstractmethod
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
         """Return the matrices whose inner product with an example's gradient is that query's score."""

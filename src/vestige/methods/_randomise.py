@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -26,7 +25,7 @@ from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.progress import progress, quiet
 from vestige.runs import Check, RankedScore, sample_rows
 from vestige.settings import LaunchSettings
-from vestige.storage import partial_folder, remove_tree
+from vestige.storage import partial_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,7 +96,7 @@ def _score_learned(
     """Return the run's own scores of some rows; of a method without query vectors, those of `score_sample`."""
     if not method.works_in_pieces:
         return score_sample(job, rows, queries)
-    scores = cast("GradientMethod", method).prepare(job).components(rows.tolist()).sum(0)
+    scores = cast("GradientMethod", method).prepare(job).totals(rows.tolist())
     return scores[torch.from_numpy(queries).to(scores.device)].cpu()
 
 
@@ -199,26 +198,28 @@ def score_sample(
     scores = torch.zeros(len(queries), len(rows), dtype=torch.float64)
     with quiet(), _use_folder(folder):
         if job.index is not None and not method.needs_exact:
-            small = replace(small, index=_build_index(small, job.index, _kept(job, job.index, rows, randomised)))
+            small = replace(small, index=_index_sample(small, job.index, rows, folder / "index"))
         if job.checkpoints:
             last = job.checkpoints[-1]
-            stored = last.index and _build_index(small, last.index, _kept(job, last.index, rows, randomised))
+            stored = last.index and _index_sample(small, last.index, rows, folder / "index")
             small = replace(small, checkpoints=(replace(last, index=stored, weight=1.0),))
         for block in method.blocks(small):
             scores[:, torch.as_tensor(block.rows)] = torch.as_tensor(block.scores).double().cpu()
-        for index in (small.index, *(each.index for each in small.checkpoints)):
-            if index is not None:
-                # Measured again in a moment, and larger than the gradients.
-                broadcast_from_rank0(partial(remove_tree, index.folder / "curvature"))
     return scores
 
 
-def _kept(job: Job, like: indexes.Index, rows: Int[np.ndarray, "row"], randomised: bool) -> Path:
-    """Return the folder of an index of some rows of `like`: in that, if they are kept there, else beside the run."""
-    if not (randomised and broadcast_from_rank0(lambda: os.access(like.folder, os.W_OK))):
-        return partial_folder(job.settings.out) / "check" / "index"
-    budget = indexes.batch_tokens(job.settings, job.model_for(job.settings.method))
-    return like.folder / CHECKS / digest(version("vestige"), like.fingerprint, rows.tolist(), job.settings.seed, budget)
+def _index_sample(job: Job, like: indexes.Index, rows: Int[np.ndarray, "row"], folder: Path) -> indexes.Index:
+    """Return an index, in the folder, of the job's training data, which are these rows of `like`.
+
+    Under random weights it is a copy of what `like` keeps: what is measured on it does not stay there.
+    """
+    if not (job.randomised and broadcast_from_rank0(lambda: os.access(like.folder, os.W_OK))):
+        return _build_index(job, like, folder)
+    settings, loaded = job.settings, job.model_for(job.settings.method)
+    parts = version("vestige"), like.fingerprint, rows.tolist(), settings.seed, indexes.batch_tokens(settings, loaded)
+    kept = _build_index(job, like, like.folder / CHECKS / digest(*parts))
+    broadcast_from_rank0(lambda: copytree(kept.folder, folder))
+    return indexes.Index.open(folder)
 
 
 def _build_index(job: Job, like: indexes.Index, folder: Path) -> indexes.Index:

@@ -301,13 +301,23 @@ class IndexedGradients(GradientStore):
         Stored gradients of the whole model cannot be taken apart again: the components' are computed again, and differ
         from what is stored by its rounding.
         """
+        found = self._multiply(vectors, rows, norms)
+        if not self._shared:
+            return found
+        scores = self._compute_parts(vectors[0], rows)
+        _announce_unlike(scores.sum(0), found.scores[0])
+        return found._replace(scores=scores)
+
+    def totals(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
+        """Compute the scores of a few rows from what is stored alone."""
+        found = self._multiply(vectors, rows, norms)
+        return found._replace(scores=found.scores.sum(0, keepdim=True))
+
+    def _multiply(self, vectors: Vectors, rows: Sequence[int], norms: bool) -> Products:
         gradients = self.index.gradients_of(rows)
         pairs = zip(vectors, self.columns, strict=True)
         scores = torch.stack([vector @ gradients[:, part].T for vector, part in pairs])
         lengths = gradients.norm(dim=1) if self.measure is None else self.measure(gradients)
-        if self._shared:
-            stored, scores = scores[0], self._compute_parts(vectors[0], rows)
-            _announce_unlike(scores.sum(0), stored)
         return Products(scores, lengths if norms else None)
 
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:

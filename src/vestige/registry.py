@@ -66,7 +66,7 @@ class Registry(Generic[Entry]):
         Raises:
             SpecError: Two packages bring the same name.
         """
-        return list_names(self._group, self._kind)
+        return sorted({*self._added, *_find_announced(self._group, self._kind)})
 
     def find(self, name: str) -> Entry:
         """Return the object of this name.

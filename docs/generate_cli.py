@@ -1,19 +1,15 @@
 """Writes docs/cli.md from the settings of the commands: `python docs/generate_cli.py`. A test compares the two."""
 
-import inspect
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
 
-from cyclopts import App, Parameter
-
-from vestige.cli import build_app
+from vestige.cli import GROUPS, default_of, group_of, value_of
 from vestige.measures import MEASURES
 from vestige.methods import METHODS, options_of
+from vestige.registry import COMMANDS, Command, import_object
+from vestige.settings import flag
 
 PAGE = Path(__file__).with_name("cli.md")
 
-POSITIONAL = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
 HEADINGS = ("| setting | value | default | meaning |", "|---|---|---|---|")
 INTRODUCTION = """\
 # The command line
@@ -24,6 +20,14 @@ INTRODUCTION = """\
 same arguments and defaults: `--max-length 128` is `max_length=128`. A setting that is true or false is written
 `--chat` or `--no-chat`.
 
+`vestige COMMAND --help` shows the settings that matter with examples, `--help-all` all of them. Every command takes
+`--quiet` (results and errors alone, as `VESTIGE_QUIET=1`), `--verbose` (also the whole command, the seconds of each
+phase, and what libraries log and warn of) and `--version`, and ends with the command that may follow it.
+`vestige completion bash` (or `zsh`, `fish`) prints what a shell needs to complete commands, flags, names and files: add
+`source <(vestige completion bash)` to `~/.bashrc`.
+
+Names of methods, measures and compressors, and paths, are checked before anything else is done.
+
 Every command takes `--config FILE`: a YAML file with the same names, or the `run.json` of an earlier run, which is then
 run again. What is typed beside it wins; a name that is not known is an error. Read a file that others wrote before you
 give it: it may say `engine: slurm` and hold a `setup` line, which a shell runs.
@@ -31,7 +35,6 @@ give it: it may say `engine: slurm` and hold a `setup` line, which a shell runs.
 A mistake, a broken file or a server that fails is answered on stderr with what was expected and what to type, and ends
 with status 2; Ctrl-C with 130. Status 1 is a bug of Vestige, whose traceback lies in the file that the message names.
 Text of others (ids, data, names, answers of servers) is printed with control characters as escapes: `\\x1b`.
-`VESTIGE_QUIET=1` silences progress.
 """
 
 METHOD_OPTIONS = """\
@@ -56,33 +59,37 @@ about one.
 
 def page() -> str:
     """Return the whole page."""
-    app = build_app()
-    names = sorted((name for name in app if not name.startswith("-")), key=lambda name: app[name].sort_key)
-    return "\n".join([INTRODUCTION, *(_command(name, app[name]) for name in names), _options(), _measures()])
+    groups: dict[str, list[Command]] = {}
+    for command in COMMANDS:
+        groups.setdefault(command.name.split()[0], []).append(command)
+    order = {name: GROUPS[name][2] if name in GROUPS else commands[0].order for name, commands in groups.items()}
+    parts = [INTRODUCTION]
+    for name in sorted(groups, key=lambda name: (order[name], name)):
+        if name in GROUPS:
+            parts.append(f"## vestige {name}\n\n{GROUPS[name][1]}\n")
+        parts += map(_command, sorted(groups[name], key=lambda command: (command.order, command.name)))
+    return "\n".join([*parts, _options(), _measures()])
 
 
-def _command(name: str, app: App) -> str:
-    if app.default_command is not None:
-        return _settings(name, app.default_command)
-    kinds = sorted((kind for kind in app if not kind.startswith("-")), key=lambda kind: app[kind].sort_key)
-    parts = [_settings(f"{name} {kind}", app[kind].default_command) for kind in kinds]
-    return "\n".join([f"## vestige {name}\n\n{app.help}\n", *parts])
-
-
-def _settings(name: str, command: Any) -> str:
-    """Return the section of one command: what it does and takes."""
-    parts = [f"## vestige {name}\n\n{inspect.getdoc(command)}\n"]
-    groups: dict[Any, list[str]] = {}
-    for parameter in inspect.signature(command).parameters.values():
-        typed, option = get_args(parameter.annotation)
-        spelling = (
-            f"`{parameter.name.upper()}` or `{option.name[0]}`" if parameter.kind in POSITIONAL else _flag(option)
-        )
-        default = f"`{option.show_default}`" if option.show_default else ""
-        row = f"| {spelling} | {_values(typed)} | {default} | {_cell(option.help)} |"
-        groups.setdefault(option.group[0], []).append(row)
-    for group in sorted(groups, key=lambda group: group.sort_key):
-        parts.append("\n".join([f"**{group.name}**\n", *HEADINGS, *groups[group], ""]))
+def _command(command: Command) -> str:
+    """Return the section of one command: what it does and takes, its examples, and what comes after it."""
+    settings = command.settings
+    more = [] if command.more is None else [import_object(command.more)()]
+    parts = ["\n\n".join([f"## vestige {command.name}", command.help, *more]) + "\n"]
+    groups: dict[tuple[int, str], list[str]] = {}
+    for name, field in settings.model_fields.items():
+        spelling = f"`{name.upper()}` or `{flag(name)}`" if name in settings.positional else f"`{flag(name)}`"
+        value = ", ".join(f"`{word}`" for word in (value_of(settings, name) or "yes|no").split("|"))
+        default = default_of(field)
+        cells = (spelling, value, "required" if field.is_required() else f"`{default}`" if default else "")
+        row = f"| {' | '.join(cells)} | {_cell(field.description or '')} |"
+        groups.setdefault(group_of(settings, name), []).append(row)
+    for order, title in sorted(groups):
+        parts.append("\n".join([f"**{title}**\n", *HEADINGS, *groups[order, title], ""]))
+    if command.examples:
+        parts.append("\n".join(["Examples:\n", *(f"    {line}" for line in command.examples), ""]))
+    if command.next_command is not None:
+        parts.append(f"Ends with: `{command.next_command}`\n")
     return "\n".join(parts)
 
 
@@ -105,24 +112,6 @@ def _measures() -> str:
         facts = (each.meaning, each.says, ", ".join(each.needs), cost, each.limits)
         rows.append(f"| `{each.name}` | {' | '.join(map(_cell, facts))} |")
     return "\n".join([MEASURE_FACTS, *rows, ""])
-
-
-def _flag(option: Parameter) -> str:
-    return f"`{option.name[0]}`" if option.name else "`--config`"
-
-
-def _values(typed: Any) -> str:
-    """Return the values that may follow the flag: names of choices, or the kind of value."""
-    members = [member for member in get_args(typed) or (typed,) if member is not NoneType]
-    words = []
-    for member in members:
-        if get_origin(member) is Literal:
-            words += [f"`{choice}`" for choice in get_args(member)]
-        elif get_origin(member) is list:
-            words.append("one or more texts")
-        else:
-            words.append({str: "text", int: "whole number", float: "number", bool: "yes or no", Path: "path"}[member])
-    return ", ".join(words)
 
 
 def _cell(text: str) -> str:

@@ -87,3 +87,16 @@ def test_bytes_read_in_decimal_units(n, text):
 )
 def test_durations_read_in_two_units(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_measurement_stands_beside_the_rate(capsys):
+    seconds = iter(range(0, 1000, 1))
+    with progress(20, "Training", "steps", clock=lambda: float(next(seconds))) as bar:
+        for step in range(20):
+            bar.note(f"loss {20 - step}")
+            bar.advance()
+    first, between, last = capsys.readouterr().err.splitlines()
+    assert first == "Training: 20 steps"
+    assert between == "Training: 10 of 20 steps, 1.0 steps/s, loss 11, 10 s left"
+    assert last.startswith("Training: 20 of 20 steps in ")
+    assert last.endswith(", loss 1")

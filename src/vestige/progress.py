@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from vestige.terminal import say
@@ -22,6 +22,9 @@ class Progress(Protocol):
     def advance(self, n: int = 1) -> None:
         """Note that `n` more units are done."""
 
+    def note(self, text: str) -> None:
+        """Show a measurement, such as "loss 2.31", beside the rate from now on."""
+
 
 def announce(line: str) -> None:
     """Show one line on stderr, unless `VESTIGE_QUIET` is set."""
@@ -29,19 +32,35 @@ def announce(line: str) -> None:
         say(line, file=sys.stderr)
 
 
-@contextmanager
-def quiet(wanted: bool = True) -> Iterator[None]:
+def quiet(wanted: bool = True) -> AbstractContextManager[None]:
     """Show nothing that begins while the block runs, if that is `wanted`."""
-    before = os.environ.get("VESTIGE_QUIET")
-    if wanted:
-        os.environ["VESTIGE_QUIET"] = "1"
+    return manner(quiet=wanted, verbose=False)
+
+
+@contextmanager
+def manner(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Show as much as was requested while the block runs, also in processes that it starts.
+
+    Args:
+        quiet: Neither progress nor announcements, as with `VESTIGE_QUIET=1`.
+        verbose: Also what libraries log and warn of, as with `VESTIGE_VERBOSE=1`.
+    """
+    wanted = [name for name, on in (("VESTIGE_QUIET", quiet), ("VESTIGE_VERBOSE", verbose)) if on]
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(dict.fromkeys(wanted, "1"))
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("VESTIGE_QUIET", None)
-        else:
-            os.environ["VESTIGE_QUIET"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def is_verbose() -> bool:
+    """Return whether what libraries log and warn of is to be shown."""
+    return os.environ.get("VESTIGE_VERBOSE", "") not in ("", "0")
 
 
 @contextmanager
@@ -110,13 +129,16 @@ class _Silent:
     def advance(self, n: int = 1) -> None:
         """Count nothing."""
 
+    def note(self, text: str) -> None:
+        """Show nothing."""
+
 
 class _PlainLines:
     """Progress for logs and pipes."""
 
     def __init__(self, total: int, label: str, unit: str, clock: Callable[[], float]) -> None:
         self._total, self._label, self._unit, self._clock = total, label, unit, clock
-        self._done = 0
+        self._done, self._note = 0, ""
         self._start = self._last_line = clock()
         announce(f"{label}: {total:,} {unit}")
 
@@ -128,11 +150,14 @@ class _PlainLines:
             rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate if rate else float("inf")
             remaining = f", {format_seconds(left)} left" if rate else ""
-            announce(f"{self._label}: {self._count()}, {rate:,.1f} {self._unit}/s{remaining}")
+            announce(f"{self._label}: {self._count()}, {rate:,.1f} {self._unit}/s{self._note}{remaining}")
+
+    def note(self, text: str) -> None:
+        self._note = f", {text}"
 
     def close(self) -> None:
         seconds = self._clock() - self._start
-        announce(f"{self._label}: {self._count()} in {format_seconds(seconds)}")
+        announce(f"{self._label}: {self._count()} in {format_seconds(seconds)}{self._note}")
 
     def _count(self) -> str:
         return f"{self._done:,} of {self._total:,} {self._unit}"
@@ -149,17 +174,21 @@ def _bar(total: int, label: str, unit: str) -> Iterator[Progress]:
         rich.BarColumn(),
         rich.MofNCompleteColumn(),
         "{task.fields[rate]}",
+        "{task.fields[note]}",
         rich.TimeElapsedColumn(),
         "left",
         rich.TimeRemainingColumn(),
     )
     # The terminal itself: a unit of work may have redirected its own output to a file.
     with rich.Progress(*columns, console=Console(file=sys.stderr)) as display:
-        task = display.add_task(label, total=total, rate="")
+        task = display.add_task(label, total=total, rate="", note="")
 
         class Bar:
             def advance(self, n: int = 1) -> None:
                 speed = display.tasks[0].speed
                 display.update(task, advance=n, rate=f"{speed:,.1f} {unit}/s" if speed else "")
+
+            def note(self, text: str) -> None:
+                display.update(task, note=text)
 
         yield Bar()

@@ -10,7 +10,7 @@ the help and the tables of the documentation are loops over the registry.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -22,7 +22,7 @@ from types import FunctionType
 from typing import Any, Generic, TypeVar, cast
 
 from vestige.errors import SpecError
-from vestige.settings import Settings
+from vestige.settings import Input, Named, Settings
 from vestige.terminal import show
 
 Entry = TypeVar("Entry")
@@ -30,6 +30,10 @@ Run = Callable[[Any], None]
 
 _FILE_WIDTH = 160
 """Columns of a table that is printed into a file."""
+
+
+_ADDED: dict[str, dict[str, Any]] = {}
+"""What this process registered, by group and name: names are checked before the package of a group is imported."""
 
 
 class Registry(Generic[Entry]):
@@ -44,7 +48,7 @@ class Registry(Generic[Entry]):
             of: The class that each is an instance or a subclass of.
         """
         self._group, self._kind, self._of = group, kind, of
-        self._added: dict[str, Any] = {}
+        self._added = _ADDED.setdefault(group, {})
 
     def add(self, name: str, entry: Entry) -> None:
         """Register an object of this process; one that a worker or a later command has to find needs an entry point.
@@ -72,18 +76,14 @@ class Registry(Generic[Entry]):
         """
         if name in self._added:
             return self._added[name]
-        points = _find_announced(self._group, self._kind)
-        if name not in points:
-            known = self.names()
-            close = get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"Did you mean {close[0]!r}? " if close else ""
-            raise SpecError(f"There is no {self._kind} {name!r}. {hint}There are: {', '.join(known)}.")
-        found = _load(points[name], self._kind)
+        require_name(self._group, self._kind, name)
+        point = _find_announced(self._group, self._kind)[name]
+        found = _load(point, self._kind)
         # The module of a decorated object may be announced in its place: importing it has registered the object.
         found = self._added.get(name, found)
         if not (issubclass(found, self._of) if isinstance(found, type) else isinstance(found, self._of)):
             raise SpecError(
-                f"The {self._kind} {name!r} of {_package(points[name])} is no {self._of.__module__}."
+                f"The {self._kind} {name!r} of {_package(point)} is no {self._of.__module__}."
                 f"{self._of.__qualname__}. Update or uninstall it."
             )
         return cast(Entry, found)
@@ -107,6 +107,53 @@ def _find_announced(group: str, kind: str) -> dict[str, EntryPoint]:
             packages = " and ".join(_package(one) for one in (known, point))
             raise SpecError(f"Two packages bring the {kind} {point.name!r}: {packages}. Uninstall one of them.")
     return found
+
+
+def list_names(group: str, kind: str) -> list[str]:
+    """Return the names that are registered in a group of entry points, sorted; nothing is imported.
+
+    Raises:
+        SpecError: Two packages bring the same name.
+    """
+    return sorted({*_ADDED.get(group, ()), *_find_announced(group, kind)})
+
+
+def require_name(group: str, kind: str, name: str, others: Sequence[str] = ()) -> None:
+    """Raise unless something of this name is registered in a group; nothing is imported.
+
+    Args:
+        group: Of entry points, such as "vestige.methods".
+        kind: What messages call one of them.
+        name: Which one.
+        others: Names that are allowed beside those.
+
+    Raises:
+        SpecError: There is none; the message has the nearest name and lists all.
+    """
+    known = [*others, *list_names(group, kind)]
+    if name not in known:
+        close = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise SpecError(f"There is no {kind} {name!r}. {hint}There are: {', '.join(known)}.")
+
+
+def check_inputs(settings: Settings) -> None:
+    """Raise unless every name among the settings is registered and every input is there, before anything is imported.
+
+    The types of the fields say what to check: `Named` and `Input`.
+
+    Raises:
+        UserError: One is not; the message says what to type.
+    """
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        for fact in field.metadata if value is not None and value != field.default else ():
+            if isinstance(fact, Named):
+                for word in fact.names_in(value):
+                    require_name(fact.group, fact.kind, word, fact.others)
+            elif isinstance(fact, Input):
+                for each in value if isinstance(value, list | tuple) and fact.each else [value]:
+                    import_object(fact.check)(each)
 
 
 def forget_entry_points() -> None:
@@ -156,6 +203,10 @@ class Command:
     """A function as "module:name" that returns what the help ends with."""
     status: str | None = None
     """A function as "module:name", from a folder to the text of `vestige status`; None for a folder of others."""
+    examples: tuple[str, ...] = ()
+    """Command lines that can be typed as they are, in an order in which each finds what it needs."""
+    next_command: str | None = None
+    """What to type after it, with fields of its settings in braces, such as "vestige report {out}"."""
 
     @property
     def summary(self) -> str:

@@ -35,7 +35,6 @@ for words in {QUICK!r}:
 """
 
 
-@pytest.mark.slow
 def test_help_and_mistakes_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", NOTHING_HEAVY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -64,11 +63,30 @@ def test_help_of_a_command_begins_with_its_summary(name, vestige, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_of_a_command_names_every_setting_with_its_meaning(name, vestige, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    text = vestige(*name.split(), "--help").out
+    text = vestige(*name.split(), "--help-all").out
     for setting, field in COMMANDS.find(name).settings.model_fields.items():
         assert flag(setting) in text
         assert field.description in text
-    assert "--config" in text
+    for shared in ("--config", "--quiet", "--verbose"):
+        assert shared in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_level_of_help_fits_one_screen_and_marks_what_is_required(name, vestige, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    command, text = COMMANDS.find(name), vestige(*name.split(), "--help").out
+    assert len(text.splitlines()) <= 40
+    assert f"vestige {name} --help-all" in text
+    for setting, field in command.settings.model_fields.items():
+        marked = any(line.split()[:2] == ["*", flag(setting)] for line in text.splitlines())
+        assert marked == field.is_required(), setting
+    for example in command.examples:
+        assert f"  {example}\n" in text
+
+
+@pytest.mark.parametrize("words", [["index", "--version"], ["data", "split", "--version"]])
+def test_every_command_says_the_version(words, vestige):
+    assert vestige(*words) == vestige("--version")
 
 
 def test_version(vestige):

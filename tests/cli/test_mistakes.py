@@ -15,7 +15,7 @@ from vestige.registry import COMMANDS
         (["zebra"], "There is no command 'zebra'. There are: attribute, audit, bank, "),
         (["--zebra"], "There is no command '--zebra'. There are: attribute"),
         (["index", "--modle", "x"], "Unknown option: --modle. Did you mean --model?\nType `vestige index --help`"),
-        (["index", "m", "d"], "Not understood: m d. A value needs its flag before it."),
+        (["doctor", "m", "d"], "Not understood: m d. A value needs its flag before it."),
         (["index", "--model"], "parameter --model requires an argument"),
         (["index", "--seed", "many"], 'Invalid value for --seed: unable to convert "many" into int'),
         (["index", "--dtype", "f16"], 'Invalid value "f16" for --dtype. Choose from: "float16"'),

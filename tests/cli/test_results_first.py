@@ -29,7 +29,7 @@ def test_answers_are_printed_in_full_before_the_ranking_and_a_shared_system_prom
     assert "chat-0, answered by the model\n  user: Who wrote Emma?\n  assistant: " in answers
     assert "chat-1\n  user: Who wrote Hamlet?\n  assistant: Given\\x1b[2J answer.\n" in answers
     assert ranking
-    assert outcome.out.endswith("See it with: vestige report run\n")
+    assert outcome.err.endswith("Next: vestige report run\n")
     assert "\x1b" not in outcome.out
 
 

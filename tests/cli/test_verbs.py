@@ -69,7 +69,7 @@ def test_an_answer_is_traced_reported_and_described(vestige, idx):
     assert "Sign: " in outcome.out
     for check in Scores.open("run").run.trust.checks:
         assert f"[{check.verdict}] {check.name}: {check.reading}" in outcome.out
-    assert outcome.out.endswith("See it with: vestige report run\n")
+    assert outcome.err.endswith("Next: vestige report run\n")
     scores = Scores.open("run")
     assert len(scores.listed(0, "proponent")) == 3
     assert scores.dense().shape == (1, len(PAIRS))

@@ -14,6 +14,7 @@ import torch
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from tests.workshop import furnish
 from vestige.cli import build_app, main
+from vestige.registry import COMMANDS
 
 EVERY_BLOCK = [block for page in PAGES for block in blocks(page)]
 SET_ASIDE = [block for block in EVERY_BLOCK if block.reason is not None]
@@ -50,6 +51,17 @@ def run_vestige(command: str, block: Block, capfd: pytest.CaptureFixture[str]) -
     except SystemExit as exit_:
         status = exit_.code
     assert not status, f"{where(block)}: {command}\n{capfd.readouterr().err}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [command.name for command in COMMANDS if command.examples])
+def test_the_examples_of_a_command_run_in_their_order(name, tmp_path, monkeypatch, capfd):
+    torch.set_num_threads(1)
+    monkeypatch.chdir(furnish(tmp_path / "workshop"))
+    Path("HuggingFaceTB").mkdir()
+    Path("tiny-model").rename("HuggingFaceTB/SmolLM2-135M-Instruct")
+    for example in COMMANDS.find(name).examples:
+        run_vestige(example, Block(f"vestige {name} --help", 0, "console", "", None), capfd)
 
 
 @pytest.mark.parametrize("block", SET_ASIDE, ids=where)

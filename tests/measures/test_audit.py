@@ -232,7 +232,7 @@ def test_a4_7_no_label_noise_is_said_and_is_no_crash(place, tmp_path):
 
 def test_a4_7_every_name_of_the_default_list_is_a_measure_and_unknown_ones_are_told(place, tmp_path, whole):
     assert set(whole.measures) >= {"psmi", "mahalanobis", "logit_gap", "loss"}
-    with pytest.raises(SpecError, match="No measure is called 'memo_proba_gap'"):
+    with pytest.raises(SpecError, match="There is no measure 'memo_proba_gap'"):
         simple(place, tmp_path / "run", measures=("memo_proba_gap",))
 
 

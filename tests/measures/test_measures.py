@@ -44,6 +44,7 @@ def announced(monkeypatch, tmp_path):
         registry.forget_entry_points()
 
     monkeypatch.syspath_prepend(tmp_path)
+    list(MEASURES)  # a module registers when it is imported, which is once
     monkeypatch.setattr(MEASURES, "_added", dict(MEASURES._added))
 
     yield announce
@@ -124,6 +125,7 @@ def test_lists_begin_with_what_stands_out(place, tmp_path):
 
 
 def test_two_measures_of_one_name_are_refused(monkeypatch):
+    list(MEASURES)  # a module registers when it is imported, which is once
     monkeypatch.setattr(MEASURES, "_added", dict(MEASURES._added))
     with pytest.raises(SpecError, match="Two objects are called 'loss'"):
         measure("loss", "another loss")(lambda batch: batch.scores.log_probability.sum(1))
@@ -134,7 +136,7 @@ def test_a_name_that_is_no_measure_ends_before_any_work(place, tmp_path, capsys,
     monkeypatch.chdir(place)
     words = ["audit", "--model", "no-such-model", "--data", "train.jsonl", "--out", str(tmp_path / "run")]
     for more, message in (
-        (["--measures", "lost"], "No measure is called 'lost'. There are: default, all, loss, answer_loss,"),
+        (["--measures", "lost"], "There is no measure 'lost'. Did you mean 'loss'? There are: default, all, accuracy,"),
         (["--measures", "simplicity"], "simplicity compares with models that were not trained on the example"),
         (["--measures", "perplexity_ratio"], "perplexity_ratio compares with another model: give it as --reference"),
         (["--measures", "loss", "--choose-layer", "smi"], "--choose-layer smi is for psmi and mahalanobis"),

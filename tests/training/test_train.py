@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import signal
 from multiprocessing import get_context
 from pathlib import Path
@@ -260,6 +261,7 @@ def test_the_command_trains_and_its_folder_can_be_asked_about(tmp_path, given, c
     shown = capsys.readouterr().out
     assert ": complete" in shown
     assert "2 of 2, the last after step 2" in shown
+    assert re.search(r"step +2, loss \d", shown)
     assert "has not rung" in shown
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "run")])

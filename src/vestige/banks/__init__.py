@@ -1,20 +1,28 @@
 """The bank: models trained on subsets of the data, the ground truth that scores are judged by."""
 
-from vestige.banks._bank import bank as bank, margin as margin, measure as measure
-from vestige.banks._design import (
-    EVERYTHING as EVERYTHING,
-    random_subsets as random_subsets,
-    read_lists as read_lists,
-    run_seed as run_seed,
-    without_each as without_each,
-    without_each_source as without_each_source,
-    without_one as without_one,
-)
-from vestige.banks._plan import bank_of as bank_of
-from vestige.banks._store import (
-    TRUTH_FORMATS as TRUTH_FORMATS,
-    Bank as Bank,
-    Measure as Measure,
-    Texts as Texts,
-    TruthFormat as TruthFormat,
-)
+from typing import TYPE_CHECKING
+
+from vestige.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vestige.banks._bank import bank as bank, margin as margin, measure as measure
+    from vestige.banks._design import (
+        EVERYTHING as EVERYTHING,
+        random_subsets as random_subsets,
+        read_lists as read_lists,
+        run_seed as run_seed,
+        without_each as without_each,
+        without_each_source as without_each_source,
+        without_one as without_one,
+    )
+    from vestige.banks._files import require_bank as require_bank
+    from vestige.banks._plan import bank_of as bank_of
+    from vestige.banks._store import (
+        TRUTH_FORMATS as TRUTH_FORMATS,
+        Bank as Bank,
+        Measure as Measure,
+        Texts as Texts,
+        TruthFormat as TruthFormat,
+    )
+
+__getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -73,6 +73,16 @@ def list_subsets(subsets: list[Subset]) -> tuple[tuple[str, str], ...]:
     return tuple((subset.name, subset.digest) for subset in subsets)
 
 
+def require_bank(path: Path) -> None:
+    """Raise if there is nothing at the path of a bank.
+
+    Raises:
+        DataError: It does not exist.
+    """
+    if not path.expanduser().exists():
+        raise DataError(f"{path} is no bank: it does not exist. Make one with: vestige bank --out {path}")
+
+
 def read_manifest(folder: Path) -> BankManifest | None:
     """Read the manifest of the bank in `folder`, None if there is none.
 

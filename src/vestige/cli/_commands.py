@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from vestige.cli._results import describe_index
 from vestige.errors import UserError
@@ -44,7 +44,22 @@ SHOWN_QUERIES, SHOWN_PROPONENTS, SHOWN, SHOWN_LETTERS = 10, 5, 8, 500
 """What fits on a screen; the run holds everything."""
 
 
-@command("doctor", DoctorSettings, function="vestige.checks:doctor", order=10)
+_MODEL_AND_DATA = "--model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl"
+"""Of examples: a model of the hub, and data of one's own."""
+
+
+@command(
+    "doctor",
+    DoctorSettings,
+    function="vestige.checks:doctor",
+    order=10,
+    examples=(
+        f"vestige doctor {_MODEL_AND_DATA}",
+        f"vestige doctor {_MODEL_AND_DATA} --components attention",
+        f"vestige doctor {_MODEL_AND_DATA} --compress auto --disk 20GB",
+    ),
+    next_command="vestige index --model {model} --data {data} --out idx",
+)
 def doctor(settings: DoctorSettings) -> None:
     """Say whether it will work, what it covers, and what it will cost.
 
@@ -57,7 +72,19 @@ def doctor(settings: DoctorSettings) -> None:
         sys.exit(SOMETHING_BAD)
 
 
-@command("train", TrainSettings, function="vestige.training:train", order=20, sweepable=True)
+@command(
+    "train",
+    TrainSettings,
+    function="vestige.training:train",
+    order=20,
+    sweepable=True,
+    examples=(
+        f"vestige train {_MODEL_AND_DATA} --out trained --epochs 3",
+        f"vestige train {_MODEL_AND_DATA} --out lora --lora-rank 16 --learning-rate 1e-3",
+        f"vestige train {_MODEL_AND_DATA} --out watched --alarm --alarm-measure loss",
+    ),
+    next_command="vestige status {out}",
+)
 def train(settings: TrainSettings) -> None:
     """Train a model, in full or by LoRA, and keep what attribution and audit need.
 
@@ -68,7 +95,19 @@ def train(settings: TrainSettings) -> None:
     say(train.call(settings))
 
 
-@command("index", IndexSettings, function="vestige.indexes:index", order=30, sweepable=True)
+@command(
+    "index",
+    IndexSettings,
+    function="vestige.indexes:index",
+    order=30,
+    sweepable=True,
+    examples=(
+        "vestige index HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl --out idx",
+        f"vestige index {_MODEL_AND_DATA} --out idx-attention --components attention",
+        f"vestige index {_MODEL_AND_DATA} --out idx-small --compress 'mask:32x32 | sjlt:64'",
+    ),
+    next_command="vestige attribute QUESTION --index {out} --out run",
+)
 def index(settings: IndexSettings) -> None:
     """Store the compressed gradient of every training example.
 
@@ -79,7 +118,19 @@ def index(settings: IndexSettings) -> None:
     say(describe_index(settings.out))
 
 
-@command("precondition", PreconditionSettings, function="vestige.curvature:precondition", order=40, sweepable=True)
+@command(
+    "precondition",
+    PreconditionSettings,
+    function="vestige.curvature:precondition",
+    order=40,
+    sweepable=True,
+    examples=(
+        f"vestige index {_MODEL_AND_DATA} --out idx",
+        "vestige precondition idx",
+        "vestige precondition idx --out idx-preconditioned --damping 0.1",
+    ),
+    next_command="vestige attribute QUESTION --index {index} --out run",
+)
 def precondition(settings: PreconditionSettings) -> None:
     """Measure the curvature of an index, and precondition its gradients.
 
@@ -91,7 +142,20 @@ def precondition(settings: PreconditionSettings) -> None:
         say(f"Preconditioned gradients: {settings.out}")
 
 
-@command("bank", BankSettings, function="vestige.banks:bank", order=50, sweepable=True)
+@command(
+    "bank",
+    BankSettings,
+    function="vestige.banks:bank",
+    order=50,
+    sweepable=True,
+    examples=(
+        f"vestige bank {_MODEL_AND_DATA} --out bank --subsets 4 --seeds 1 --epochs 1",
+        f"vestige bank {_MODEL_AND_DATA} --out bank-sources --leave-source-out --seeds 1 --epochs 1",
+        f"vestige bank {_MODEL_AND_DATA} --out bank-lora --subsets 2 --seeds 1 --lora-rank 8",
+    ),
+    next_command="vestige evaluate lds --bank {out} --methods influence --model {model} --data {data} "
+    "--queries {queries} --out lds",
+)
 def bank(settings: BankSettings) -> None:
     """Train many models on parts of the data, and store what each makes of every example and query.
 
@@ -103,7 +167,18 @@ def bank(settings: BankSettings) -> None:
 
 
 @command(
-    "attribute", AttributeSettings, function="vestige.methods:attribute", order=60, sweepable=True, writes_once=True
+    "attribute",
+    AttributeSettings,
+    function="vestige.methods:attribute",
+    order=60,
+    sweepable=True,
+    writes_once=True,
+    examples=(
+        f"vestige index {_MODEL_AND_DATA} --out idx",
+        'vestige attribute "Why is the sky blue?" --index idx --out run',
+        "vestige attribute --data train.jsonl --queries train.jsonl --method bm25 --out run-words",
+    ),
+    next_command="vestige report {out}",
 )
 def attribute(settings: AttributeSettings) -> None:
     """Rank the training examples behind an answer.
@@ -116,7 +191,7 @@ def attribute(settings: AttributeSettings) -> None:
     def show_ranking(scores: "Scores") -> None:
         _show_ranking(scores, settings, SHOWN_PROPONENTS)
 
-    _show_checks(attribute.call(settings, on_answers=_show_answers, on_ranking=show_ranking), settings)
+    _show_checks(attribute.call(settings, on_answers=_show_answers, on_ranking=show_ranking))
 
 
 @command(
@@ -125,6 +200,12 @@ def attribute(settings: AttributeSettings) -> None:
     function="vestige.fixes._fix:fix",
     order=65,
     status="vestige.fixes._record:describe_fix",
+    examples=(
+        "vestige fix run --drop row-17 row-42 --dry-run --out fixed",
+        "vestige fix run --top 1 --queries query-0 --out fixed",
+        "vestige fix run --more-like row-17 --out fixed",
+    ),
+    next_command="vestige view {out}",
 )
 def fix(settings: FixSettings) -> None:
     """Remove rows that a run found, train again, and show the answers before and after.
@@ -135,10 +216,23 @@ def fix(settings: FixSettings) -> None:
     found = fix.call(settings)
     show(found)
     if settings.more_like is None and not settings.dry_run:
-        say(f"Cleaned data: {found.data}\nSee it with: {settings.out}/report.html, or vestige view {settings.out}")
+        say(f"Cleaned data: {found.data}\nPage: {settings.out}/report.html")
 
 
-@command("untrac", UntracSettings, function="vestige.methods:untrac", order=80, sweepable=True, writes_once=True)
+@command(
+    "untrac",
+    UntracSettings,
+    function="vestige.methods:untrac",
+    order=80,
+    sweepable=True,
+    writes_once=True,
+    examples=(
+        f"vestige untrac {_MODEL_AND_DATA} --queries questions.jsonl --out run-sources",
+        f"vestige untrac {_MODEL_AND_DATA} --queries questions.jsonl --level example --out run-examples",
+        f"vestige untrac {_MODEL_AND_DATA} --queries questions.jsonl --lora-rank 8 --out run-lora",
+    ),
+    next_command="vestige report {out}",
+)
 def untrac(settings: UntracSettings) -> None:
     """Rank training sources or examples by unlearning.
 
@@ -146,7 +240,7 @@ def untrac(settings: UntracSettings) -> None:
     """
     scores = untrac.call(settings)
     _show_ranking(scores, settings, SHOWN)
-    _show_checks(scores, settings)
+    _show_checks(scores)
 
 
 def _show_answers(queries: "TokenizedData", generated: Sequence[bool]) -> None:
@@ -193,14 +287,27 @@ def _show_ranking(scores: "Scores", settings: AttributeSettings | UntracSettings
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
 
 
-def _show_checks(scores: "Scores", settings: AttributeSettings | UntracSettings) -> None:
+def _show_checks(scores: "Scores") -> None:
     """Print the checks, and what the sign means."""
     for check in scores.run.trust.checks:
         say(f"[{check.verdict}] {check.name}: {check.reading}")
-    say(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")
+    say(f"Sign: {scores.meaning.sign}")
 
 
-@command("audit", AuditSettings, function="vestige.measures:audit", order=70, sweepable=True, writes_once=True)
+@command(
+    "audit",
+    AuditSettings,
+    function="vestige.measures:audit",
+    order=70,
+    sweepable=True,
+    writes_once=True,
+    examples=(
+        f"vestige audit {_MODEL_AND_DATA} --out audit",
+        f"vestige audit {_MODEL_AND_DATA} --measures loss extraction --prefixes 4 --continuation 4 --out verbatim",
+        f"vestige audit {_MODEL_AND_DATA} --limit 6 --out audit-some",
+    ),
+    next_command="vestige report {out}",
+)
 def audit(settings: AuditSettings) -> None:
     """Say for every example how well the model has memorized it, and how far that can be trusted.
 
@@ -208,7 +315,6 @@ def audit(settings: AuditSettings) -> None:
     or another model are null without them, and the run says why.
     """
     say(summarise_audit(audit.call(settings)))
-    say(f"See it with: vestige report {settings.out}")
 
 
 def summarise_audit(found: "Audit") -> str:
@@ -272,7 +378,19 @@ def _interval(span: tuple[float | None, float | None, float | None]) -> str:
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-@command("select", SelectSettings, function="vestige.selection:select", order=90, sweepable=True)
+@command(
+    "select",
+    SelectSettings,
+    function="vestige.selection:select",
+    order=90,
+    sweepable=True,
+    examples=(
+        "vestige attribute --data train.jsonl --queries train.jsonl --method bm25 --dense --out run",
+        "vestige select --scores run --budget 50% --out chosen",
+        "vestige select --strategy random --data train.jsonl --budget 5 --out chosen-at-random",
+    ),
+    next_command="vestige train --model MODEL --data {out} --out trained",
+)
 def select(settings: SelectSettings) -> None:
     """Choose which examples to train on.
 
@@ -281,9 +399,9 @@ def select(settings: SelectSettings) -> None:
     show(select.call(settings))
 
 
-def _evaluation(kind: str, settings: type[Settings], order: int) -> Command:
+def _evaluation(kind: str, settings: type[Settings], order: int, **facts: Any) -> Command:
     function = f"vestige.evaluate:{kind.replace('-', '_')}"
-    return make_command(f"evaluate {kind}", settings, function=function, order=order, sweepable=True)
+    return make_command(f"evaluate {kind}", settings, function=function, order=order, sweepable=True, **facts)
 
 
 lds = _evaluation("lds", LdsSettings, 10)

@@ -12,6 +12,7 @@ from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.registry import COMMANDS, EXPORT_FORMATS, command, import_object
 from vestige.settings import (
     CancelSettings,
+    CompletionSettings,
     DemoSettings,
     ExportSettings,
     MeasuresSettings,
@@ -26,6 +27,7 @@ from vestige.terminal import lines_of_facts, say, show
 if TYPE_CHECKING:
     from vestige.jobs import JobStatus
     from vestige.runs import AuditRecord, RunRecord
+    from vestige.training import TrainingRun
 
 SECONDS_BETWEEN_LOOKS = 2.0
 SHOWN_IDS = 20
@@ -43,7 +45,18 @@ def demo(settings: DemoSettings) -> None:
     say(describe_demo(demo.call(settings)))
 
 
-@command("report", ReportSettings, function="vestige.reports:report", order=140)
+_RUN = "vestige attribute --data train.jsonl --queries train.jsonl --method bm25 --out run"
+"""Of examples: the quickest run, of a word search."""
+
+
+@command(
+    "report",
+    ReportSettings,
+    function="vestige.reports:report",
+    order=140,
+    examples=(_RUN, "vestige report run", "vestige report run --out page.html"),
+    next_command="vestige view {run}",
+)
 def report(settings: ReportSettings) -> None:
     """Write a run as one HTML file that opens offline."""
     say(report.call(settings))
@@ -55,7 +68,16 @@ def view(settings: ViewSettings) -> None:
     view.call(settings)
 
 
-@command("cancel", CancelSettings, order=170)
+@command(
+    "cancel",
+    CancelSettings,
+    order=170,
+    examples=(
+        "vestige index --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --out idx",
+        "vestige cancel idx",
+    ),
+    next_command="vestige status {path}",
+)
 def cancel(settings: CancelSettings) -> None:
     """End the work on an index or a run, in processes of this host and on SLURM; what is finished stays.
 
@@ -66,7 +88,14 @@ def cancel(settings: CancelSettings) -> None:
     say("\n".join(cancel_jobs(settings.path)) or f"Nothing is at work on {settings.path}.")
 
 
-@command("export", ExportSettings, function="vestige.indexes:export", order=180, more="vestige.cli:list_formats")
+@command(
+    "export",
+    ExportSettings,
+    function="vestige.indexes:export",
+    order=180,
+    more="vestige.cli:list_formats",
+    examples=(_RUN, "vestige export run --to csv --out tables", "vestige export run --to json --out lines"),
+)
 def export(settings: ExportSettings) -> None:
     """Copy an index or a run into formats that other programs read."""
     for path in export.call(settings):
@@ -81,7 +110,7 @@ def list_formats() -> str:
     return "\n".join(["Formats by what is exported:\n", *lines])
 
 
-@command("methods", MethodsSettings, order=200)
+@command("methods", MethodsSettings, order=200, examples=("vestige methods", "vestige methods influence"))
 def methods(settings: MethodsSettings) -> None:
     """List the attribution methods, or print what one estimates, costs and takes.
 
@@ -92,7 +121,7 @@ def methods(settings: MethodsSettings) -> None:
     _show_table_or_one(settings.name, method_table, describe_method)
 
 
-@command("measures", MeasuresSettings, order=210)
+@command("measures", MeasuresSettings, order=210, examples=("vestige measures", "vestige measures psmi"))
 def measures(settings: MeasuresSettings) -> None:
     """List the memorization measures of an audit, or print what one means, needs and costs.
 
@@ -103,6 +132,23 @@ def measures(settings: MeasuresSettings) -> None:
     _show_table_or_one(settings.name, measure_table, describe_measure)
 
 
+@command(
+    "completion",
+    CompletionSettings,
+    order=220,
+    examples=("vestige completion bash", "vestige completion zsh", "vestige completion fish"),
+)
+def completion(settings: CompletionSettings) -> None:
+    """Print what a shell needs to complete commands, flags, names and files: bash, zsh or fish.
+
+    For bash, add `source <(vestige completion bash)` to ~/.bashrc. For zsh, write it as `_vestige` into a folder of
+    $fpath. For fish, write it to ~/.config/fish/completions/vestige.fish.
+    """
+    from vestige.cli._parser import build_app
+
+    say(build_app(completing=True).generate_completion(prog_name="vestige", shell=settings.shell))
+
+
 def _show_table_or_one(name: str | None, table: Callable[[], object], describe_one: Callable[[str], str]) -> None:
     if name is None:
         show(table(), file_width=_FILE_WIDTH)
@@ -110,7 +156,7 @@ def _show_table_or_one(name: str | None, table: Callable[[], object], describe_o
         say(describe_one(name))
 
 
-@command("status", StatusSettings, order=160)
+@command("status", StatusSettings, order=160, examples=(_RUN, "vestige status run", "vestige status run --verify"))
 def status(settings: StatusSettings) -> None:
     """Say how far an index, a run or a sweep is, and what is in it.
 
@@ -207,12 +253,24 @@ def _describe_training(folder: Path) -> str:
     interrupted = "a training: the same command goes on with one that was interrupted"
     state = "complete" if "seconds" in run.record else interrupted
     risk = "has not rung" if found is None else f"{flagged}after step {found['step'][0].as_py():,}: {found['rule'][0]}"
-    facts = {
+    now = run.current_step
+    facts: dict[str, str | None] = {
+        "step": f"{now.step:,} of {now.of:,}, loss {now.loss:.3f}, {now.rate:.2f} steps/s" if now else _last_step(run),
         "model": run.record["names"]["model"] if "names" in run.record else run.record["model"]["name"],
         "checkpoints": f"{count}, the last after step {done[-1]:,}" if done else "none yet",
         "alarm": risk,
     }
     return "\n".join([f"{folder}: {state}", *lines_of_facts(facts)])
+
+
+def _last_step(run: "TrainingRun") -> str | None:
+    """Return the last step that was logged, and its loss."""
+    log = run.steps
+    if not len(log):
+        return None
+    last = log["step"][-1].as_py()
+    losses = [row["loss"] for row in log.slice(max(0, len(log) - SHOWN_IDS)).to_pylist() if row["step"] == last]
+    return f"{last:,}, loss {sum(losses) / len(losses):.3f}"
 
 
 def describe_index(folder: Path) -> str:

@@ -1,97 +1,75 @@
 """Training data and queries: reading every source, tokenising with targets, batching by token budget."""
 
-from vestige.data._bm25 import Bm25Variant, LexicalIndex, prompt_of
-from vestige.data._chat import as_conversation
-from vestige.data._encode import Rendered, Span, mark_targets
-from vestige.data._load import load_examples, load_queries, load_records, number_records
-from vestige.data._questions import Frame, ask, frame_of, require_answers
-from vestige.data._records import OnBadText, check_text, parse_record, place, repair
-from vestige.data._row_list import (
-    RowEntry,
-    describe_copies,
-    read_row_list,
-    rows_listed,
-    rows_named,
-    text_groups,
-    token_groups,
-)
-from vestige.data._rows import conversation_columns, find_unused_columns
-from vestige.data._sources import open_source
-from vestige.data._stored import EXAMPLES, GROUP_ROWS, StoredExamples, record_of, turn_record
-from vestige.data._tokenize import Encoder, tokenize
-from vestige.data._tokens import forget_tokens, tokenize_source, tokenize_stored
-from vestige.data._types import (
-    ANY_EXAMPLES,
-    NO_TARGET,
-    Batch,
-    CutBatch,
-    CutBatches,
-    Example,
-    Message,
-    Sharing,
-    TokenizedData,
-    data_fingerprint,
-    make_batch,
-    plan_batches,
-)
-from vestige.data._write import as_plain, record_line, write_rows
-from vestige.parsing import words_of
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ANY_EXAMPLES",
-    "EXAMPLES",
-    "GROUP_ROWS",
-    "NO_TARGET",
-    "Batch",
-    "Bm25Variant",
-    "CutBatch",
-    "CutBatches",
-    "Encoder",
-    "Example",
-    "Frame",
-    "LexicalIndex",
-    "Message",
-    "OnBadText",
-    "Rendered",
-    "RowEntry",
-    "Sharing",
-    "Span",
-    "StoredExamples",
-    "TokenizedData",
-    "as_conversation",
-    "as_plain",
-    "ask",
-    "check_text",
-    "conversation_columns",
-    "data_fingerprint",
-    "describe_copies",
-    "find_unused_columns",
-    "forget_tokens",
-    "frame_of",
-    "load_examples",
-    "load_queries",
-    "load_records",
-    "make_batch",
-    "mark_targets",
-    "number_records",
-    "open_source",
-    "parse_record",
-    "place",
-    "plan_batches",
-    "prompt_of",
-    "read_row_list",
-    "record_line",
-    "record_of",
-    "repair",
-    "require_answers",
-    "rows_listed",
-    "rows_named",
-    "text_groups",
-    "token_groups",
-    "tokenize",
-    "tokenize_source",
-    "tokenize_stored",
-    "turn_record",
-    "words_of",
-    "write_rows",
-]
+from vestige.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vestige.data._bm25 import Bm25Variant as Bm25Variant, LexicalIndex as LexicalIndex, prompt_of as prompt_of
+    from vestige.data._chat import as_conversation as as_conversation
+    from vestige.data._encode import Rendered as Rendered, Span as Span, mark_targets as mark_targets
+    from vestige.data._load import (
+        load_examples as load_examples,
+        load_queries as load_queries,
+        load_records as load_records,
+        number_records as number_records,
+        require_queries as require_queries,
+    )
+    from vestige.data._questions import (
+        Frame as Frame,
+        ask as ask,
+        frame_of as frame_of,
+        require_answers as require_answers,
+    )
+    from vestige.data._records import (
+        OnBadText as OnBadText,
+        check_text as check_text,
+        parse_record as parse_record,
+        place as place,
+        repair as repair,
+    )
+    from vestige.data._row_list import (
+        RowEntry as RowEntry,
+        describe_copies as describe_copies,
+        read_row_list as read_row_list,
+        rows_listed as rows_listed,
+        rows_named as rows_named,
+        text_groups as text_groups,
+        token_groups as token_groups,
+    )
+    from vestige.data._rows import (
+        conversation_columns as conversation_columns,
+        find_unused_columns as find_unused_columns,
+    )
+    from vestige.data._sources import open_source as open_source, require_data as require_data
+    from vestige.data._stored import (
+        EXAMPLES as EXAMPLES,
+        GROUP_ROWS as GROUP_ROWS,
+        StoredExamples as StoredExamples,
+        record_of as record_of,
+        turn_record as turn_record,
+    )
+    from vestige.data._tokenize import Encoder as Encoder, tokenize as tokenize
+    from vestige.data._tokens import (
+        forget_tokens as forget_tokens,
+        tokenize_source as tokenize_source,
+        tokenize_stored as tokenize_stored,
+    )
+    from vestige.data._types import (
+        ANY_EXAMPLES as ANY_EXAMPLES,
+        NO_TARGET as NO_TARGET,
+        Batch as Batch,
+        CutBatch as CutBatch,
+        CutBatches as CutBatches,
+        Example as Example,
+        Message as Message,
+        Sharing as Sharing,
+        TokenizedData as TokenizedData,
+        data_fingerprint as data_fingerprint,
+        make_batch as make_batch,
+        plan_batches as plan_batches,
+    )
+    from vestige.data._write import as_plain as as_plain, record_line as record_line, write_rows as write_rows
+    from vestige.parsing import words_of as words_of
+
+__getattr__, __dir__, __all__ = lazy_names(__name__)

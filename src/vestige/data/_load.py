@@ -8,7 +8,7 @@ from typing import Any
 
 from vestige.data._records import OnBadText, Record, Source, check_text, parse_record, place, quote
 from vestige.data._rows import PAIR_FORMATS, TURN_COLUMNS, example_from_record
-from vestige.data._sources import HUB_NAME, data_extension, exists, matching_files, open_source, read_file
+from vestige.data._sources import HUB_NAME, data_extension, exists, matching_files, open_source, read_file, require_data
 from vestige.data._types import Example
 from vestige.errors import DataError
 from vestige.progress import announce
@@ -74,6 +74,16 @@ def load_queries(
         words = [{name: row[name] for name in columns if row.get(name) is not None} for row in rows]
         source = [{"id": row["query_id"], **each} for row, each in zip(rows, words, strict=True)]
     return _examples(open_source(source, None), None, on_bad_text, is_query=True, learned=learned)
+
+
+def require_queries(source: Any) -> None:
+    """Raise if queries are a path where there is nothing; questions are taken as they are.
+
+    Raises:
+        DataError: As `load_queries`.
+    """
+    if not isinstance(source, str) or _names_a_place(source):
+        require_data(source)
 
 
 def _names_a_place(text: str) -> bool:

@@ -61,13 +61,31 @@ def _open_path(source: str | Path, split: str | None) -> Source:
             return read_file(several[0])
         announce(f"{source}: {len(several)} files, from {several[0].name} to {several[-1].name}.")
         return _read_files(str(source), several)
-    can_be_hub_id = isinstance(source, str) and data_extension(path) is None and HUB_NAME.fullmatch(source)
-    if not exists(str(path)) and can_be_hub_id:
-        return _from_hub(can_be_hub_id, split)
+    if not exists(str(path)) and _can_be_hub_id(source) and (match := HUB_NAME.fullmatch(str(source))):
+        return _from_hub(match, split)
     if not exists(str(path)):
         raise DataError(_absent_file(path))
     _refuse_split(path.name, split)
     return read_file(path)
+
+
+def require_data(source: Any) -> None:
+    """Raise if data is a path, or a list of paths, where there is nothing; a hub id and rows are taken as they are.
+
+    Raises:
+        DataError: As `open_source`.
+    """
+    several = isinstance(source, list | tuple) and all(isinstance(item, Path) for item in source)
+    for each in source if several else [source]:
+        if not isinstance(each, str | Path) or not str(each).strip() or exists(str(each)):
+            continue
+        path = Path(each).expanduser()
+        if not (matching_files(path) or _can_be_hub_id(each)):
+            raise DataError(_absent_file(path))
+
+
+def _can_be_hub_id(source: str | Path) -> bool:
+    return isinstance(source, str) and data_extension(Path(source)) is None and HUB_NAME.fullmatch(source) is not None
 
 
 def exists(text: str) -> bool:

@@ -1,17 +1,21 @@
 """The types of the data package: an example as it was given, a data set as the model receives it, and its batches."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from vestige.errors import DataError
+from vestige.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NO_TARGET = -100
 """Label of a position whose prediction does not enter the loss (the value PyTorch's cross-entropy ignores)."""
@@ -133,7 +137,7 @@ class TokenizedData:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def subset(self, rows: Sequence[int] | np.ndarray) -> "TokenizedData":
+    def subset(self, rows: Sequence[int] | np.ndarray) -> TokenizedData:
         """Return just these rows, in this order; its fingerprint names the rows and the data that they come from."""
         rows = [int(row) for row in rows]
         digest = hashlib.sha256(f"{self.fingerprint}:{rows}".encode()).hexdigest()
@@ -170,7 +174,7 @@ class Batch(NamedTuple):
     labels: Int[Tensor, "example token"]
     """The token itself where its prediction enters the loss, `NO_TARGET` elsewhere (unshifted, as in transformers)."""
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on `device`."""
         return Batch(self.rows, self.input_ids.to(device), self.labels.to(device))
 

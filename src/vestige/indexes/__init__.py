@@ -1,65 +1,73 @@
 """The on-disk index: manifest, shard plan, resumable shards, scanning, export."""
 
-from vestige.indexes._build import (
-    FEWEST as FEWEST,
-    MOST_SHARE as MOST_SHARE,
-    Candidate as Candidate,
-    CompressedGradients as CompressedGradients,
-    build_index as build_index,
-    choose_compressor as choose_compressor,
-    choose_spec as choose_spec,
-    draft_manifest as draft_manifest,
-    index as index,
-    list_candidates as list_candidates,
-)
-from vestige.indexes._examples import fingerprint_rows as fingerprint_rows
-from vestige.indexes._export import export as export, export_index as export_index
-from vestige.indexes._inputs import (
-    Inputs as Inputs,
-    batch_tokens as batch_tokens,
-    longest_and_shortest as longest_and_shortest,
-    read_data as read_data,
-    read_inputs as read_inputs,
-    require_independence as require_independence,
-    tokenising_processes as tokenising_processes,
-    tokens_at_most as tokens_at_most,
-)
-from vestige.indexes._manifest import (
-    IMPORTED_SPEC as IMPORTED_SPEC,
-    WHOLE_MODEL as WHOLE_MODEL,
-    CompressionIdentity as CompressionIdentity,
-    DataIdentity as DataIdentity,
-    ImportRecord as ImportRecord,
-    IndexedComponent as IndexedComponent,
-    Manifest as Manifest,
-    ModelIdentity as ModelIdentity,
-    PlanRecord as PlanRecord,
-    difference as difference,
-    expect_shards as expect_shards,
-    lay_out as lay_out,
-    publish_manifest as publish_manifest,
-    read_manifest as read_manifest,
-)
-from vestige.indexes._plan import Plan as Plan, plan_index as plan_index
-from vestige.indexes._shards import (
-    PART_BYTES as PART_BYTES,
-    Expectation as Expectation,
-    ShardContent as ShardContent,
-    map_shard as map_shard,
-    marker_path as marker_path,
-    parts_of as parts_of,
-    read_marker as read_marker,
-    shard_fault as shard_fault,
-    shard_path as shard_path,
-    write_shard as write_shard,
-)
-from vestige.indexes._store import Index as Index, IndexBlock as IndexBlock, parts_in_order as parts_in_order
-from vestige.indexes._work import (
-    TOKENS as TOKENS,
-    IndexWork as IndexWork,
-    PlannedBatches as PlannedBatches,
-    index_status as index_status,
-    prepare_index as prepare_index,
-    remove_index as remove_index,
-    write_rows as write_rows,
-)
+from typing import TYPE_CHECKING
+
+from vestige.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vestige.indexes._build import (
+        FEWEST as FEWEST,
+        MOST_SHARE as MOST_SHARE,
+        Candidate as Candidate,
+        CompressedGradients as CompressedGradients,
+        build_index as build_index,
+        choose_compressor as choose_compressor,
+        choose_spec as choose_spec,
+        draft_manifest as draft_manifest,
+        index as index,
+        list_candidates as list_candidates,
+    )
+    from vestige.indexes._examples import fingerprint_rows as fingerprint_rows
+    from vestige.indexes._export import export as export, export_index as export_index
+    from vestige.indexes._inputs import (
+        Inputs as Inputs,
+        batch_tokens as batch_tokens,
+        longest_and_shortest as longest_and_shortest,
+        read_data as read_data,
+        read_inputs as read_inputs,
+        require_independence as require_independence,
+        tokenising_processes as tokenising_processes,
+        tokens_at_most as tokens_at_most,
+    )
+    from vestige.indexes._manifest import (
+        IMPORTED_SPEC as IMPORTED_SPEC,
+        WHOLE_MODEL as WHOLE_MODEL,
+        CompressionIdentity as CompressionIdentity,
+        DataIdentity as DataIdentity,
+        ImportRecord as ImportRecord,
+        IndexedComponent as IndexedComponent,
+        Manifest as Manifest,
+        ModelIdentity as ModelIdentity,
+        PlanRecord as PlanRecord,
+        difference as difference,
+        expect_shards as expect_shards,
+        lay_out as lay_out,
+        publish_manifest as publish_manifest,
+        read_manifest as read_manifest,
+        require_index as require_index,
+    )
+    from vestige.indexes._plan import Plan as Plan, plan_index as plan_index
+    from vestige.indexes._shards import (
+        PART_BYTES as PART_BYTES,
+        Expectation as Expectation,
+        ShardContent as ShardContent,
+        map_shard as map_shard,
+        marker_path as marker_path,
+        parts_of as parts_of,
+        read_marker as read_marker,
+        shard_fault as shard_fault,
+        shard_path as shard_path,
+        write_shard as write_shard,
+    )
+    from vestige.indexes._store import Index as Index, IndexBlock as IndexBlock, parts_in_order as parts_in_order
+    from vestige.indexes._work import (
+        TOKENS as TOKENS,
+        IndexWork as IndexWork,
+        PlannedBatches as PlannedBatches,
+        index_status as index_status,
+        prepare_index as prepare_index,
+        remove_index as remove_index,
+        write_rows as write_rows,
+    )
+
+__getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -3,6 +3,8 @@
 A writer of indexes gets a folder that becomes the result whole, and returns the paths that it wrote there.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
@@ -16,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
-import torch
 from jaxtyping import Float
 from pyarrow import csv as arrow_csv
 
@@ -24,6 +25,7 @@ from vestige.data import turn_record
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.indexes._shards import safetensors_header
 from vestige.indexes._store import Index, parts_in_order
+from vestige.lazy import torch
 from vestige.progress import announce
 from vestige.registry import EXPORT_FORMATS, ExportFormat
 from vestige.runs import Audit, Scores, is_audit, is_run

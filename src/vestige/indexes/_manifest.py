@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -15,12 +15,14 @@ from pydantic import (
     model_validator,
 )
 
-from vestige.compress import CompressionSpec
 from vestige.errors import CorruptFile, Difference, IndexMismatch, UserError, mismatch_message
-from vestige.models import Component
 from vestige.parsing import parse_json
 from vestige.settings import Scope
 from vestige.storage import write_durably
+
+if TYPE_CHECKING:
+    from vestige.compress import CompressionSpec
+    from vestige.models import Component
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a later one."""
@@ -228,6 +230,19 @@ def manifest_path(folder: Path) -> Path:
     return folder / "manifest.json"
 
 
+def require_index(folder: Any) -> None:
+    """Raise if a folder holds no index; what is no path is taken as it is.
+
+    Raises:
+        UserError: It has no manifest.
+    """
+    if isinstance(folder, str | Path) and not manifest_path(Path(folder)).is_file():
+        found = "has no manifest.json" if Path(folder).is_dir() else "does not exist"
+        raise UserError(
+            f"There is no index in {folder}: it {found}. Make one with: vestige index --model M --data D --out {folder}"
+        )
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest in `folder`; return None if there is none.
 
@@ -346,7 +361,7 @@ def _digest(value: Any) -> str:
 
 
 def lay_out(
-    components: Sequence[Component], spec: CompressionSpec, scope: Scope = "component"
+    components: "Sequence[Component]", spec: "CompressionSpec", scope: Scope = "component"
 ) -> tuple[IndexedComponent, ...]:
     """Return the columns of every component: one after another, or the same for all, to be added up there.
 

@@ -4,6 +4,8 @@ The safetensors file is written and read here rather than by its library for thr
 written, a full disk is reported as the error it is, and the body is mapped into memory without a copy.
 """
 
+from __future__ import annotations
+
 import json
 import mmap
 import tempfile
@@ -13,29 +15,25 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from vestige.errors import CorruptFile, NonFinite
 from vestige.indexes._manifest import SCALED_TYPES, Expectation, StoredType
+from vestige.lazy import torch
 from vestige.parsing import as_record, parse_json, parse_object
 from vestige.storage import remove_durably, sha256_of, sha256_once, write_durably, write_error
 from vestige.timing import time_phase
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PART_BYTES = 2**21
 """Gradients in float32 that are in memory at once while a shard is made, unless a batch alone has more."""
-TYPE_NAMES = {
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-}
-STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+TYPE_NAMES = {"int64": "I64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+"""Names of number formats in safetensors, by their names in torch."""
 _PIECE_NUMBERS = 2**20
 """Numbers rounded at once."""
 _SMALLEST_EXPONENT = -126
@@ -107,7 +105,11 @@ def safetensors_header(shapes: dict[str, tuple[torch.dtype, list[int]]], metadat
     offset = 0
     for name, (dtype, shape) in shapes.items():
         end = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": TYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": TYPE_NAMES[str(dtype).removeprefix("torch.")],
+            "shape": shape,
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -126,7 +128,7 @@ def _round(gradients: Tensor, scale: Float[Tensor, "row"] | None, dtype: StoredT
         piece = gradients[first : first + step].float()
         if scale is not None:
             piece = piece / scale[first : first + step, None]
-        yield _bytes_of(piece.round().to(torch.int8) if dtype == "int8" else piece.to(STORED[dtype]))
+        yield _bytes_of(piece.round().to(torch.int8) if dtype == "int8" else piece.to(getattr(torch, dtype)))
 
 
 def _largest(content: ShardContent) -> Float[Tensor, "row"]:
@@ -151,7 +153,7 @@ def _scales(largest: Float[Tensor, "row"], dtype: StoredType) -> Float[Tensor, "
     return torch.where(largest > 0, scale, torch.ones_like(scale))
 
 
-_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+_TYPES = {stored: name for name, stored in TYPE_NAMES.items()}
 _ORDER = ("example", "loss", "norm", "scale", "gradients")
 """Tensors of a shard in the order in which they lie there."""
 _HELD_BYTES = 2**21
@@ -256,7 +258,7 @@ def write_shard(
             remove_durably(marker_path(folder, number))
         rows = len(whole["example"])
         shapes = {name: (tensor.dtype, [rows]) for name, tensor in whole.items()}
-        shapes["gradients"] = (STORED[dtype], [rows, columns])
+        shapes["gradients"] = (getattr(torch, dtype), [rows, columns])
         header = [safetensors_header(shapes, {"axes": "gradients: row column"}), *map(_bytes_of, whole.values())]
         gradients.seek(0)
         written = write_durably(path, chain(header, iter(partial(gradients.read, 2**20), b"")))
@@ -272,7 +274,7 @@ def _write_marker(folder: Path, marker: Marker) -> None:
 
 
 @contextmanager
-def _open_aside(path: Path, held_bytes: int) -> "Iterator[tempfile.SpooledTemporaryFile[bytes]]":
+def _open_aside(path: Path, held_bytes: int) -> Iterator[tempfile.SpooledTemporaryFile[bytes]]:
     """Open a file without a name, first in memory and then beside `path`: it is gone with the process."""
     file = tempfile.SpooledTemporaryFile(max_size=held_bytes, dir=str(path.parent))  # noqa: SIM115
     try:
@@ -283,7 +285,7 @@ def _open_aside(path: Path, held_bytes: int) -> "Iterator[tempfile.SpooledTempor
             file.close()
 
 
-def _put_aside(file: "tempfile.SpooledTemporaryFile[bytes]", piece: bytes | memoryview, path: Path) -> None:
+def _put_aside(file: tempfile.SpooledTemporaryFile[bytes], piece: bytes | memoryview, path: Path) -> None:
     try:
         with time_phase("writing"):
             file.write(memoryview(piece).cast("B"))
@@ -361,7 +363,7 @@ def _views(body: mmap.mmap, start: int, header: dict[str, Any]) -> dict[str, Ten
         raise ValueError(f"it holds the tensors {', '.join(header)}, expected {', '.join(_ORDER)} in this order")
     found, offset = {}, 0
     for name, entry in header.items():
-        dtype, shape = _TYPES[entry["dtype"]], entry["shape"]
+        dtype, shape = getattr(torch, _TYPES[entry["dtype"]]), entry["shape"]
         size = torch.Size(shape).numel() * dtype.itemsize
         if min(shape) < 0 or entry["data_offsets"] != [offset, offset + size] or start + offset + size > len(body):
             raise ValueError(f"the tensor {name} of shape {shape} does not fit its position")

@@ -1,24 +1,28 @@
 """A finished index: opened, scanned block by block with the next one read ahead, looked up by row, verified."""
 
+from __future__ import annotations
+
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from vestige.data import StoredExamples
 from vestige.errors import CorruptFile, UserError
 from vestige.indexes._examples import examples_paths, read_lengths
-from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest
+from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest, require_index
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
+from vestige.lazy import torch
 from vestige.timing import count_bytes, time_phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_BYTES = 4 * 2**20
 """Gradients in float32 that are read at once, unless a row alone has more; about three times as many are in memory."""
@@ -59,7 +63,7 @@ class Index:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, folder: str | Path, *, allow_missing: bool = False) -> "Index":
+    def open(cls, folder: str | Path, *, allow_missing: bool = False) -> Index:
         """Open the index in `folder`; the shards' sizes are checked, their contents are not (see `verify`).
 
         Args:
@@ -71,13 +75,9 @@ class Index:
             CorruptFile: Its manifest does not read.
         """
         folder = Path(folder)
+        require_index(folder)
         manifest = read_manifest(folder)
-        if manifest is None:
-            found = "has no manifest.json" if folder.is_dir() else "does not exist"
-            raise UserError(
-                f"There is no index in {folder}: it {found}. "
-                f"Make one with: vestige index --model M --data D --out {folder}"
-            )
+        assert manifest is not None
         index = cls(folder, manifest)
         if not allow_missing and (missing := index.missing_shards()):
             raise UserError(
@@ -243,7 +243,7 @@ class Index:
             )
         return stored
 
-    def _read(self, buffers: "_Buffers", span: _Span) -> IndexBlock:
+    def _read(self, buffers: _Buffers, span: _Span) -> IndexBlock:
         stored, rows = self._shard(span[0]), span[1]
         count = rows.stop - rows.start
         gradients = buffers.take()[: count * self.width].view(count, self.width)

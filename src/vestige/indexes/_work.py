@@ -4,17 +4,17 @@ Nothing on disk changes before the settings were compared and the free space was
 the truth: a run that is killed at any moment, on any of several hosts, loses the shards in flight and nothing else.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, final
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from vestige.data import Example, TokenizedData
 from vestige.distributed import is_rank0
@@ -34,8 +34,12 @@ from vestige.indexes._plan import Plan, PlannedShard, plan_index
 from vestige.indexes._shards import ShardContent, map_shard, marker_path, parts_of, shard_fault, shard_path, write_shard
 from vestige.indexes._store import Index
 from vestige.jobs import JOB_FILES, PROFILE_FILE, Compute, Pieces, ranges, run_pieces, step_done
+from vestige.lazy import torch
 from vestige.settings import LaunchSettings
 from vestige.storage import check_disk, make_folder, remove_durably, remove_result, remove_strays, require_no_others
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHOWN = 10
 
@@ -254,7 +258,7 @@ def remove_index(folder: Path) -> None:
     remove_result(folder, _OURS, manifest_path(folder).name, begun=_BEGUN, keep=[TOKENS])
 
 
-ReadRows = Callable[[Int[np.ndarray, "row"]], Float[Tensor, "row column"]]
+ReadRows: TypeAlias = "Callable[[Int[np.ndarray, 'row']], Float[Tensor, 'row column']]"
 """From positions in the data to their gradients, float32, columns in the order of the manifest's components."""
 
 

@@ -1,11 +1,13 @@
 """What a bank of models shows about examples: counterfactual memorization, simplicity, and likelihood ratios (LiRA)."""
 
+from __future__ import annotations
+
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vestige.banks import Bank
+from vestige import banks
 from vestige.errors import DataError
 from vestige.measures._measure import BankValues, Column, Rule, measure
 
@@ -154,7 +156,7 @@ class BankEvidence(NamedTuple):
 
 
 def bank_evidence(
-    bank: Bank,
+    bank: banks.Bank,
     *,
     of: Literal["margin", "gap", "loss"] = "margin",
     shrinkage: float = 4.0,

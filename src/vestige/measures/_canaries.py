@@ -1,5 +1,7 @@
 """Planted secrets: which there are, what else each might have been, and how much sooner than chance it is guessed."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Sequence
@@ -8,9 +10,9 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
+from vestige import indexes, models
 from vestige.data import (
     Example,
     Frame,
@@ -22,13 +24,12 @@ from vestige.data import (
     tokenize,
 )
 from vestige.errors import DataError
-from vestige.indexes import tokens_at_most
 from vestige.jobs import Tensors
+from vestige.lazy import torch
 from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
 from vestige.measures._pieces import piece_files, run_audit_pieces
-from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import CanaryRecord
 
@@ -186,14 +187,14 @@ def _fingerprint(canaries: Sequence[Canary], frame: Frame | None) -> str:
     return hashlib.sha256(json.dumps(listed + lead).encode()).hexdigest()
 
 
-def _compute_losses(job: AuditJob, loaded: LoadedModel, frame: Frame | None, canary: Canary) -> torch.Tensor:
+def _compute_losses(job: AuditJob, loaded: models.LoadedModel, frame: Frame | None, canary: Canary) -> torch.Tensor:
     """Return the losses of the secret and then of the others, nats, float64."""
     columns = conversation_columns(canary.example)
     variants = [replace(canary.example, completion=secret, extra=columns) for secret in canary.secrets]
     data = tokenize(
         variants if frame is None else list(map(frame.put, variants)),
         job.tokenizer,
-        max_length=tokens_at_most(job.settings, loaded),
+        max_length=indexes.tokens_at_most(job.settings, loaded),
         name="canaries",
         chat=bool(job.settings.chat),
         add_eos=False,

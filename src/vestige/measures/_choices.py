@@ -1,25 +1,28 @@
 """Multiple-choice answers: which choices there are, the gap of the right one, whether it was chosen."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
+from vestige import indexes, models
 from vestige.data import Encoder, Example, TokenizedData
 from vestige.errors import DataError
-from vestige.indexes import tokens_at_most
+from vestige.lazy import torch
 from vestige.measures._measure import Batch, PerExample, measure
-from vestige.models import LoadedModel
 from vestige.settings import AuditSettings
 
-Logits = Float[Tensor, "example choice"]
-Right = Int[Tensor, "example"]
-Offered = Bool[Tensor, "example choice"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Logits: TypeAlias = "Float[Tensor, 'example choice']"
+Right: TypeAlias = "Int[Tensor, 'example']"
+Offered: TypeAlias = "Bool[Tensor, 'example choice']"
 
 MOST_CHOICES = 16
 """More different completions than these are answers in words, not choices."""
@@ -97,7 +100,7 @@ class Choices(NamedTuple):
         return self.position > 0
 
 
-def find_choices(data: TokenizedData, settings: AuditSettings, loaded: LoadedModel) -> Choices:
+def find_choices(data: TokenizedData, settings: AuditSettings, loaded: models.LoadedModel) -> Choices:
     """Find the choices of every example with a prompt and a completion.
 
     They come from the column `--choices-field`, else, where few different completions recur, from those. Each is
@@ -108,7 +111,7 @@ def find_choices(data: TokenizedData, settings: AuditSettings, loaded: LoadedMod
     """
     encoder, wanted = None, [list[str]() for _ in data.examples]
     if loaded.tokenizer is not None:
-        limit = tokens_at_most(settings, loaded)
+        limit = indexes.tokens_at_most(settings, loaded)
         encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=bool(settings.chat))
         wanted = [_read_choices(example, settings.choices_field) for example in data.examples]
         pool = [] if any(wanted) else _recurring_completions(data.examples)

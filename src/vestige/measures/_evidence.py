@@ -1,5 +1,7 @@
 """The evidence: measurements of every model, joined with those of a bank; and how well it finds the known examples."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -13,14 +15,11 @@ from vestige.banks import Bank
 from vestige.data import describe_copies
 from vestige.errors import DataError
 from vestige.measures._attack import Attack, Interval, Rate, attack, blind_attack, share
-from vestige.measures._forward import TOTAL_LOSS, run_passes
 from vestige.measures._job import AuditJob, Mask, Numbers
 from vestige.measures._losses import margin
-from vestige.measures._measure import BankValues, Column, Losses, Measure
+from vestige.measures._measure import BLIND, BankValues, Column, Losses, Measure
 from vestige.measures._pieces import Tensors
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth
-
-BLIND = "blind"
 
 
 class Measurements(NamedTuple):
@@ -90,6 +89,8 @@ class Evidence:
 
 def gather(job: AuditJob) -> Evidence:
     """Measure every example with every model; what is done already is not done again."""
+    from vestige.measures._forward import run_passes
+
     passes = run_passes(job)
     norms = [each.compute(job) for each in job.at("weights")]
     subjects = [
@@ -120,6 +121,8 @@ def columns_of(job: AuditJob, measure: Measure, found: Collection[str]) -> list[
 
 def _compute_columns(job: AuditJob, found: Tensors, reference: Tensors | None) -> dict[str, Column]:
     """Return the columns of one subject: of its passes, of its losses, and of what it generated."""
+    from vestige.measures._forward import TOTAL_LOSS
+
     values = {name: tensor.numpy() for name, tensor in found.items()}
     total = None if reference is None else reference[TOTAL_LOSS].numpy()
     losses = Losses(values["loss"], values[TOTAL_LOSS], total, job.data, job.tokenizer)

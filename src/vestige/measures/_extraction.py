@@ -1,17 +1,21 @@
 """Whether a model goes on with a training text word for word once it is given the beginning."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
 
+from vestige import models
 from vestige.errors import SpecError
+from vestige.lazy import torch
 from vestige.measures._attack import Interval, share
 from vestige.measures._measure import Continue, Generation, measure
-from vestige.models import acts_in_forward
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Extraction(NamedTuple):
@@ -79,7 +83,7 @@ def greedy(model: nn.Module) -> Continue:
     @torch.no_grad()
     def generate(prefix: Tensor, count: int) -> Tensor:
         whole = tokens = prefix.to(next(model.parameters()).device)
-        kept, cached = None, not acts_in_forward(model)
+        kept, cached = None, not models.acts_in_forward(model)
         for _ in range(count):
             output: Any = model(input_ids=tokens if cached else whole, past_key_values=kept, use_cache=cached)
             tokens, kept = output.logits[:, -1:].argmax(-1), output.past_key_values

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vestige.figures import COLOURS, new_figure, render_figure
-from vestige.measures._evidence import BLIND, Known
-from vestige.measures._measure import NOT_DRAWN, Column, all_measures
+from vestige.measures._measure import BLIND, NOT_DRAWN, Column, all_measures
 from vestige.runs import (
     CHANCE_BITS,
     AuditRecord,
@@ -22,6 +21,9 @@ from vestige.runs import (
     mean_exposures,
     roc_curve,
 )
+
+if TYPE_CHECKING:
+    from vestige.measures._evidence import Known
 
 _MOST_LINES, _MOST_PANELS = 7, 4
 _MOST_TICKS = 8
@@ -38,7 +40,7 @@ class Drawn(NamedTuple):
     measures: Sequence[str]
     values: Callable[..., Column | None]
     """Of a measure, under a `checkpoint` and at a `layer`; those of the model under audit and of the main layer."""
-    known: Sequence[Known]
+    known: "Sequence[Known]"
     own: np.ndarray
     """The data's own examples."""
 
@@ -137,7 +139,7 @@ def draw_dynamics(axes: Axes, drawn: Drawn, name: str) -> None:
         axes.set_xticks(numbers)
 
 
-def draw_roc(axes: Axes, drawn: Drawn, truth: Known) -> None:
+def draw_roc(axes: Axes, drawn: Drawn, truth: "Known") -> None:
     """Draw true over false positive rates, both axes logarithmic, with the line of chance."""
     found = truth.found[truth.judged]
     # The power of ten below the smallest rate but 0 that this number of examples can have.

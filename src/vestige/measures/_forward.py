@@ -5,6 +5,8 @@ checkpoints as `ROUND_BYTES` hold, and their layers are measured before the next
 job, so that every worker, on every machine, has the same rounds.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property

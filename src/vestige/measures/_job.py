@@ -1,18 +1,18 @@
 """What an audit measures: the models, and the examples with their answers, classes and marks."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
-from torch import nn
 
-from vestige.banks import Bank
+from vestige import banks, indexes, models
 from vestige.data import (
     Example,
     TokenizedData,
@@ -24,14 +24,16 @@ from vestige.data import (
     tokenize,
 )
 from vestige.errors import DataError, ModelError, SpecError
-from vestige.indexes import batch_tokens, read_data, tokens_at_most
+from vestige.lazy import torch
 from vestige.measures._choices import Choices, find_choices
 from vestige.measures._measure import Measure, Need, Stage, choose_measures
-from vestige.models import LoadedModel, batch_sharing, find_source, load_model, model_fingerprint
 from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.settings import AuditSettings
 from vestige.terminal import shorten
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Mask = Bool[np.ndarray, "example"]
 Numbers = Int[np.ndarray, "example"]
@@ -59,16 +61,16 @@ class Subject(NamedTuple):
 class Models:
     """One loaded model at a time; the one under audit to begin with."""
 
-    def __init__(self, settings: AuditSettings, source: Any, loaded: LoadedModel) -> None:
+    def __init__(self, settings: AuditSettings, source: Any, loaded: models.LoadedModel) -> None:
         """Begin with what is loaded."""
         self._settings, self._held, self._loaded = settings, source, loaded
 
-    def of(self, source: Any) -> LoadedModel:
+    def of(self, source: Any) -> models.LoadedModel:
         """Load the model behind `source`; the one before it is freed."""
         if source is not self._held:
             del self._loaded
             self._held = None
-            self._loaded = load_model(source, precision=self._settings.precision, device=self._settings.device)
+            self._loaded = models.load_model(source, precision=self._settings.precision, device=self._settings.device)
             self._held = source
         return self._loaded
 
@@ -84,7 +86,7 @@ class AuditJob:
             UserError: Something about the model, the data or the settings needs the caller.
         """
         self.settings, self.measures = settings, choose_measures(settings)
-        loaded = load_model(
+        loaded = models.load_model(
             settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
         )
         model, self.tokenizer = loaded.model, loaded.tokenizer
@@ -93,8 +95,8 @@ class AuditJob:
         self.models = Models(settings, self.main.source, loaded)
         self.parameters = sum(each.numel() for each in model.parameters())
         self.is_adapter = is_adapter(model)
-        self.token_budget, self.sharing = batch_tokens(settings, loaded), batch_sharing(model)
-        own = read_data(settings, settings.data, loaded)
+        self.token_budget, self.sharing = indexes.batch_tokens(settings, loaded), models.batch_sharing(model)
+        own = indexes.read_data(settings, settings.data, loaded)
         self.own_fingerprint = own.fingerprint  # a bank of the data without the holdout is recognised by it
         self.data = _add_holdout(own, settings, loaded)
         self.held_out: Mask = np.arange(len(self.data)) >= len(own)
@@ -132,9 +134,9 @@ class AuditJob:
         return None if reference is None else _fingerprint_weights(reference)
 
     @cached_property
-    def bank(self) -> Bank | None:
+    def bank(self) -> banks.Bank | None:
         """The bank that was given."""
-        return None if self.settings.bank is None else Bank.open(self.settings.bank)
+        return None if self.settings.bank is None else banks.Bank.open(self.settings.bank)
 
 
 def is_adapter(model: nn.Module) -> bool:
@@ -142,7 +144,7 @@ def is_adapter(model: nn.Module) -> bool:
     return any("lora_" in name for name, _ in model.named_parameters())
 
 
-def find_subjects(settings: AuditSettings, loaded: LoadedModel) -> tuple[Subject, ...]:
+def find_subjects(settings: AuditSettings, loaded: models.LoadedModel) -> tuple[Subject, ...]:
     """Return the checkpoints in their order, and last the model under audit.
 
     A checkpoint that is the model itself, or holds the same bytes as another, is measured once: the first step of a
@@ -176,7 +178,7 @@ def find_subjects(settings: AuditSettings, loaded: LoadedModel) -> tuple[Subject
 
 def _list_checkpoints(given: Any) -> list[Any]:
     """Return the checkpoints of a Trainer's run in their order, or what was given."""
-    if isinstance(given, nn.Module):
+    if isinstance(given, torch.nn.Module):
         return [given]
     folder = Path(str(given)).expanduser()
     inside = [each for each in folder.glob("checkpoint-*") if _NUMBERED.fullmatch(each.name)]
@@ -186,9 +188,9 @@ def _list_checkpoints(given: Any) -> list[Any]:
 
 def _fingerprint_weights(source: Any) -> str:
     """Return the sha256 of a live module's weights, or of the weight files."""
-    if isinstance(source, nn.Module):
-        return model_fingerprint(source)
-    found = find_source(source)
+    if isinstance(source, torch.nn.Module):
+        return models.model_fingerprint(source)
+    found = models.find_source(source)
     paths = [found.gguf] if found.gguf else sorted({path for name in _WEIGHTS for path in found.folder.glob(name)})
     if not paths:
         raise ModelError(f"{source} holds no weights. Give folders of checkpoints as --checkpoints.")
@@ -202,7 +204,7 @@ def _fingerprint_weights(source: Any) -> str:
 
 def _find_steps(source: Any) -> int | None:
     """Return the optimizer steps trained, from the folder's name or the Trainer's record."""
-    if isinstance(source, nn.Module):
+    if isinstance(source, torch.nn.Module):
         return None
     folder = Path(str(source)).expanduser()
     if match := _NUMBERED.fullmatch(folder.name):
@@ -214,7 +216,7 @@ def _find_steps(source: Any) -> int | None:
 
 
 def _name(source: Any) -> str:
-    return type(source).__name__ if isinstance(source, nn.Module) else str(source)
+    return type(source).__name__ if isinstance(source, torch.nn.Module) else str(source)
 
 
 def _find_layers(model: nn.Module, settings: AuditSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -235,7 +237,7 @@ def _find_layers(model: nn.Module, settings: AuditSettings) -> tuple[tuple[int, 
     return layers, tuple(states[layer].shape[-1] for layer in layers)
 
 
-def _add_holdout(data: TokenizedData, settings: AuditSettings, loaded: LoadedModel) -> TokenizedData:
+def _add_holdout(data: TokenizedData, settings: AuditSettings, loaded: models.LoadedModel) -> TokenizedData:
     """Return the data with the holdout behind them."""
     if settings.holdout is None:
         return data
@@ -244,7 +246,7 @@ def _add_holdout(data: TokenizedData, settings: AuditSettings, loaded: LoadedMod
     held = tokenize(
         questions.queries,
         loaded.tokenizer,
-        max_length=tokens_at_most(settings, loaded),
+        max_length=indexes.tokens_at_most(settings, loaded),
         name="holdout",
         chat=bool(settings.chat),
         vocabulary=loaded.vocabulary,

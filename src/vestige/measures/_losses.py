@@ -1,15 +1,17 @@
 """Measures of token losses: loss, answer loss, margin, gap, Min-K%, and ratios to zlib and to another model."""
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
-from vestige.banks import margin as log_odds
+from vestige import banks
 from vestige.errors import DataError, SpecError
+from vestige.lazy import torch
 from vestige.measures._measure import (
     Batch,
     Column,
@@ -20,6 +22,9 @@ from vestige.measures._measure import (
     TokenScores,
     measure,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def loss(scores: TokenScores) -> PerExample:
@@ -44,7 +49,7 @@ def margin(mean_loss: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"
     The logit scaling of Carlini et al. 2022, "Membership inference attacks from first principles", from the loss, so
     that nothing is lost where p is near 1 and the loss is known in float64. The same function fills a bank's margins.
     """
-    return log_odds(np.asarray(mean_loss, dtype=np.float64))
+    return banks.margin(np.asarray(mean_loss, dtype=np.float64))
 
 
 def min_k(scores: TokenScores, share: float = 0.2) -> PerExample:

@@ -1,30 +1,32 @@
 """What a measure is and what it is given; the built-in ones and those of other packages, by name."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from vestige.data import NO_TARGET, TokenizedData
 from vestige.errors import DataError, SpecError
-from vestige.registry import Registry
+from vestige.lazy import torch
+from vestige.registry import Registry, require_name
 from vestige.runs import Truth, low_stands_out
 from vestige.settings import AuditSettings
 from vestige.terminal import lines_of_facts
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
 
 Column = Float[np.ndarray, "example"]
-PerExample = Float[Tensor, "example"]
-PerToken = Float[Tensor, "example token"]
-TokenMask = Bool[Tensor, "example token"]
-Continue = Callable[[Int[Tensor, "example prefix"], int], Int[Tensor, "example token"]]
+PerExample: TypeAlias = "Float[Tensor, 'example']"
+PerToken: TypeAlias = "Float[Tensor, 'example token']"
+TokenMask: TypeAlias = "Bool[Tensor, 'example token']"
+Continue: TypeAlias = "Callable[[Int[Tensor, 'example prefix'], int], Int[Tensor, 'example token']]"
 """From prefixes of one length and a number of tokens to the tokens that the model puts after each."""
 
 Compute = TypeVar("Compute", bound=Callable[..., Any])
@@ -60,6 +62,8 @@ _GIVEN: dict[str, tuple[str, str]] = {
 """The setting that a need takes, and what to type."""
 
 NOT_DRAWN = 1000
+BLIND = "blind"
+"""Of a judgement: what texts alone give away."""
 
 
 class TokenScores(NamedTuple):
@@ -322,11 +326,9 @@ def choose_measures(settings: AuditSettings) -> tuple[Measure, ...]:
     Raises:
         SpecError: There is no measure of a name, or one lacks what it needs.
     """
+    for name in settings.measures:
+        require_name("vestige.measures", "measure", name, ("default", "all"))
     every, found = all_measures(), []
-    known = {"default", "all", *(each.name for each in every)}
-    if unknown := [name for name in settings.measures if name not in known]:
-        names = ", ".join(each.name for each in every)
-        raise SpecError(f"No measure is called {unknown[0]!r}. There are: default, all, {names}.")
     for each in every:
         named = each.name in settings.measures
         needs = [_GIVEN[need] for need in each.needs if need in _GIVEN]

@@ -1,5 +1,7 @@
 """Work of an audit in pieces: what decides them, where they are until the run is written, and how they are run."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterable

@@ -1,15 +1,18 @@
 """How large the weights of each checkpoint are, and how far training has moved them."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from vestige.errors import DataError
+from vestige.lazy import torch
 from vestige.measures._job import AuditJob, is_adapter
 from vestige.measures._measure import measure
 from vestige.measures._pieces import Tensors, piece_files, run_audit_pieces
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALL_MODEL = 30_000_000
 """Weights of a whole model whose norms are taken without being requested."""

@@ -1,119 +1,126 @@
 """Attribution methods, interchangeable behind one small protocol."""
 
-from vestige.methods._activations import (
-    ActivationDot as ActivationDot,
-    PooledOutputs as PooledOutputs,
-    RepSim as RepSim,
-    Tap as Tap,
-    backbone as backbone,
-    pool_states as pool_states,
-    pooling_weights as pooling_weights,
-    tap_modules as tap_modules,
-    taps_of as taps_of,
-)
-from vestige.methods._attribute import attribute as attribute
-from vestige.methods._bm25 import (
-    Bm25 as Bm25,
-    example_words as example_words,
-    lexical_scores as lexical_scores,
-    prompt_words as prompt_words,
-)
-from vestige.methods._checkpoints import (
-    Checkpoint as Checkpoint,
-    find_checkpoints as find_checkpoints,
-    learning_rates as learning_rates,
-)
-from vestige.methods._grad_dot import GradCos as GradCos, GradDot as GradDot
-from vestige.methods._gradient_method import (
-    HELPS as HELPS,
-    GradientMethod as GradientMethod,
-    Prepared as Prepared,
-    prepare_queries as prepare_queries,
-    unit_length as unit_length,
-)
-from vestige.methods._influence import Influence as Influence
-from vestige.methods._job import compute_losses as compute_losses, open_job as open_job
-from vestige.methods._less import Less as Less
-from vestige.methods._parts import (
-    split_over_components as split_over_components,
-    split_over_tokens as split_over_tokens,
-)
-from vestige.methods._preconditioned import (
-    Arnoldi as Arnoldi,
-    ConjugateGradient as ConjugateGradient,
-    DataInfMethod as DataInfMethod,
-    Ekfac as Ekfac,
-    Kfac as Kfac,
-    Lissa as Lissa,
-    Preconditioned as Preconditioned,
-)
-from vestige.methods._protocol import (
-    METHODS as METHODS,
-    ComponentBlock as ComponentBlock,
-    GradientStore as GradientStore,
-    Job as Job,
-    Method as Method,
-    Option as Option,
-    Products as Products,
-    Trained as Trained,
-    Vectors as Vectors,
-    describe_method as describe_method,
-    get_method as get_method,
-    method as method,
-    method_table as method_table,
-    options_of as options_of,
-)
-from vestige.methods._random import Random as Random
-from vestige.methods._randomise import check_randomised as check_randomised
-from vestige.methods._replay import TrainingReplay as TrainingReplay
-from vestige.methods._stores import (
-    ExactGradients as ExactGradients,
-    IndexedGradients as IndexedGradients,
-    open_store as open_store,
-)
-from vestige.methods._tracin import TracIn as TracIn
-from vestige.methods._trak import Trak as Trak, doubt as doubt
-from vestige.methods._trust import (
-    check_bm25_overlap as check_bm25_overlap,
-    check_coverage as check_coverage,
-    check_duplicates as check_duplicates,
-    check_finite as check_finite,
-    check_hubs as check_hubs,
-    check_memorized as check_memorized,
-    check_overlap as check_overlap,
-    find_lexical_tops as find_lexical_tops,
-    find_proponents as find_proponents,
-    run_free_checks as run_free_checks,
-)
-from vestige.methods._untrac import (
-    CURVES_FILE as CURVES_FILE,
-    TextInfluence as TextInfluence,
-    UnTrac as UnTrac,
-    UnTracConfig as UnTracConfig,
-    check_unlearning as check_unlearning,
-    untrac as untrac,
-)
-from vestige.methods._untrac_ascent import (
-    AscentRecipe as AscentRecipe,
-    Overlap as Overlap,
-    Retained as Retained,
-    ascend as ascend,
-    find_overlaps as find_overlaps,
-    first_order_identity as first_order_identity,
-    training_sources as training_sources,
-)
-from vestige.methods._untrac_job import (
-    CURVATURE_SHARE as CURVATURE_SHARE,
-    RETAINED_STEPS as RETAINED_STEPS,
-    Unlearning as Unlearning,
-    UntracJob as UntracJob,
-    make_job as make_job,
-    run_ascents as run_ascents,
-    settle_rate as settle_rate,
-)
-from vestige.methods._weights import (
-    Weights as Weights,
-    borrow_weights as borrow_weights,
-    loss_weights as loss_weights,
-    randomise as randomise,
-)
+from typing import TYPE_CHECKING
+
+from vestige.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vestige.methods._activations import (
+        ActivationDot as ActivationDot,
+        PooledOutputs as PooledOutputs,
+        RepSim as RepSim,
+        Tap as Tap,
+        backbone as backbone,
+        pool_states as pool_states,
+        pooling_weights as pooling_weights,
+        tap_modules as tap_modules,
+        taps_of as taps_of,
+    )
+    from vestige.methods._attribute import attribute as attribute
+    from vestige.methods._bm25 import (
+        Bm25 as Bm25,
+        example_words as example_words,
+        lexical_scores as lexical_scores,
+        prompt_words as prompt_words,
+    )
+    from vestige.methods._checkpoints import (
+        Checkpoint as Checkpoint,
+        find_checkpoints as find_checkpoints,
+        learning_rates as learning_rates,
+    )
+    from vestige.methods._grad_dot import GradCos as GradCos, GradDot as GradDot
+    from vestige.methods._gradient_method import (
+        HELPS as HELPS,
+        GradientMethod as GradientMethod,
+        Prepared as Prepared,
+        prepare_queries as prepare_queries,
+        unit_length as unit_length,
+    )
+    from vestige.methods._influence import Influence as Influence
+    from vestige.methods._job import compute_losses as compute_losses, open_job as open_job
+    from vestige.methods._less import Less as Less
+    from vestige.methods._parts import (
+        split_over_components as split_over_components,
+        split_over_tokens as split_over_tokens,
+    )
+    from vestige.methods._preconditioned import (
+        Arnoldi as Arnoldi,
+        ConjugateGradient as ConjugateGradient,
+        DataInfMethod as DataInfMethod,
+        Ekfac as Ekfac,
+        Kfac as Kfac,
+        Lissa as Lissa,
+        Preconditioned as Preconditioned,
+    )
+    from vestige.methods._protocol import (
+        METHODS as METHODS,
+        ComponentBlock as ComponentBlock,
+        GradientStore as GradientStore,
+        Job as Job,
+        Method as Method,
+        Option as Option,
+        Products as Products,
+        Trained as Trained,
+        Vectors as Vectors,
+        describe_method as describe_method,
+        get_method as get_method,
+        method as method,
+        method_table as method_table,
+        options_of as options_of,
+    )
+    from vestige.methods._random import Random as Random
+    from vestige.methods._randomise import check_randomised as check_randomised
+    from vestige.methods._replay import TrainingReplay as TrainingReplay
+    from vestige.methods._stores import (
+        ExactGradients as ExactGradients,
+        IndexedGradients as IndexedGradients,
+        open_store as open_store,
+    )
+    from vestige.methods._tracin import TracIn as TracIn
+    from vestige.methods._trak import Trak as Trak, doubt as doubt
+    from vestige.methods._trust import (
+        check_bm25_overlap as check_bm25_overlap,
+        check_coverage as check_coverage,
+        check_duplicates as check_duplicates,
+        check_finite as check_finite,
+        check_hubs as check_hubs,
+        check_memorized as check_memorized,
+        check_overlap as check_overlap,
+        find_lexical_tops as find_lexical_tops,
+        find_proponents as find_proponents,
+        run_free_checks as run_free_checks,
+    )
+    from vestige.methods._untrac import (
+        CURVES_FILE as CURVES_FILE,
+        TextInfluence as TextInfluence,
+        UnTrac as UnTrac,
+        UnTracConfig as UnTracConfig,
+        check_unlearning as check_unlearning,
+        untrac as untrac,
+    )
+    from vestige.methods._untrac_ascent import (
+        AscentRecipe as AscentRecipe,
+        Overlap as Overlap,
+        Retained as Retained,
+        ascend as ascend,
+        find_overlaps as find_overlaps,
+        first_order_identity as first_order_identity,
+        training_sources as training_sources,
+    )
+    from vestige.methods._untrac_job import (
+        CURVATURE_SHARE as CURVATURE_SHARE,
+        RETAINED_STEPS as RETAINED_STEPS,
+        Unlearning as Unlearning,
+        UntracJob as UntracJob,
+        make_job as make_job,
+        run_ascents as run_ascents,
+        settle_rate as settle_rate,
+    )
+    from vestige.methods._weights import (
+        Weights as Weights,
+        borrow_weights as borrow_weights,
+        loss_weights as loss_weights,
+        randomise as randomise,
+    )
+
+__getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -1,23 +1,22 @@
 """`vestige attribute`: from a question to the training examples behind its answer, as a run on disk."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from vestige import indexes, models
 from vestige.distributed import FSDP, broadcast_from_rank0, is_rank0
 from vestige.errors import IndexMismatch, SpecError
-from vestige.indexes import batch_tokens
 from vestige.jobs import PROFILE_FILE, follow, is_follower, is_worker, profile, this_role, write_profile
-from vestige.methods._gradient_method import GradientMethod
 from vestige.methods._job import OnAnswers, compute_losses, open_job
 from vestige.methods._parts import StoredRun, requested_parts, split_over_components
-from vestige.methods._plan import compute_self_scores, digest, settings_key, summarise
+from vestige.methods._plan import Member, compute_self_scores, digest, settings_key, summarise
 from vestige.methods._protocol import METHODS, Job, Method, get_method
-from vestige.methods._sweep import Member, sweep
 from vestige.methods._trust import describe_memorized, find_memorized, run_free_checks
-from vestige.models import Selection
 from vestige.progress import announce
 from vestige.runs import (
     RECORD_FILE,
@@ -42,6 +41,9 @@ from vestige.runs import (
 )
 from vestige.settings import AttributeSettings, LaunchSettings, with_settings
 from vestige.storage import partial_folder, remove_partial, sha256_of
+
+if TYPE_CHECKING:
+    from vestige.methods._gradient_method import GradientMethod
 
 _POLL_SECONDS = 0.2
 
@@ -161,7 +163,9 @@ def _take_up(job: Job, method: Method, begun: RunRecord, started: float) -> Stor
         )
     if job.settings.swept:
         # Which of the dampings the run is at depends on those at which the curvature could be inverted.
-        job, method, _ = sweep(job, cast(GradientMethod, method))[0][0]
+        from vestige.methods._sweep import sweep
+
+        job, method, _ = sweep(job, cast("GradientMethod", method))[0][0]
 
     def read() -> tuple[list[RankedScore], list[float] | None]:
         losses = read_run_table(job.settings.out, "queries").sort_by("row")["loss"].to_pylist()
@@ -186,7 +190,9 @@ def _digest_inputs(job: Job) -> str:
 def _score(job: Job, method: Method) -> tuple[list[Member], list[Check]]:
     """Return the scores, at each damping, the run's own first; and the check that compares the dampings."""
     if job.settings.swept:
-        members, check = sweep(job, cast(GradientMethod, method))
+        from vestige.methods._sweep import sweep
+
+        members, check = sweep(job, cast("GradientMethod", method))
         return members, [check]
     return [Member(job, method, summarise(job, method))], []
 
@@ -251,7 +257,7 @@ def _make_record(
     )
 
 
-def _describe_coverage(selection: Selection) -> CoverageRecord:
+def _describe_coverage(selection: models.Selection) -> CoverageRecord:
     return CoverageRecord(
         selected=selection.selected_parameters,
         total=selection.total_parameters,
@@ -334,7 +340,7 @@ def _query_losses(job: Job, method: Method) -> list[float] | None:
     """Return the loss of every query, None without a model."""
     if job.loaded is None:
         return None
-    if method.works_in_pieces and (known := cast(GradientMethod, method).measured_losses(job)) is not None:
+    if method.works_in_pieces and (known := cast("GradientMethod", method).measured_losses(job)) is not None:
         return known
-    budget = batch_tokens(job.settings, job.loaded)
+    budget = indexes.batch_tokens(job.settings, job.loaded)
     return compute_losses(job.loaded.model, job.queries, job.settings.loss, budget).tolist()

@@ -1,10 +1,11 @@
 """Lexical retrieval: which examples share rare words with the question and its answer."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from vestige.data import Example, LexicalIndex, prompt_of, words_of
@@ -51,7 +52,8 @@ class Bm25(Method):
         step = max(1, self.block_scores // max(len(job.queries), 1))
         for start in range(0, len(index), step):
             scores = index.scores(documents=slice(start, start + step))
-            yield ScoreBlock(torch.arange(start, start + len(scores)), torch.from_numpy(np.ascontiguousarray(scores.T)))
+            rows: Any = np.arange(start, start + len(scores))
+            yield ScoreBlock(rows, cast(Any, np.ascontiguousarray(scores.T)))
 
 
 def lexical_scores(

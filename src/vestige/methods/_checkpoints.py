@@ -1,21 +1,25 @@
 """Which checkpoints a method works on, in which order, and how much each counts."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from vestige.errors import IndexMismatch, ModelError, SpecError
-from vestige.indexes import Index
+from vestige.lazy import torch
 from vestige.methods._protocol import Checkpoint, Weighting
 from vestige.parsing import parse_json
 from vestige.settings import AttributeSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vestige.indexes import Index
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -28,6 +32,8 @@ def find_checkpoints(settings: AttributeSettings, weighting: Weighting) -> tuple
         ModelError: A folder holds no checkpoint, or none of them says its learning rate.
         IndexMismatch: The indexes are not of the same data and components.
     """
+    from vestige.indexes import Index
+
     indexes = [Index.open(folder) for folder in _as_list(settings.index)]
     sources = _find_sources(settings, indexes)
     if indexes and len(indexes) != len(sources):

@@ -1,17 +1,18 @@
 """From settings to a job: the model, the training data and the queries, tokenised alike."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
-import torch
 from jaxtyping import Float, Int
-from torch import nn
 
+from vestige import gradients, indexes, models
 from vestige.data import (
     Batch,
     Example,
@@ -27,28 +28,18 @@ from vestige.data import (
 )
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.gradients import CausalLoss, Reduction
-from vestige.indexes import (
-    TOKENS,
-    Index,
-    Inputs,
-    batch_tokens,
-    build_index,
-    fingerprint_rows,
-    read_data,
-    require_independence,
-    tokenising_processes,
-    tokens_at_most,
-)
 from vestige.jobs import step_done, worker_command
+from vestige.lazy import torch
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._plan import find_unscorable
 from vestige.methods._protocol import Job, Method, Trained
-from vestige.models import LoadedModel, Selection, batch_sharing, generate_answers, load_model, select_components
 from vestige.progress import announce, format_bytes
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
 from vestige.storage import partial_folder
 from vestige.training import TrainingRun, read_learned, read_settings
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EXACT_SHARE = 0.4
 """Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
@@ -73,7 +64,7 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         settings = settings_of_last(settings, checkpoints)
     else:
         refuse_checkpoints(settings)
-    index = Index.open(settings.index) if settings.index is not None else None
+    index = indexes.Index.open(settings.index) if settings.index is not None else None
     typed = settings.chat
     trained = open_trainings(settings)
     if trained:
@@ -100,7 +91,7 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
     if on_answers is not None and is_rank0():
         on_answers(queries, generated)
     if loaded is not None:
-        require_independence(loaded, queries, batch_tokens(settings, loaded))
+        indexes.require_independence(loaded, queries, indexes.batch_tokens(settings, loaded))
     job = Job(
         train,
         queries,
@@ -150,7 +141,7 @@ def _settings_of_training(settings: AttributeSettings, trained: Trained) -> Attr
     return settings.model_copy(update=changed)
 
 
-def _require_recomputable(index: Index, method: Method) -> None:
+def _require_recomputable(index: indexes.Index, method: Method) -> None:
     """Raise unless gradients of queries can match the index: of an imported one, the projection must be known."""
     record = index.manifest.imported
     if record is None or record.recomputable or not method.needs_model:
@@ -163,7 +154,7 @@ def _require_recomputable(index: Index, method: Method) -> None:
     )
 
 
-def _settings_of_index(settings: AttributeSettings, index: Index) -> AttributeSettings:
+def _settings_of_index(settings: AttributeSettings, index: indexes.Index) -> AttributeSettings:
     """Return the settings with those of the index, which decide how text becomes tokens and what the loss is."""
     manifest = index.manifest
     fixed = {"loss": manifest.loss, "max_length": manifest.max_length}
@@ -177,13 +168,15 @@ def _settings_of_index(settings: AttributeSettings, index: Index) -> AttributeSe
     return settings.model_copy(update=fixed | ({"chat": manifest.chat} if settings.chat is None else {}))
 
 
-def _load(settings: AttributeSettings, method: Method, index: Index | None) -> LoadedModel | None:
+def _load(settings: AttributeSettings, method: Method, index: indexes.Index | None) -> models.LoadedModel | None:
     source: Any = settings.model
     if source is None and index is not None and method.needs_model:
         source = index.manifest.model.name
     if source is None:
         return None
-    loaded = load_model(source, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device)
+    loaded = models.load_model(
+        source, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
     if index is not None and method.needs_gradients and loaded.fingerprint != index.manifest.model.fingerprint:
         raise IndexMismatch(
             f"The index {index.folder} was made with another model: {index.manifest.model.name} "
@@ -195,7 +188,7 @@ def _load(settings: AttributeSettings, method: Method, index: Index | None) -> L
 
 def read_queries(
     settings: AttributeSettings | UntracSettings,
-    loaded: LoadedModel,
+    loaded: models.LoadedModel,
     given: list[Example],
     train: Sequence[Example],
     *,
@@ -215,11 +208,11 @@ def read_queries(
     put = _choose_answers(put, answer)
     generated = [query.lacks_answer for query in put]
     if any(generated):
-        put = generate_answers(loaded, put, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat))
+        put = models.generate_answers(loaded, put, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat))
     queries = tokenize(
         put,
         loaded.tokenizer,
-        max_length=tokens_at_most(settings, loaded),
+        max_length=indexes.tokens_at_most(settings, loaded),
         name=str(name),
         chat=bool(settings.chat),
         vocabulary=loaded.vocabulary,
@@ -242,16 +235,18 @@ def _choose_answers(queries: list[Example], answer: str) -> list[Example]:
 
 
 def _select(
-    settings: AttributeSettings, method: Method, loaded: LoadedModel | None, index: Index | None
-) -> Selection | None:
+    settings: AttributeSettings, method: Method, loaded: models.LoadedModel | None, index: indexes.Index | None
+) -> models.Selection | None:
     if loaded is None or not (method.needs_gradients or method.splits_components):
         return None
     if index is not None and method.needs_gradients:
-        return select_components(loaded.model, [part.name for part in index.manifest.components])
-    return select_components(loaded.model, settings.components)
+        return models.select_components(loaded.model, [part.name for part in index.manifest.components])
+    return models.select_components(loaded.model, settings.components)
 
 
-def _read_train(settings: AttributeSettings, loaded: LoadedModel | None, index: Index | None) -> TokenizedData:
+def _read_train(
+    settings: AttributeSettings, loaded: models.LoadedModel | None, index: indexes.Index | None
+) -> TokenizedData:
     if loaded is None:
         examples = (
             index.examples()
@@ -259,9 +254,9 @@ def _read_train(settings: AttributeSettings, loaded: LoadedModel | None, index: 
             else load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
         )
         return _without_tokens(examples, index.manifest.data.name if index is not None else str(settings.data))
-    tokens = partial_folder(settings.out) / TOKENS
+    tokens = partial_folder(settings.out) / indexes.TOKENS
     if index is None:
-        return read_data(settings, settings.data, loaded, tokens=tokens)
+        return indexes.read_data(settings, settings.data, loaded, tokens=tokens)
     manifest = index.manifest
     train = tokenize_stored(
         index.examples(),
@@ -270,14 +265,14 @@ def _read_train(settings: AttributeSettings, loaded: LoadedModel | None, index: 
         max_length=manifest.max_length,
         name=manifest.data.name,
         chat=manifest.chat,
-        kept=index.folder / TOKENS,
+        kept=index.folder / indexes.TOKENS,
         folder=tokens,
-        workers=tokenising_processes(settings),
+        workers=indexes.tokenising_processes(settings),
     )
     # The fingerprint of the whole is compared first; the stages, which decide, take a pass over all texts.
     same = train.fingerprint == manifest.data.fingerprint
     for stage in () if same else manifest.plan.stages:
-        if fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
+        if indexes.fingerprint_rows(train, stage.start, stage.stop) != stage.fingerprint:
             raise IndexMismatch(
                 f"The rows give other tokens or targets than when {index.folder} was made: the tokenizer is another, "
                 "or the index is of a version that ignored some of their columns. Give the tokenizer it was made with "
@@ -312,20 +307,20 @@ def read_batches(
 ) -> Iterator[tuple[Int[np.ndarray, "position"], Batch]]:
     """Yield (positions in `rows`, the batch of these rows on the model's device), longest rows first."""
     device = next(model.parameters()).device
-    for positions in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(model)):
+    for positions in plan_batches(data.lengths[rows], token_budget, sharing=models.batch_sharing(model)):
         yield positions, make_batch(data, rows[positions]).to(device)
 
 
 def compute_losses(
     model: nn.Module,
     data: TokenizedData,
-    reduction: Reduction,
+    reduction: gradients.Reduction,
     token_budget: int,
     rows: Int[np.ndarray, "row"] | None = None,
 ) -> Float[np.ndarray, "row"]:
     """Measure the loss of each of the rows, of all if none are given, in nats, whatever they are batched with."""
     wanted = np.arange(len(data)) if rows is None else rows
-    losses, objective = np.zeros(len(wanted)), CausalLoss(reduction)
+    losses, objective = np.zeros(len(wanted)), gradients.CausalLoss(reduction)
     with torch.no_grad():
         for positions, batch in read_batches(model, data, token_budget, wanted):
             losses[positions] = objective.losses(model, batch).double().cpu().numpy()
@@ -335,7 +330,7 @@ def compute_losses(
 
 def build_temporary_index(
     job: Job, name: str, model: Any, command: Sequence[str] | None = None, **launch: Any
-) -> Index:
+) -> indexes.Index:
     """Build an index beside the run, which goes when the run is written; after a kill, the same command resumes it.
 
     Args:
@@ -351,9 +346,9 @@ def build_temporary_index(
     made = IndexSettings(model=model, out=partial_folder(settings.out) / name, **shared)
     assert job.loaded is not None
     assert job.selection is not None
-    inputs = Inputs(job.loaded, job.train, job.selection)
+    inputs = indexes.Inputs(job.loaded, job.train, job.selection)
     try:
-        return build_index(made, inputs, command)
+        return indexes.build_index(made, inputs, command)
     except IndexMismatch:
         # What a run with other settings left when it was killed.
-        return build_index(made.model_copy(update={"overwrite": True}), inputs, command)
+        return indexes.build_index(made.model_copy(update={"overwrite": True}), inputs, command)

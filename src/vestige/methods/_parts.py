@@ -1,31 +1,23 @@
 """What is added to a run once its ranking is on disk: scores of components and of tokens, self-influence, checks."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from vestige.data import Batch
+from vestige import indexes, models
 from vestige.distributed import broadcast_from_rank0
-from vestige.gradients import token_losses
-from vestige.indexes import batch_tokens
 from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
-from vestige.methods._gradient_method import GradientMethod, Prepared
+from vestige.lazy import torch
 from vestige.methods._job import read_batches
 from vestige.methods._plan import compute_self_scores, digest, settings_key
 from vestige.methods._protocol import Job, Method
 from vestige.methods._randomise import run_checks
-from vestige.models import parameter_view
 from vestige.progress import announce, progress
 from vestige.runs import (
     ComponentScores,
@@ -38,6 +30,11 @@ from vestige.runs import (
 )
 from vestige.settings import AttributeSettings, LaunchSettings
 from vestige.storage import partial_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vestige.methods._gradient_method import GradientMethod, Prepared
 
 Pairs = Sequence[tuple[int, int]]
 """(query, row) of every listed score."""
@@ -129,7 +126,7 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
     if not method.works_in_pieces:
         return _split_pairs(job, method, distinct)
     # Made before the bar: what they need may show one of its own.
-    cast(GradientMethod, method).prepare(job)
+    cast("GradientMethod", method).prepare(job)
     found, rows = list[ComponentScores](), sorted({row for _, row in distinct})
     with progress(len(rows), "Scores of components") as bar:
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -154,7 +151,7 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
 
     The scores of each query are kept beside the run until it is complete: after a kill the others alone are computed.
     """
-    prepared = cast(GradientMethod, method).prepare(job)
+    prepared = cast("GradientMethod", method).prepare(job)
     rows = [sorted({row for number, row in pairs if number == query}) for query in range(len(job.queries))]
 
     def compute(query: int) -> dict[str, Tensor]:
@@ -178,6 +175,8 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
 
 def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
     """Yield the scores of a query for some rows, split over tokens."""
+    from vestige.methods._token_derivatives import token_derivatives
+
     loaded, data = job.model_for(job.settings.method), job.train
     model = loaded.model
     device = next(model.parameters()).device
@@ -185,39 +184,11 @@ def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) 
     for component, matrix in zip(job.components, prepared.direction(query), strict=True):
         parameter = model.get_parameter(component.parameter)
         tangent = tangents.setdefault(component.parameter, torch.zeros_like(parameter))
-        parameter_view(model, component, tangent).copy_(matrix.to(device))
+        models.parameter_view(model, component, tangent).copy_(matrix.to(device))
     norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
     wanted = np.asarray(rows, dtype=np.int64)
-    for positions, batch in read_batches(model, data, batch_tokens(job.settings, loaded), wanted):
-        derivatives = _derivatives(model, tangents, batch).double().cpu().numpy()
+    for positions, batch in read_batches(model, data, indexes.batch_tokens(job.settings, loaded), wanted):
+        derivatives = token_derivatives(model, tangents, batch).double().cpu().numpy()
         for row, values in zip(wanted[positions].tolist(), derivatives, strict=True):
             count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1
             yield TokenScores(query, row, values[: len(data.input_ids[row])] / count / (norms[row] or 1.0))
-
-
-def _derivatives(model: nn.Module, tangents: dict[str, Tensor], batch: Batch) -> Float[Tensor, "example token"]:
-    """Compute the derivative of every token's loss along the tangents."""
-    parameters = dict(model.named_parameters())
-    primals = {name: parameters[name].detach() for name in tangents}
-
-    def losses(values: dict[str, Tensor]) -> Tensor:
-        return token_losses(lambda **inputs: functional_call(model, values, (), inputs), batch)
-
-    # Only the composed attention has a forward-mode derivative.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _UntrainedRows():
-        return torch.func.jvp(losses, (primals,), (tangents,))[1]
-
-
-class _UntrainedRows(TorchFunctionMode):
-    """The row `padding_idx` of an embedding is never trained, so its look-up has no derivative either."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is not torch.nn.functional.embedding:
-            return output
-        ids, weight, *rest = args
-        padding = rest[0] if rest else (kwargs or {}).get("padding_idx")
-        if padding is None:
-            return output
-        untrained = unpack_dual(weight).primal[padding]
-        return torch.where((ids == padding)[..., None], untrained, output)

@@ -4,16 +4,17 @@ The query vectors are made once and kept beside the run; a piece leaves its scor
 pieces in their order into the summary, so a run holds the same numbers whichever process computed them, and whenever.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
-import torch
 
 from vestige.data import Example, StoredExamples
 from vestige.distributed import broadcast_from_rank0
@@ -28,12 +29,14 @@ from vestige.jobs import (
     tensor_pieces,
     worker_command,
 )
-from vestige.methods._gradient_method import GradientMethod, Prepared
+from vestige.lazy import torch
 from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
-from vestige.methods._stores import ExactGradients
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
+
+if TYPE_CHECKING:
+    from vestige.methods._gradient_method import GradientMethod, Prepared
 
 FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""
@@ -43,6 +46,14 @@ OF_THE_OUTPUT = frozenset({"out", "k", "dense", "tokens", "trust", "self_influen
 Result = TypeVar("Result")
 Blocks = Callable[[int], Iterator[ScoreBlock]]
 """From the number of a piece to its scores."""
+
+
+class Member(NamedTuple):
+    """The scores at one damping."""
+
+    job: Job
+    method: Method
+    summary: ScoreSummary
 
 
 def summarise(job: Job, method: Method) -> ScoreSummary:
@@ -71,13 +82,14 @@ def summarise_sets(
         for block in blocks:
             if watch is not None:
                 watch(block)
-            for collector, scores in zip(collectors, block.scores.split(len(job.queries)), strict=True):
-                collector.add(ScoreBlock(block.rows, scores))
+            for number, collector in enumerate(collectors):
+                own = slice(number * len(job.queries), (number + 1) * len(job.queries))
+                collector.add(ScoreBlock(block.rows, block.scores[own]))
         return [collector.finish() for collector in collectors]
 
     if not method.works_in_pieces:
         return collect(method.blocks(job))
-    gradients = cast(GradientMethod, method)
+    gradients = cast("GradientMethod", method)
     store = gradients.store(job)
     prepared = _share_queries(job, gradients, store)
     key = digest(settings_key(job), store.identity, _digest_of(prepared.vectors))
@@ -113,7 +125,7 @@ def compute_self_scores(job: Job, method: Method) -> np.ndarray:
 
     if not method.works_in_pieces:
         return collect(method.self_scores(job))
-    gradients = cast(GradientMethod, method)
+    gradients = cast("GradientMethod", method)
     store, key = gradients.store(job), settings_key(job)
     blocks = partial(gradients.self_blocks, job)
     return _run(job, "Self-influence", "examples", store, 1, blocks, collect, digest(key, store.identity))
@@ -121,6 +133,8 @@ def compute_self_scores(job: Job, method: Method) -> np.ndarray:
 
 def find_unscorable(job: Job) -> tuple[int, ...]:
     """Return the training rows whose loss or gradient is not finite, by a pass over the data."""
+    from vestige.methods._stores import ExactGradients
+
     store = ExactGradients(job)
 
     def blocks(piece: int) -> Iterator[ScoreBlock]:
@@ -196,6 +210,8 @@ def _share_queries(job: Job, method: GradientMethod, store: GradientStore) -> Pr
         kept = next(pieces)
         cosine = bool(kept.pop("cosine"))
         vectors = [kept[str(number)].to(store.device) for number in range(len(kept))]
+        from vestige.methods._gradient_method import Prepared
+
         return Prepared(job, store, vectors, cosine=cosine)
 
     folder, key = partial_folder(job.settings.out), digest(settings_key(job), store.identity)

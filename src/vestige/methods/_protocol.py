@@ -1,5 +1,7 @@
 """What an attribution method is, its options, and the registry of methods."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,20 +16,20 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
+    TypeAlias,
     TypeVar,
     get_args,
     get_origin,
     get_type_hints,
 )
 
-import torch
 from jaxtyping import Float, Int
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
 
+from vestige import models
 from vestige.data import TokenizedData
 from vestige.errors import SpecError, UserError
-from vestige.models import Component, LoadedModel, Selection
+from vestige.lazy import torch
 from vestige.progress import progress
 from vestige.registry import Registry
 from vestige.runs import Check, Meaning, ScoreBlock
@@ -36,6 +38,7 @@ from vestige.terminal import lines_of_facts
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor, nn
 
     from vestige.indexes import Index
     from vestige.settings import TrainSettings
@@ -52,7 +55,7 @@ class Checkpoint:
     source: str | Path | nn.Module
     weight: float
     """Learning rate, or what `--checkpoint-weights` says; 1 where all count the same."""
-    index: "Index | None" = None
+    index: Index | None = None
     """Its stored gradients, when they were given."""
 
     @property
@@ -75,11 +78,11 @@ class Job:
     train: TokenizedData
     queries: TokenizedData
     settings: AttributeSettings
-    loaded: LoadedModel | None = None
+    loaded: models.LoadedModel | None = None
     """The model; None when only text is compared."""
-    selection: Selection | None = None
+    selection: models.Selection | None = None
     """What is attributed to; None for methods that read no parameters or modules."""
-    index: "Index | None" = None
+    index: Index | None = None
     """Stored gradients of `train`, when there are any."""
     checkpoints: tuple[Checkpoint, ...] = ()
     """For methods over several models: all of them; the last one's is `loaded`."""
@@ -102,11 +105,11 @@ class Job:
         return tuple(sorted(stored | set(self.left_out)))
 
     @property
-    def components(self) -> tuple[Component, ...]:
+    def components(self) -> tuple[models.Component, ...]:
         """The selected components, in the model's order; empty without a selection."""
         return self.selection.components if self.selection is not None else ()
 
-    def model_for(self, method: str) -> LoadedModel:
+    def model_for(self, method: str) -> models.LoadedModel:
         """Return the model that `method` runs.
 
         Raises:
@@ -204,9 +207,9 @@ def watch(blocks: Iterator[Block], rows: int, name: str) -> Iterator[Block]:
             bar.advance(len(block[0]))
 
 
-Vectors = list[Float[Tensor, "query n"]]
+Vectors: TypeAlias = "list[Float[Tensor, 'query n']]"
 """A matrix for each component."""
-ScoredRows = tuple[Tensor, Tensor, Tensor | None]
+ScoredRows: TypeAlias = "tuple[Tensor, Tensor, Tensor | None]"
 """(rows, scores [query, row], norms [row] or None)."""
 
 
@@ -269,7 +272,7 @@ class GradientStore(ABC):
     def direction(self, vectors: Vectors, query: int) -> list[Float[Tensor, "out in"]]:
         """Return the matrices whose inner product with an example's gradient is that query's score."""
 
-    def join(self, stores: "Sequence[GradientStore]", lines: int) -> "GradientStore":  # noqa: ARG002
+    def join(self, stores: Sequence[GradientStore], lines: int) -> GradientStore:  # noqa: ARG002
         """Return one store for the vectors of several, `lines` of each, alike but for how lengths are taken."""
         return self
 
@@ -381,7 +384,7 @@ def get_method(name: str, **options: Any) -> Method:
     return found(**{key: known[key].parse(value) for key, value in options.items()})
 
 
-def method_table() -> "Table":
+def method_table() -> Table:
     """Return a line for each method: its name, what it estimates, and what that costs."""
     from rich.table import Table
 

@@ -1,5 +1,7 @@
 """Does the ranking depend on what the model learned? The same method on the same model without its knowledge."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,38 +9,28 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copytree, rmtree
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
 
-from vestige.compress import parse_spec
+from vestige import compress, gradients, indexes
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
-from vestige.gradients import Knowledge, measure_knowledge
-from vestige.indexes import (
-    CompressedGradients,
-    DataIdentity,
-    Index,
-    IndexWork,
-    PlanRecord,
-    batch_tokens,
-    fingerprint_rows,
-    plan_index,
-    prepare_index,
-)
 from vestige.jobs import run_pieces
-from vestige.methods._gradient_method import GradientMethod
+from vestige.lazy import torch
 from vestige.methods._plan import digest
 from vestige.methods._protocol import Job, Method, get_method
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
-from vestige.methods._weights import randomise
 from vestige.progress import progress, quiet
 from vestige.runs import Check, RankedScore, sample_rows
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vestige.methods._gradient_method import GradientMethod
 
 ROWS = 16
 """Training rows that are compared. A ranking that needs no learning correlates near 1 on any number of them; one that
@@ -89,17 +81,17 @@ def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: 
     return [correlation, *([] if known is None else [check_knowledge(known)]), *checks]
 
 
-def _measure_knowledge(job: Job, rows: Int[np.ndarray, "row"]) -> Knowledge | None:
+def _measure_knowledge(job: Job, rows: Int[np.ndarray, "row"]) -> gradients.Knowledge | None:
     """Return what the model knows of some training rows, from the losses that an index stores where there is one."""
     loaded, data = job.model_for(job.settings.method), job.train.subset(rows)
     index = job.index or (job.checkpoints[-1].index if job.checkpoints else None)
     # Of an imported one no losses were published.
     if index is None or index.manifest.imported is not None:
-        return measure_knowledge(loaded.model, data, batch_tokens(job.settings, loaded))
+        return gradients.measure_knowledge(loaded.model, data, indexes.batch_tokens(job.settings, loaded))
     losses = index.losses_and_norms()[0].double().numpy()[rows]
     if job.settings.loss == "mean":
         losses = losses * data.target_counts
-    return measure_knowledge(loaded.model, data, batch_tokens(job.settings, loaded), losses=losses)
+    return gradients.measure_knowledge(loaded.model, data, indexes.batch_tokens(job.settings, loaded), losses=losses)
 
 
 def _score_learned(
@@ -108,7 +100,7 @@ def _score_learned(
     """Return the run's own scores of some rows; of a method without query vectors, those of `score_sample`."""
     if not method.works_in_pieces:
         return score_sample(job, rows, queries)
-    scores = cast(GradientMethod, method).prepare(job).totals(rows.tolist())
+    scores = cast("GradientMethod", method).prepare(job).totals(rows.tolist())
     return scores[torch.from_numpy(queries).to(scores.device)].cpu()
 
 
@@ -123,7 +115,7 @@ def check_randomised(
     score: Callable[..., Float[Tensor, "query row"]],
     rows: int,
     *,
-    knowledge: Knowledge | None = None,
+    knowledge: gradients.Knowledge | None = None,
     seed: int = 0,
 ) -> Check:
     """Check the mean Spearman correlation, over a few queries, of scores with those from randomised weights.
@@ -141,6 +133,8 @@ def check_randomised(
     """
     if rows < FEWEST_ROWS:
         return make_check(CORRELATION_NAME, None, "There are too few training examples to correlate.")
+    from vestige.methods._weights import randomise
+
     learned = score()
     try:
         with randomise(model, seed):
@@ -214,11 +208,11 @@ def score_sample(
             stored = last.index and _index_sample(small, last.index, rows, folder / "index")
             small = replace(small, checkpoints=(replace(last, index=stored, weight=1.0),))
         for block in method.blocks(small):
-            scores[:, block.rows] = block.scores.double().cpu()
+            scores[:, torch.as_tensor(block.rows)] = torch.as_tensor(block.scores).double().cpu()
     return scores
 
 
-def _index_sample(job: Job, like: Index, rows: Int[np.ndarray, "row"], folder: Path) -> Index:
+def _index_sample(job: Job, like: indexes.Index, rows: Int[np.ndarray, "row"], folder: Path) -> indexes.Index:
     """Return an index, in the folder, of the job's training data, which are these rows of `like`.
 
     Under random weights it is a copy of what `like` keeps: what is measured on it does not stay there.
@@ -226,32 +220,34 @@ def _index_sample(job: Job, like: Index, rows: Int[np.ndarray, "row"], folder: P
     if not (job.randomised and broadcast_from_rank0(lambda: os.access(like.folder, os.W_OK))):
         return _build_index(job, like, folder)
     settings, loaded = job.settings, job.model_for(job.settings.method)
-    parts = version("vestige"), like.fingerprint, rows.tolist(), settings.seed, batch_tokens(settings, loaded)
+    parts = version("vestige"), like.fingerprint, rows.tolist(), settings.seed, indexes.batch_tokens(settings, loaded)
     kept = _build_index(job, like, like.folder / CHECKS / digest(*parts))
     broadcast_from_rank0(lambda: copytree(kept.folder, folder))
-    return Index.open(folder)
+    return indexes.Index.open(folder)
 
 
-def _build_index(job: Job, like: Index, folder: Path) -> Index:
+def _build_index(job: Job, like: indexes.Index, folder: Path) -> indexes.Index:
     """Return an index of the job's training data, compressed as `like` is; one that is there already is opened."""
     data, loaded, old = job.train, job.model_for(job.settings.method), like.manifest
     draft = old.model_copy(
         update={
-            "data": DataIdentity(name=data.name, fingerprint=data.fingerprint, examples=len(data)),
-            "plan": PlanRecord(fewest_shards=1),
+            "data": indexes.DataIdentity(name=data.name, fingerprint=data.fingerprint, examples=len(data)),
+            "plan": indexes.PlanRecord(fewest_shards=1),
         }
     )
     manifest, plan = broadcast_from_rank0(
-        lambda: plan_index(folder, draft, data.lengths, lambda start, stop: fingerprint_rows(data, start, stop))
+        lambda: indexes.plan_index(
+            folder, draft, data.lengths, lambda start, stop: indexes.fingerprint_rows(data, start, stop)
+        )
     )
 
     @contextmanager
     def compute() -> Iterator:
-        gradients = CompressedGradients(
+        gradients = indexes.CompressedGradients(
             loaded,
             job.components,
             manifest.components,
-            parse_spec(manifest.compression.spec),
+            compress.parse_spec(manifest.compression.spec),
             manifest.seed,
             manifest.loss,
             manifest.compression.scope,
@@ -259,8 +255,8 @@ def _build_index(job: Job, like: Index, folder: Path) -> Index:
         with gradients:
             yield lambda batches: gradients.parts(data, batches)
 
-    work = IndexWork(folder, manifest, plan, data.examples, compute)
-    broadcast_from_rank0(lambda: prepare_index(work))
+    work = indexes.IndexWork(folder, manifest, plan, data.examples, compute)
+    broadcast_from_rank0(lambda: indexes.prepare_index(work))
     return run_pieces(work.pieces, LaunchSettings.model_validate({}), None)
 
 

@@ -1,5 +1,7 @@
 """Several dampings of one method in one pass: measured once, scored together, compared, kept as runs of their own."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -7,14 +9,14 @@ from math import log
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 
-from vestige.curvature import DAMPING
+from vestige import curvature
 from vestige.errors import NonFinite
+from vestige.lazy import torch
 from vestige.methods._gradient_method import GradientMethod, Prepared
-from vestige.methods._plan import summarise_sets
-from vestige.methods._protocol import GradientStore, Job, Method
+from vestige.methods._plan import Member, summarise_sets
+from vestige.methods._protocol import GradientStore, Job
 from vestige.methods._trust import CHANCE_HIDES, find_proponents
 from vestige.progress import announce
 from vestige.runs import Check, ScoreBlock, ScoreSummary, sample_rows
@@ -38,14 +40,6 @@ class Neighbours(NamedTuple):
     """Spearman's, over all examples or a sample of them."""
 
 
-class Member(NamedTuple):
-    """The scores at one damping."""
-
-    job: Job
-    method: Method
-    summary: ScoreSummary
-
-
 class DampingSweep(GradientMethod):
     """One method at several dampings: the lines of its scores are the queries, damping by damping."""
 
@@ -63,7 +57,7 @@ class DampingSweep(GradientMethod):
                 announce(f"The damping {damping:g} is left out. {error}")
         if failed is not None and not self.members:
             raise failed
-        self.main = min(self.members, key=lambda one: abs(log(one.job.settings.damping / DAMPING)))
+        self.main = min(self.members, key=lambda one: abs(log(one.job.settings.damping / curvature.DAMPING)))
         """The run itself: the one closest to the default damping."""
 
     def vectors(self, job: Job) -> Prepared:

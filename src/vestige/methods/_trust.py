@@ -3,17 +3,18 @@
 None of them validates a method; each can expose one that fails. Every threshold stands beside its reason.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 from jaxtyping import Int
 
+from vestige import gradients, models
 from vestige.data import TokenizedData
-from vestige.gradients import Knowledge, Reduction
 from vestige.methods._bm25 import Bm25, example_words
 from vestige.methods._protocol import Job, Method
-from vestige.models import Selection
 from vestige.runs import Check, RankedScore, TopK, Verdict
 
 OVERLAP_WARNS = 0.5
@@ -148,7 +149,7 @@ def check_bm25_overlap(tops: Tops, lexical: Tops) -> Check:
     return make_check(BM25_NAME, value, f"{reading}; the rest it would not have shown.", "good")
 
 
-def check_coverage(selection: Selection | None) -> Check:
+def check_coverage(selection: models.Selection | None) -> Check:
     """Check the share of the model's parameters that the scores speak for."""
     name = "coverage"
     if selection is None:
@@ -172,7 +173,7 @@ def check_finite(scores: int, losses: Sequence[float] | None) -> Check:
     return make_check("finite numbers", 0.0, f"All {scores} scores are finite numbers.", "good")
 
 
-def check_knowledge(known: Knowledge) -> Check:
+def check_knowledge(known: gradients.Knowledge) -> Check:
     """Check the loss per token of a sample of the training data, beside that of guessing without a model."""
     name, reading = "learned by the model", f"The model has {known.reading}"
     if known.learned:
@@ -181,7 +182,7 @@ def check_knowledge(known: Knowledge) -> Check:
     return make_check(name, known.model, f"{reading}: {more}", "warn")
 
 
-def check_memorized(queries: TokenizedData, losses: Sequence[float] | None, reduction: Reduction) -> Check:
+def check_memorized(queries: TokenizedData, losses: Sequence[float] | None, reduction: gradients.Reduction) -> Check:
     """Check the share of the queries whose loss is near zero: there gradients vanish, and the ranking with them."""
     name = "queries with a loss near zero"
     if losses is None:
@@ -192,7 +193,7 @@ def check_memorized(queries: TokenizedData, losses: Sequence[float] | None, redu
     return make_check(name, len(ids) / len(queries), describe_memorized(ids, len(queries)), "warn")
 
 
-def find_memorized(queries: TokenizedData, losses: Sequence[float], reduction: Reduction) -> list[str]:
+def find_memorized(queries: TokenizedData, losses: Sequence[float], reduction: gradients.Reduction) -> list[str]:
     """Return the ids of the queries whose mean loss per token is near zero."""
     tokens = np.maximum(queries.target_counts, 1) if reduction == "sum" else 1
     rows = np.flatnonzero(np.asarray(losses, dtype=np.float64) / tokens < MEMORIZED)

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from vestige.data import Sharing
 from vestige.errors import ModelError
+from vestige.progress import is_verbose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and reports off stderr; what matters in them becomes an error here."""
+    """Keep transformers' bars and reports off stderr, but for --verbose; what matters in them becomes an error."""
+    if is_verbose():
+        yield
+        return
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

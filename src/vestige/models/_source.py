@@ -11,17 +11,16 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils.quantization_config import GgufConfig
 
 from vestige.errors import DiskSpaceError, MissingExtra, ModelError
-from vestige.models._pretrained import LOADING_ERRORS, quiet_transformers, short
 from vestige.progress import announce, format_bytes, format_seconds
 from vestige.storage import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SourceKind = Literal["weights", "gguf", "adapter"]
 
@@ -45,6 +44,21 @@ def find_source(model: str | Path) -> ModelSource:
     Raises:
         ModelError: There is nothing there, or nothing that is a model; the message contains what was searched for.
     """
+    return _local_source(model) or _source_of_folder(_hub_folder(str(model)))
+
+
+def require_model(model: Any) -> None:
+    """Raise if a model is a path at which there is none; a hub id and a live module are taken as they are.
+
+    Raises:
+        ModelError: As `find_source`; the hub is not asked.
+    """
+    if isinstance(model, str | Path):
+        _local_source(model)
+
+
+def _local_source(model: str | Path) -> ModelSource | None:
+    """Return the files behind a folder or a GGUF file; None for a hub id."""
     path = Path(model).expanduser()
     try:
         path.stat()
@@ -66,7 +80,7 @@ def find_source(model: str | Path) -> ModelSource:
             "Give a folder with config.json and weights, a GGUF file, an adapter folder, or a hub id "
             "`owner/name`."
         )
-    return _source_of_folder(_hub_folder(model))
+    return None
 
 
 def _source_of_folder(folder: Path) -> ModelSource:
@@ -170,6 +184,12 @@ def unpack_gguf(file: Path) -> Path:
 
 def _convert(file: Path, finished: Path) -> None:
     announce(f"Unpacking {file.name} ({format_bytes(file.stat().st_size)}) once, into {finished}")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    from vestige.models._pretrained import LOADING_ERRORS, quiet_transformers, short
+
     start = time.monotonic()
     unfinished = finished.with_name(f"{finished.name}.part")
     # The lock is held, so what lies here was left by a process that was killed.
@@ -196,8 +216,11 @@ def _convert(file: Path, finished: Path) -> None:
     announce(f"Unpacked in {format_seconds(time.monotonic() - start)}; the next start reads the copy.")
 
 
-def _fresh_copy(packed: PreTrainedModel) -> PreTrainedModel:
+def _fresh_copy(packed: "PreTrainedModel") -> "PreTrainedModel":
     """Return the same weights in a model that nothing marks as quantized: others may refuse to be saved or trained."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     config = copy.deepcopy(packed.config)
     vars(config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -205,7 +228,7 @@ def _fresh_copy(packed: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _check_space(model: PreTrainedModel, folder: Path) -> None:
+def _check_space(model: "PreTrainedModel", folder: Path) -> None:
     needed = sum(parameter.numel() * 4 for parameter in model.parameters())
     free = shutil.disk_usage(folder).free
     if needed > free:

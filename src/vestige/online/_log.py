@@ -1,5 +1,7 @@
 """The log of a training: columns by example and step, in parts that are whole or absent; its run directory."""
 
+from __future__ import annotations
+
 import json
 import sys
 import time
@@ -12,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
-import torch
 
 from vestige.data import Example, TokenizedData
 from vestige.errors import CorruptFile, DataError, IndexMismatch, UserError
+from vestige.lazy import torch
 from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import (
@@ -156,7 +158,7 @@ class OnlineLog:
         self.folder, self.header = folder, header
 
     @classmethod
-    def open(cls, folder: str | Path) -> "OnlineLog":
+    def open(cls, folder: str | Path) -> OnlineLog:
         """Open the log in a folder.
 
         Raises:

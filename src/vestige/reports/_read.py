@@ -105,6 +105,16 @@ def read_run(run: str | Path) -> RunFiles:
     return RunFiles(folder, record, queries, examples, ranked, components, tokens)
 
 
+def require_page(folder: Path) -> None:
+    """Raise if a path is no folder: there is nothing to show.
+
+    Raises:
+        UserError: It is not there, or is a file.
+    """
+    if not folder.is_dir():
+        raise UserError(_describe_no_run(folder))
+
+
 def _describe_no_run(folder: Path) -> str:
     """Say what was found instead of a run directory, and what to type next."""
     usage = "A run directory holds run.json and scores.parquet; `vestige attribute ... --out RUN` writes one."

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import stdtrit
 
 from vestige.runs._record import GroupRecord
 
@@ -74,4 +73,6 @@ def variance_of(size: int, total: float, squares: float) -> float:
 
 def student_half_width(size: int) -> float:
     """Return the half width of Student's 95% interval of a mean of `size` numbers, in standard errors."""
+    from scipy.special import stdtrit  # a tenth of a second, which reading a run does not need
+
     return float(stdtrit(size - 1, 0.975))

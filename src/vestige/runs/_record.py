@@ -293,6 +293,19 @@ def is_run(folder: Path) -> bool:
     return (folder / RECORD_FILE).is_file()
 
 
+def require_run(folder: str | Path) -> None:
+    """Raise if a folder holds no run.
+
+    Raises:
+        UserError: It has no record.
+    """
+    if not is_run(Path(folder)):
+        raise UserError(
+            f"{folder} is not a run: it has no {RECORD_FILE}.\n"
+            "Give the folder that `vestige attribute ... --out RUN` wrote."
+        )
+
+
 def is_complete(folder: Path) -> bool:
     """Return whether `folder` holds a run of any kind that lacks none of its parts."""
     try:
@@ -314,11 +327,7 @@ def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:
         CorruptFile: the file, or a table of the run, is not what Vestige wrote.
     """
     path = Path(folder) / RECORD_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{folder} is not a run: it has no {RECORD_FILE}.\n"
-            "Give the folder that `vestige attribute ... --out RUN` wrote."
-        )
+    require_run(folder)
     header = parse_record(_Header, path)
     if header.kind == "audit":
         raise UserError(f"{folder} is an audit and holds no scores. In Python: vestige.Audit.open({str(folder)!r})")

@@ -22,11 +22,11 @@ SHARES_AT = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
 
 
 class ScoreBlock(NamedTuple):
-    """Scores of a few training examples for every query."""
+    """Scores of a few training examples for every query: tensors, or the arrays of a method that needs no torch."""
 
-    rows: 'Int[Tensor, "row"]'
+    rows: "Int[Tensor, 'row']"
     """Positions of the examples in the training data."""
-    scores: 'Float[Tensor, "query row"]'
+    scores: "Float[Tensor, 'query row']"
 
 
 def sample_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
@@ -67,15 +67,21 @@ class RankedScore(NamedTuple):
     """Share of all training examples with a smaller score, in percent."""
 
 
+def _as_array(values: "Tensor | np.ndarray") -> np.ndarray:
+    """Return numbers on the CPU, floats of two bytes as float32: NumPy has no bfloat16."""
+    if isinstance(values, np.ndarray):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.is_floating_point() and values.dtype.itemsize < 4 else values).numpy()
+
+
 def _block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.ndarray, "query row"]]:
     """Return rows (int64) and scores (float32, or float64 if given so) of a block on the CPU.
 
     Raises:
         NonFinite: a score is NaN or infinite.
     """
-    rows = block.rows.cpu().numpy().astype(np.int64)
-    tensor = block.scores.detach().cpu()
-    scores = (tensor.float() if tensor.dtype.itemsize < 4 else tensor).numpy()
+    rows, scores = _as_array(block.rows).astype(np.int64), _as_array(block.scores)
     if not np.isfinite(scores).all():
         query, column = np.argwhere(~np.isfinite(scores))[0]
         raise NonFinite(
@@ -235,7 +241,7 @@ class ScoreCollector:
             NonFinite: a score is NaN or infinite.
             VestigeError: a row was scored before.
         """
-        wanted = np.flatnonzero(~np.isin(block.rows.cpu().numpy(), self._left_out)).tolist()
+        wanted = np.flatnonzero(~np.isin(_as_array(block.rows), self._left_out)).tolist()
         if len(wanted) < len(block.rows):
             block = ScoreBlock(block.rows[wanted], block.scores[:, wanted])
         rows, scores = _block_arrays(block)

@@ -1,5 +1,7 @@
 """What is chosen from, and by: the rows of the data, and the scores of a run, a few numbers per example at a time."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -12,10 +14,10 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Float, Int
 
+from vestige import models
 from vestige.data import Example, as_plain, load_queries, load_records, record_line, text_groups, tokenize
 from vestige.errors import CorruptFile, DataError, IndexMismatch, SpecError, UserError
 from vestige.indexes import Index
-from vestige.models import load_tokenizer
 from vestige.runs import DenseFile, Scores, open_dense, read_run_table
 from vestige.settings import SelectSettings
 
@@ -67,7 +69,7 @@ class Rows:
             yield record_line(example, columns | more[row] if more else columns)
 
 
-def read_rows(settings: SelectSettings, scores: "ScoreSource | None", index: Index | None) -> Rows:
+def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index | None) -> Rows:
     """Read the data, checked against the run and the index.
 
     Raises:
@@ -108,7 +110,7 @@ def read_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> n
     if index is not None:
         return index.lengths()
     if settings.tokenizer is not None:
-        tokenizer = load_tokenizer(settings.tokenizer)
+        tokenizer = models.load_tokenizer(settings.tokenizer)
         examples = [example for example, _ in rows.read()]
         return tokenize(examples, tokenizer, max_length=None, name=rows.name).lengths
     given = [len(columns["input_ids"]) if "input_ids" in columns else -1 for _, columns in rows.read()]
@@ -122,7 +124,7 @@ def read_lengths(settings: SelectSettings, rows: Rows, index: Index | None) -> n
     return None
 
 
-def read_targets(settings: SelectSettings, scores: "ScoreSource") -> dict[str, list[int]]:
+def read_targets(settings: SelectSettings, scores: ScoreSource) -> dict[str, list[int]]:
     """Return the queries of each target, in order of their first query; without `--targets` each query is a target.
 
     Raises:
@@ -176,7 +178,7 @@ def _as_columns(example: Example) -> Columns:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _require_scored(rows: Rows, scores: "ScoreSource") -> None:
+def _require_scored(rows: Rows, scores: ScoreSource) -> None:
     folder = scores.run.folder
     if len(rows) != scores.examples:
         raise IndexMismatch(
@@ -193,7 +195,7 @@ def _require_scored(rows: Rows, scores: "ScoreSource") -> None:
             )
 
 
-def _require_indexed(rows: Rows, index: Index, scores: "ScoreSource | None") -> None:
+def _require_indexed(rows: Rows, index: Index, scores: ScoreSource | None) -> None:
     if len(rows) != index.rows:
         raise IndexMismatch(f"{index.folder} holds {index.rows} examples, and {rows.name} holds {len(rows)}.")
     _require_ids(rows, enumerate(index.examples().column("id")), f"{index.folder} holds")

@@ -1,19 +1,23 @@
 """Strategies: in which order examples are taken, why each, and which repeat one that is chosen already."""
 
+from __future__ import annotations
+
 import hashlib
 import heapq
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from vestige.errors import UserError
 from vestige.indexes import Index
+from vestige.lazy import torch
 from vestige.selection._inputs import Scored, ScoreSource, head
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LOOK_AHEAD = 32
 """Candidates whose gradients are read at a time."""

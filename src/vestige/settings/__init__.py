@@ -5,73 +5,87 @@ command; its description is the help text. The lowest package but for the errors
 help and mistakes answer at once.
 """
 
-from vestige.settings._attribute import (
-    AscentOptimizer as AscentOptimizer,
-    AttributeSettings as AttributeSettings,
-    UntracSettings as UntracSettings,
-)
-from vestige.settings._audit import (
-    AuditSettings as AuditSettings,
-)
-from vestige.settings._base import (
-    BAD_TEXT as BAD_TEXT,
-    OnBadText as OnBadText,
-    OnlyWith as OnlyWith,
-    Settings as Settings,
-    flag as flag,
-    nearest as nearest,
-    parse_bytes as parse_bytes,
-)
-from vestige.settings._evaluate import (
-    ComponentsSettings as ComponentsSettings,
-    LdsSettings as LdsSettings,
-    MislabelSettings as MislabelSettings,
-    OverlapSettings as OverlapSettings,
-    RandomisationSettings as RandomisationSettings,
-    RemovalSettings as RemovalSettings,
-    RetrievalSettings as RetrievalSettings,
-    ScoredSettings as ScoredSettings,
-    SelectionSettings as SelectionSettings,
-    SketchSettings as SketchSettings,
-    SourcesSettings as SourcesSettings,
-    TailPatchSettings as TailPatchSettings,
-    TruthValue as TruthValue,
-)
-from vestige.settings._fix import FixSettings as FixSettings
-from vestige.settings._index import (
-    DoctorSettings as DoctorSettings,
-    IndexSettings as IndexSettings,
-    PreconditionSettings as PreconditionSettings,
-)
-from vestige.settings._results import (
-    CancelSettings as CancelSettings,
-    DemoSettings as DemoSettings,
-    ExportSettings as ExportSettings,
-    MeasuresSettings as MeasuresSettings,
-    MethodsSettings as MethodsSettings,
-    PreparationSettings as PreparationSettings,
-    ReportSettings as ReportSettings,
-    SplitSettings as SplitSettings,
-    StatusSettings as StatusSettings,
-    TokenizeSettings as TokenizeSettings,
-    ViewSettings as ViewSettings,
-)
-from vestige.settings._run import (
-    with_settings as with_settings,
-)
-from vestige.settings._shared import (
-    SHARED_COMPRESSION as SHARED_COMPRESSION,
-    CompressionSettings as CompressionSettings,
-    LaunchSettings as LaunchSettings,
-    MemberSettings as MemberSettings,
-    Precision as Precision,
-    QuestionSettings as QuestionSettings,
-    ReadingSettings as ReadingSettings,
-    Scope as Scope,
-)
-from vestige.settings._train import (
-    BankSettings as BankSettings,
-    SelectSettings as SelectSettings,
-    TrainSettings as TrainSettings,
-    list_epochs as list_epochs,
-)
+from typing import TYPE_CHECKING
+
+from vestige.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vestige.settings._attribute import (
+        AscentOptimizer as AscentOptimizer,
+        AttributeSettings as AttributeSettings,
+        UntracSettings as UntracSettings,
+    )
+    from vestige.settings._audit import AuditSettings as AuditSettings
+    from vestige.settings._base import (
+        BAD_TEXT as BAD_TEXT,
+        Basic as Basic,
+        Common as Common,
+        Input as Input,
+        Named as Named,
+        OnBadText as OnBadText,
+        OnlyWith as OnlyWith,
+        Settings as Settings,
+        flag as flag,
+        nearest as nearest,
+        parse_bytes as parse_bytes,
+    )
+    from vestige.settings._evaluate import (
+        ComponentsSettings as ComponentsSettings,
+        LdsSettings as LdsSettings,
+        MislabelSettings as MislabelSettings,
+        OverlapSettings as OverlapSettings,
+        RandomisationSettings as RandomisationSettings,
+        RemovalSettings as RemovalSettings,
+        RetrievalSettings as RetrievalSettings,
+        ScoredSettings as ScoredSettings,
+        SelectionSettings as SelectionSettings,
+        SketchSettings as SketchSettings,
+        SourcesSettings as SourcesSettings,
+        TailPatchSettings as TailPatchSettings,
+        TruthValue as TruthValue,
+    )
+    from vestige.settings._fix import FixSettings as FixSettings
+    from vestige.settings._index import (
+        DoctorSettings as DoctorSettings,
+        IndexSettings as IndexSettings,
+        PreconditionSettings as PreconditionSettings,
+    )
+    from vestige.settings._results import (
+        CancelSettings as CancelSettings,
+        CompletionSettings as CompletionSettings,
+        DemoSettings as DemoSettings,
+        ExportSettings as ExportSettings,
+        MeasuresSettings as MeasuresSettings,
+        MethodsSettings as MethodsSettings,
+        PreparationSettings as PreparationSettings,
+        ReportSettings as ReportSettings,
+        SplitSettings as SplitSettings,
+        StatusSettings as StatusSettings,
+        TokenizeSettings as TokenizeSettings,
+        ViewSettings as ViewSettings,
+    )
+    from vestige.settings._run import with_settings as with_settings
+    from vestige.settings._shared import (
+        SHARED_COMPRESSION as SHARED_COMPRESSION,
+        BankFolder as BankFolder,
+        CompressionSettings as CompressionSettings,
+        DataName as DataName,
+        IndexFolder as IndexFolder,
+        LaunchSettings as LaunchSettings,
+        MemberSettings as MemberSettings,
+        ModelName as ModelName,
+        Precision as Precision,
+        QueriesName as QueriesName,
+        QuestionSettings as QuestionSettings,
+        ReadingSettings as ReadingSettings,
+        RunFolder as RunFolder,
+        Scope as Scope,
+    )
+    from vestige.settings._train import (
+        BankSettings as BankSettings,
+        SelectSettings as SelectSettings,
+        TrainSettings as TrainSettings,
+        list_epochs as list_epochs,
+    )
+
+__getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -1,13 +1,24 @@
 """What `vestige attribute` takes."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import OnlyWith, flag
-from vestige.settings._shared import Damping, LaunchSettings, Numbers, Options, Patterns, QuestionSettings
+from vestige.settings._base import Basic, Common, Named, OnlyWith, flag
+from vestige.settings._shared import (
+    Damping,
+    DataName,
+    IndexFolder,
+    LaunchSettings,
+    ModelName,
+    Numbers,
+    Options,
+    Patterns,
+    QueriesName,
+    QuestionSettings,
+)
 
 Direction = Literal["untrac", "inverse"]
 Level = Literal["source", "example"]
@@ -18,18 +29,20 @@ class UntracSettings(QuestionSettings, LaunchSettings):
     """What `vestige untrac` takes."""
 
     repeatable: ClassVar[tuple[str, ...]] = ("queries",)
-    model: Any = Field(description="The model: a hub id, a folder, a GGUF file, an adapter or, in Python, a module.")
-    data: Any = Field(description="The training data; its `source` column says which source an example is of.")
-    queries: Any = Field(
+    model: ModelName = Field(
+        description="The model: a hub id, a folder, a GGUF file, an adapter or, in Python, a module."
+    )
+    data: DataName = Field(description="The training data; its `source` column says which source an example is of.")
+    queries: QueriesName = Field(
         description="Test examples; those with the same `source` are one test set, one without is a set by itself."
     )
-    out: Path = Field(description="Folder of the run: scores, curves and what they mean.")
-    direction: Direction = Field(
+    out: Common[Path] = Field(description="Folder of the run: scores, curves and what they mean.")
+    direction: Common[Direction] = Field(
         "inverse",
         description="untrac unlearns each training source and measures the test sets; inverse unlearns each test set "
         "and measures the training data, one ascent for each test set.",
     )
-    level: Level = Field("source", description="Score training sources, or every training example.")
+    level: Common[Level] = Field("source", description="Score training sources, or every training example.")
     optimizer: AscentOptimizer = Field("adam", description="What takes the steps of the ascent.")
     momentum: NonNegativeFloat = Field(0.0, description="Momentum of sgd and rmsprop.")
     learning_rate: PositiveFloat | None = Field(
@@ -84,6 +97,7 @@ AnswerSource = Literal["auto", "generate", "given"]
 class AttributeSettings(QuestionSettings, LaunchSettings):
     """What `vestige attribute` takes."""
 
+    positional: ClassVar[tuple[str, ...]] = ("queries",)
     runs_sharded: ClassVar[bool] = True
     only_with: ClassVar[OnlyWith] = {
         **LaunchSettings.only_with,
@@ -98,9 +112,9 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         "checkpoint_weights",
         "damping",
     )
-    index: Any = Field(None, description="Folder of an index made by `vestige index`.")
-    model: Any = Field(None, description="Without an index: the model, as for `vestige index`.")
-    data: Any = Field(None, description="Without an index: the training data, streamed once and not stored.")
+    index: IndexFolder[Any] = Field(None, description="Folder of an index made by `vestige index`.")
+    model: ModelName = Field(None, description="Without an index: the model, as for `vestige index`.")
+    data: DataName = Field(None, description="Without an index: the training data, streamed once and not stored.")
     checkpoints: Any = Field(
         None,
         description="For tracin, less and trak, in place of the model: a Trainer's run, or a folder for each "
@@ -114,15 +128,17 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     checkpoint_weights: Numbers | None = Field(
         None, description="How much each checkpoint counts. Not given: its learning rate; for trak all the same."
     )
-    queries: Any = Field(description="What to explain: a file with prompts or answers, or the questions themselves.")
-    method: str = Field(
+    queries: QueriesName = Field(
+        description="What to explain: a file with prompts or answers, or the questions themselves."
+    )
+    method: Annotated[str, Basic(), Named("vestige.methods", "method")] = Field(
         "influence",
         description="How to score: influence, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, arnoldi, "
         "tracin, less, trak, replay, rep-sim, activation-dot, bm25 or random.",
     )
-    out: Path = Field(description="Folder of the run: scores, examples and what they mean.")
-    k: PositiveInt = Field(20, description="Proponents, and as many opponents, to keep for each query.")
-    tokens: bool = Field(False, description="Also score every training token; they sum to the example's score.")
+    out: Common[Path] = Field(description="Folder of the run: scores, examples and what they mean.")
+    k: Common[PositiveInt] = Field(20, description="Proponents, and as many opponents, to keep for each query.")
+    tokens: Common[bool] = Field(False, description="Also score every training token; they sum to the example's score.")
     components: Patterns = Field(
         ("default",), description="Without an index: parameters to attribute to, as for `vestige index`."
     )

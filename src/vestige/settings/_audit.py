@@ -6,8 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import OnlyWith
-from vestige.settings._shared import LaunchSettings, Patterns, QuestionSettings
+from vestige.settings._base import Basic, Common, Named, OnlyWith
+from vestige.settings._shared import (
+    BankFolder,
+    DataName,
+    LaunchSettings,
+    ModelName,
+    Patterns,
+    QuestionSettings,
+    list_words,
+)
 
 BankValue = Literal["margin", "gap", "loss"]
 LayerChoice = Literal["last", "smi"]
@@ -30,28 +38,34 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         "bank_value": ("bank", ()),
         "memorized_at": ("bank", ()),
     }
-    model: Any = Field(description="The model under audit: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(description="The examples that it may have memorized, mostly its training data.")
-    out: Path = Field(description="Folder of the run: evidence for every example, judgement and figures.")
-    checkpoints: Any = Field(
+    model: ModelName = Field(
+        description="The model under audit: hub id, local folder, GGUF folder or PEFT adapter folder."
+    )
+    data: DataName = Field(description="The examples that it may have memorized, mostly its training data.")
+    out: Common[Path] = Field(description="Folder of the run: evidence for every example, judgement and figures.")
+    checkpoints: Common[Any] = Field(
         None,
         description="Earlier states of the model, in the order of training: folders, or the folder of a Trainer's run.",
     )
-    measures: Patterns = Field(
-        ("default",),
-        description="What to measure: default, all, or names from `vestige measures`, such as loss psmi extraction; "
-        "default leaves out those that take time.",
+    measures: Annotated[Patterns, Basic(), Named("vestige.measures", "measure", list_words, ("default", "all"))] = (
+        Field(
+            ("default",),
+            description="What to measure: default, all, or names from `vestige measures`, such as loss psmi "
+            "extraction; default leaves out those that take time.",
+        )
     )
-    reference_model: Any = Field(None, description="Another model, for the perplexity ratio.")
-    bank: Path | None = Field(None, description="A bank of models made by `vestige bank` on the same data.")
+    reference_model: ModelName = Field(None, description="Another model, for the perplexity ratio.")
+    bank: BankFolder[Path | None] = Field(None, description="A bank of models made by `vestige bank` on the same data.")
     bank_subset: NonNegativeInt | None = Field(
         None,
         description="The model was itself trained on this subset of the bank (its number): models of that subset are "
         "no judges, and membership is known.",
     )
     bank_value: BankValue = Field("margin", description="What of the bank's models is compared: margin, gap or loss.")
-    holdout: Any = Field(None, description="Examples of the same kind that are known not to be in the training data.")
-    flag: str | None = Field(
+    holdout: DataName = Field(
+        None, description="Examples of the same kind that are known not to be in the training data."
+    )
+    flag: Common[str | None] = Field(
         None,
         description="Examples to be found, such as wrong labels: a column that marks them, its name or name=value, or "
         "a file that lists rows (ids on lines; a report's row list, CSV or JSONL; a selection).",

@@ -4,12 +4,13 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     ModelWrapValidatorHandler,
     ValidationError,
@@ -68,10 +69,44 @@ def nearest(name: str, known: list[str]) -> str:
 OnlyWith = Mapping[str, tuple[str, tuple[Any, ...]]]
 
 
+class Basic:
+    """Marks a setting that the first level of help shows, beside those that are required."""
+
+
+class Input(NamedTuple):
+    """Marks a setting that names something that has to be there."""
+
+    check: str
+    """The function that raises unless it is there, as "module:name"; it imports nothing heavy."""
+    each: bool = True
+    """Whether a list holds several of them."""
+
+
+class Named(NamedTuple):
+    """Marks a setting that holds names of registered objects."""
+
+    group: str
+    """Of entry points."""
+    kind: str
+    """What messages call one of them."""
+    names_in: Callable[[Any], Iterable[str]] = lambda value: [value]
+    """The names in a value."""
+    others: tuple[str, ...] = ()
+    """Words that are allowed beside names."""
+
+
+Value = TypeVar("Value")
+Common = Annotated[Value, Basic()]
+"""The type of a setting that the first level of help shows."""
+
+
 class Settings(BaseModel):
     """Immutable, complete and checked; an unknown name is refused with the nearest known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    # Help reads fields and checks nothing: the checks of a class are built when it is first called.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, defer_build=True
+    )
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Settings that the command line also takes without their flag."""
@@ -113,7 +148,7 @@ class Settings(BaseModel):
                 words += [word for item in value for word in _words_of(name, str(item))]
             elif isinstance(value, dict):
                 words += [word for key, item in value.items() for word in _words_of(name, f"{key}={_spell(item)}")]
-            elif name in self.positional and not str(value).startswith("-"):
+            elif name in self.positional and isinstance(getattr(self, name), Path) and not str(value).startswith("-"):
                 words.append(str(value))
             else:
                 words += _words_of(name, str(value))
@@ -133,7 +168,8 @@ class Settings(BaseModel):
     def _text_is_usable(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
         annotation = field.annotation
-        if annotation is Any and not field.metadata and type(value) in (bool, int, float):
+        is_read = any(isinstance(fact, BeforeValidator) for fact in field.metadata)
+        if annotation is Any and not is_read and type(value) in (bool, int, float):
             raise ValueError("a name or a path; write one that looks like a number in quotation marks")
         is_path = Path in (annotation, *get_args(annotation))
         if isinstance(value, str | Path) and (is_path or annotation is Any):

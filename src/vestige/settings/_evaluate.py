@@ -15,8 +15,20 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.settings._base import parse_bytes
-from vestige.settings._shared import LaunchSettings, MemberSettings, Patterns, QuestionSettings, ReadingSettings
+from vestige.settings._base import Basic, Common, Input, Named, parse_bytes
+from vestige.settings._shared import (
+    BankFolder,
+    DataName,
+    IndexFolder,
+    LaunchSettings,
+    MemberSettings,
+    ModelName,
+    Patterns,
+    QueriesName,
+    QuestionSettings,
+    ReadingSettings,
+    list_words,
+)
 
 TruthValue = Literal["loss", "margin"]
 _REFERENCE = re.compile(r"full|full_layers|(rank|naive_proj_layers)=[1-9][0-9]*")
@@ -48,15 +60,21 @@ class ScoredSettings(QuestionSettings):
 
     repeatable: ClassVar[tuple[str, ...]] = ("run", "methods")
 
-    out: Path = Field(description="Folder of the table as JSON, the figure, and the runs that are made for it.")
-    run: Patterns = Field((), description="Run directories that `vestige attribute` left; may be repeated.")
-    methods: Words = Field(
+    out: Common[Path] = Field(description="Folder of the table as JSON, the figure, and the runs that are made for it.")
+    run: Annotated[Patterns, Basic(), Input("vestige.runs:require_run")] = Field(
+        (), description="Run directories that `vestige attribute` left; may be repeated."
+    )
+    methods: Annotated[Words, Basic(), Named("vestige.methods", "method", list_words)] = Field(
         (), description="Methods to run now, such as influence,grad-dot; their runs stay in OUT/runs."
     )
-    index: Any = Field(None, description="Index for --methods, in place of the data; it may hold the model too.")
-    model: Any = Field(None, description="Model for --methods and baselines.")
-    data: Any = Field(None, description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
-    queries: Any = Field(None, description="The queries, as for `vestige attribute`.")
+    index: IndexFolder[Any] = Field(
+        None, description="Index for --methods, in place of the data; it may hold the model too."
+    )
+    model: ModelName = Field(None, description="Model for --methods and baselines.")
+    data: DataName = Field(
+        None, description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id."
+    )
+    queries: QueriesName = Field(None, description="The queries, as for `vestige attribute`.")
     opponents: bool = Field(
         True, description="Also judge the baselines random, bm25, rep-sim and grad-cos, given model, data and queries."
     )
@@ -82,7 +100,7 @@ class LdsSettings(ScoredSettings):
     trained on that subset.
     """
 
-    bank: Path = Field(description="Bank of models trained on random subsets, made by `vestige bank`.")
+    bank: BankFolder[Path] = Field(description="Bank of models trained on random subsets, made by `vestige bank`.")
     value: TruthValue | None = Field(
         None,
         description="What the scores have to predict: loss, or margin (the log-odds of the answer, with its sign "
@@ -99,7 +117,9 @@ class LdsSettings(ScoredSettings):
 class SourcesSettings(ScoredSettings):
     """Do scores name the sources that matter? Correlation with retraining without each source."""
 
-    bank: Path = Field(description="Bank made with `vestige bank --leave-source-out` (or other lists left out).")
+    bank: BankFolder[Path] = Field(
+        description="Bank made with `vestige bank --leave-source-out` (or other lists left out)."
+    )
 
 
 class RemovalSettings(ScoredSettings, MemberSettings):
@@ -115,7 +135,7 @@ class RemovalSettings(ScoredSettings, MemberSettings):
     remove: Numbers = Field((10, 20, 40), description="Of each method, how many examples are left out, such as 10,20.")
     random_lists: PositiveInt = Field(3, description="Random lists of each length.")
     seeds: PositiveInt = Field(2, description="Retrained models for each list.")
-    start: Any = Field(None, description="Model that each training begins from. Not given: --model.")
+    start: ModelName = Field(None, description="Model that each training begins from. Not given: --model.")
 
     @property
     def judges_methods(self) -> bool:
@@ -173,10 +193,12 @@ class SelectionSettings(QuestionSettings, LaunchSettings):
     repeatable: ClassVar[tuple[str, ...]] = ("selected",)
 
     selected: Patterns = Field(description="Folders that `vestige select` wrote, all from --data; may be repeated.")
-    model: Any = Field(description="The model that each training begins from.")
-    data: Any = Field(description="The data that was chosen from.")
-    queries: Any = Field(description="Held-out examples of what the model is to be good at; not those of the scores.")
-    out: Path = Field(description="Folder of the table as JSON, the figure, and the bank of trained models.")
+    model: ModelName = Field(description="The model that each training begins from.")
+    data: DataName = Field(description="The data that was chosen from.")
+    queries: QueriesName = Field(
+        description="Held-out examples of what the model is to be good at; not those of the scores."
+    )
+    out: Common[Path] = Field(description="Folder of the table as JSON, the figure, and the bank of trained models.")
     random_sets: PositiveInt = Field(3, description="Random sets of each size.")
     seeds: PositiveInt = Field(3, description="Training runs on each set, which differ in start and order of batches.")
     epochs: PositiveInt | None = Field(
@@ -216,9 +238,9 @@ class SketchSettings(ReadingSettings):
 
     repeatable: ClassVar[tuple[str, ...]] = ("compress", "index")
 
-    model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(description="The examples: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
-    out: Path = Field(description="Folder of the table, the figures and what a later call can use again.")
+    model: ModelName = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
+    data: DataName = Field(description="The examples: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    out: Common[Path] = Field(description="Folder of the table, the figures and what a later call can use again.")
     compress: Patterns = Field(
         (),
         description="Compressors, with K for the size and R for its square root: 'mask:2Rx2R | sjlt:K'. "
@@ -287,10 +309,10 @@ class ComponentsSettings(QuestionSettings, LaunchSettings):
     products. Interrupted at any moment, the same command continues.
     """
 
-    model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(description="The originals: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
-    queries: Any = Field(description="The paraphrases, with answers, and with the id of the original of each.")
-    out: Path = Field(description="Folder of the products, the table, the figures and the chosen components.")
+    model: ModelName = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
+    data: DataName = Field(description="The originals: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    queries: QueriesName = Field(description="The paraphrases, with answers, and with the id of the original of each.")
+    out: Common[Path] = Field(description="Folder of the products, the table, the figures and the chosen components.")
     truth: str = Field("original_id", description="Column of the queries that holds the id of the original.")
     candidates: Words = Field(
         ("5",),

@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import BAD_TEXT, OnBadText, Settings
+from vestige.settings._base import BAD_TEXT, Basic, Common, Input, Named, OnBadText, Settings
+from vestige.settings._shared import DataName
 
 SplitBy = Literal["example", "source", "stratified"]
 
@@ -14,8 +15,10 @@ SplitBy = Literal["example", "source", "stratified"]
 class PreparationSettings(Settings):
     """Rows in, rows out."""
 
-    data: Any = Field(description="The rows: any data file, folder or hub id that Vestige reads.")
-    out: Path = Field(description="Folder of the result: data.jsonl, the same as a `datasets` folder, and a record.")
+    data: DataName = Field(description="The rows: any data file, folder or hub id that Vestige reads.")
+    out: Common[Path] = Field(
+        description="Folder of the result: data.jsonl, the same as a `datasets` folder, and a record."
+    )
     limit: PositiveInt | None = Field(None, description="Use only the first N rows.")
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
     push_to_hub: str | None = Field(None, description="Also upload the result to the hub, as owner/name.")
@@ -44,10 +47,10 @@ def _shares(value: Any) -> Any:
 class SplitSettings(PreparationSettings):
     """Divide rows at random into parts: a file for each, and one with all rows and the name of their part."""
 
-    parts: Annotated[tuple[str, ...], BeforeValidator(_shares)] = Field(
+    parts: Annotated[tuple[str, ...], BeforeValidator(_shares), Basic()] = Field(
         ("train=0.5", "test=0.5"), description="Names of the parts and their shares, such as train=0.8 test=0.2."
     )
-    by: SplitBy = Field(
+    by: Common[SplitBy] = Field(
         "example",
         description="What is drawn: each example; each source, which stays whole; or examples, with every source in "
         "every part by its share (stratified).",
@@ -73,7 +76,9 @@ class SplitSettings(PreparationSettings):
 class TokenizeSettings(PreparationSettings):
     """Turn rows into tokens once, as a file of `input_ids` and `labels` that every command reads."""
 
-    tokenizer: Any = Field(description="Hub id or folder of the tokenizer, or of the model that it lies beside.")
+    tokenizer: Common[Any] = Field(
+        description="Hub id or folder of the tokenizer, or of the model that it lies beside."
+    )
     max_length: PositiveInt | None = Field(None, description="Cut rows after this many tokens. Not given: cut nothing.")
     chat: bool = Field(False, description="Put prompt and completion into the tokenizer's chat template.")
     split: str | None = Field(None, description="Split of a hub id or of a saved `DatasetDict`.")
@@ -93,11 +98,11 @@ class ReportSettings(Settings):
     """What `vestige report` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
-    run: Path = Field(
+    run: Annotated[Path, Input("vestige.reports:require_page")] = Field(
         description="Folder of a run made by `vestige attribute`, `untrac`, `audit`, `fix` or `evaluate components`."
     )
-    out: Path | None = Field(None, description="The HTML file to write. Not given: report.html in the run.")
-    compare: Path | None = Field(
+    out: Common[Path | None] = Field(None, description="The HTML file to write. Not given: report.html in the run.")
+    compare: Common[Path | None] = Field(
         None, description="Another run of the same data and queries, to be shown beside it: by another method, say."
     )
 
@@ -106,10 +111,10 @@ class ViewSettings(Settings):
     """What `vestige view` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
-    run: Path = Field(
+    run: Annotated[Path, Input("vestige.reports:require_page")] = Field(
         description="Folder of a run made by `vestige attribute`, `untrac`, `audit`, `fix` or `evaluate components`."
     )
-    port: int = Field(0, ge=0, le=65535, description="Port on this computer; 0 takes a free one.")
+    port: Common[int] = Field(0, ge=0, le=65535, description="Port on this computer; 0 takes a free one.")
 
 
 class StatusSettings(Settings):
@@ -117,8 +122,8 @@ class StatusSettings(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
     path: Path = Field(description="Folder of an index, a run or a sweep, finished or in the making.")
-    watch: bool = Field(False, description="Show it again every two seconds, until the work is over or Ctrl-C.")
-    verify: bool = Field(
+    watch: Common[bool] = Field(False, description="Show it again every two seconds, until the work is over or Ctrl-C.")
+    verify: Common[bool] = Field(
         False, description="Compare every file of an index, a run or an audit with its sha256, and list them."
     )
 
@@ -134,14 +139,25 @@ class MeasuresSettings(Settings):
     """The settings of `vestige measures`."""
 
     positional: ClassVar[tuple[str, ...]] = ("name",)
-    name: str | None = Field(None, description="A measure, to print everything about it. Not given: list all.")
+    name: Annotated[str | None, Basic(), Named("vestige.measures", "measure")] = Field(
+        None, description="A measure, to print everything about it. Not given: list all."
+    )
 
 
 class MethodsSettings(Settings):
     """The settings of `vestige methods`."""
 
     positional: ClassVar[tuple[str, ...]] = ("name",)
-    name: str | None = Field(None, description="A method, to print everything about it. Not given: list all.")
+    name: Annotated[str | None, Basic(), Named("vestige.methods", "method")] = Field(
+        None, description="A method, to print everything about it. Not given: list all."
+    )
+
+
+class CompletionSettings(Settings):
+    """What `vestige completion` takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("shell",)
+    shell: Literal["bash", "zsh", "fish"] = Field(description="The shell whose completion is printed.")
 
 
 class ExportSettings(Settings):
@@ -149,5 +165,5 @@ class ExportSettings(Settings):
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
     path: Path = Field(description="Folder of an index or of a run.")
-    out: Path = Field(description="Folder to write into, new or empty.")
-    to: str = Field("numpy", description="Format: a name from the list above, for what lies at PATH.")
+    out: Common[Path] = Field(description="Folder to write into, new or empty.")
+    to: Common[str] = Field("numpy", description="Format: a name from the list above, for what lies at PATH.")

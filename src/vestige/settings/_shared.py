@@ -19,7 +19,41 @@ from pydantic import (
 
 from vestige.distributed import FSDP
 from vestige.errors import SpecError
-from vestige.settings._base import BAD_TEXT, OnBadText, OnlyWith, Settings, flag, parse_bytes
+from vestige.settings._base import (
+    BAD_TEXT,
+    Basic,
+    Common,
+    Input,
+    Named,
+    OnBadText,
+    OnlyWith,
+    Settings,
+    Value,
+    flag,
+    parse_bytes,
+)
+
+ModelName = Annotated[Any, Basic(), Input("vestige.models:require_model")]
+"""A hub id, a folder or a file of a model; in Python also a live module."""
+DataName = Annotated[Any, Basic(), Input("vestige.data:require_data", each=False)]
+"""Files, folders or a hub id of rows; in Python also rows."""
+QueriesName = Annotated[Any, Basic(), Input("vestige.data:require_queries", each=False)]
+"""As `DataName`, or the questions themselves."""
+IndexFolder = Annotated[Value, Basic(), Input("vestige.indexes:require_index")]
+RunFolder = Annotated[Value, Basic(), Input("vestige.runs:require_run")]
+"""The folder of scores that `vestige attribute` left."""
+BankFolder = Annotated[Value, Basic(), Input("vestige.banks:require_bank")]
+
+
+def _names_of_compressors(spec: Any) -> list[str]:
+    """Return the names in a spec that are in the language of today; older spellings are left to its parser."""
+    return re.findall(r"(?:^|\|)\s*([a-z]+)\s*:", str(spec))
+
+
+def list_words(value: Any) -> list[str]:
+    """Return the words of a setting that holds one or several."""
+    return [value] if isinstance(value, str) else list(value)
+
 
 _SLURM = ("partition", "account", "gres", "time", "mem", "setup", "container", "wait")
 _SHARD = re.compile(r"(\d+)/(\d+)")
@@ -32,7 +66,7 @@ class LaunchSettings(Settings):
     never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
     """Settings that only the process that was started by hand obeys: a worker must not delete what others made."""
 
-    workers: PositiveInt = Field(
+    workers: Common[PositiveInt] = Field(
         default=1, description="Processes that share the work, each with a model of its own; 1 works in this process."
     )
     engine: str = Field(default="local", description="Where workers run: local processes, or slurm for a batch array.")
@@ -162,12 +196,12 @@ class ReadingSettings(Settings):
     chat: bool = Field(
         False, description="Put prompt and completion into the model's chat template, as user and assistant."
     )
-    limit: PositiveInt | None = Field(None, description="Use only the first N examples.")
+    limit: Common[PositiveInt | None] = Field(None, description="Use only the first N examples.")
     token_budget: PositiveInt | None = Field(
         None, description="Maximum tokens per batch, padding included; changes speed and memory, never scores."
     )
     precision: Precision = Field("auto", description="Number format in which the model runs.")
-    device: str = Field(
+    device: Common[str] = Field(
         "auto",
         description="Where the model runs: auto, cpu, cuda, cuda:1, mps; balanced, balanced_low_0, sequential, which "
         "spread its layers over all GPUs of a process; or fsdp: each process of torchrun holds a part of every layer.",
@@ -206,12 +240,12 @@ class QuestionSettings(ReadingSettings):
 class CompressionSettings(Settings):
     """What is attributed to, and how it is compressed."""
 
-    components: Patterns = Field(
+    components: Common[Patterns] = Field(
         ("default",),
         description="Parameters to attribute to: attention, mlp, embedding, norm, lora, adapter, all, 'layers 0-3', "
         "globs over parameter names, or @FILE with one of these on each line.",
     )
-    compress: str = Field(
+    compress: Annotated[str, Basic(), Named("vestige.compressors", "compressor", _names_of_compressors)] = Field(
         "tensorsketch:256",
         description="How to compress gradients, such as tensorsketch:256, 'mask:32x32 | sjlt:256', none, or auto. "
         f"With --compress-scope model and nothing given: '{SHARED_COMPRESSION}'.",
@@ -254,14 +288,16 @@ _DEFAULT_EPOCHS = 3
 class MemberSettings(Settings):
     """How each model is trained."""
 
-    epochs: PositiveInt | None = Field(
+    epochs: Common[PositiveInt | None] = Field(
         None,
         description="Length of the training: passes over a random subset, or, where something is left out, as many "
         "steps as passes over all data take. Not given: 3, or what --steps says.",
     )
     steps: PositiveInt | None = Field(None, description="Length of the training in optimizer steps.")
     from_scratch: bool = Field(False, description="Begin with random weights, drawn separately for each seed.")
-    lora_rank: PositiveInt | None = Field(None, description="Train LoRA matrices of this rank instead of all weights.")
+    lora_rank: Common[PositiveInt | None] = Field(
+        None, description="Train LoRA matrices of this rank instead of all weights."
+    )
     lora_alpha: PositiveFloat | None = Field(None, description="Scale of LoRA. Not given: twice the rank.")
     lora_targets: Patterns = Field(
         ("all-linear",),

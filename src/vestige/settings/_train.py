@@ -18,14 +18,19 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.settings._base import BAD_TEXT, OnBadText, OnlyWith, Settings
+from vestige.settings._base import BAD_TEXT, Common, OnBadText, OnlyWith, Settings
 from vestige.settings._shared import (
+    DataName,
+    IndexFolder,
     LaunchSettings,
     MemberSettings,
+    ModelName,
     Patterns,
     Precision,
+    QueriesName,
     QuestionSettings,
     ReadingSettings,
+    RunFolder,
 )
 
 Strategy = Literal["top", "per-target", "round-robin", "gumbel", "random", "diverse"]
@@ -78,17 +83,25 @@ class SelectSettings(Settings):
     budget: Annotated[Any, BeforeValidator(_budget)] = Field(
         description="How much to choose: a share such as 5%, a number of examples, or '20000 tokens'."
     )
-    out: Path = Field(description="Folder of the chosen data: selected.jsonl, selected.parquet and selection.json.")
-    scores: Path | None = Field(None, description="Run directory that `vestige attribute` left, best with --dense.")
-    strategy: Strategy = Field(
+    out: Common[Path] = Field(
+        description="Folder of the chosen data: selected.jsonl, selected.parquet and selection.json."
+    )
+    scores: RunFolder[Path | None] = Field(
+        None, description="Run directory that `vestige attribute` left, best with --dense."
+    )
+    strategy: Common[Strategy] = Field(
         "top",
         description="top: highest mean score over all queries; per-target: highest score for any one target, as LESS "
         "does; round-robin: each query takes its best in turn; gumbel: a draw that favours high scores; random: "
         "ignores the scores; diverse: what represents all gradients best (facility location).",
     )
-    index: Path | None = Field(None, description="Index of the same data: for diverse, --duplicates and tokens.")
-    data: Any = Field(None, description="The data to choose from. Not given: what the run or the index was made of.")
-    queries: Any = Field(None, description="Queries with the column of --targets. Not given: those of the run.")
+    index: IndexFolder[Path | None] = Field(
+        None, description="Index of the same data: for diverse, --duplicates and tokens."
+    )
+    data: DataName = Field(
+        None, description="The data to choose from. Not given: what the run or the index was made of."
+    )
+    queries: QueriesName = Field(None, description="Queries with the column of --targets. Not given: those of the run.")
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
     targets: str | None = Field(
         None,
@@ -98,10 +111,10 @@ class SelectSettings(Settings):
     temperature: PositiveFloat = Field(
         1.0, description="gumbel: in standard deviations of the scores; small ones take the top, large ones any."
     )
-    min_score: float | None = Field(
+    min_score: Common[float | None] = Field(
         None, description="Never choose an example with a lower score: 0 leaves out those that do harm."
     )
-    drop: Path | None = Field(
+    drop: Common[Path | None] = Field(
         None,
         description="Never choose these rows: a file with an id on each line, a report's row list, CSV or JSONL, or a "
         "folder of `vestige select` or `vestige data clean`.",
@@ -145,15 +158,19 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
 
     never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
 
-    model: Any = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
-    out: Path = Field(description="Folder of the bank; an interrupted run continues in it, a larger one extends it.")
-    queries: Any = Field(None, description="Texts that are not trained on, whose losses every member also stores.")
-    subsets: PositiveInt = Field(
+    model: ModelName = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
+    data: DataName = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    out: Common[Path] = Field(
+        description="Folder of the bank; an interrupted run continues in it, a larger one extends it."
+    )
+    queries: QueriesName = Field(
+        None, description="Texts that are not trained on, whose losses every member also stores."
+    )
+    subsets: Common[PositiveInt] = Field(
         50, le=1_000_000, description="Random subsets to train on, unless a way of leaving out is given."
     )
     fraction: float = Field(0.5, gt=0, lt=1, description="Share of the distinct examples in each random subset.")
-    leave_source_out: bool = Field(
+    leave_source_out: Common[bool] = Field(
         False, description="Train without each `source` of the data in turn, and once on everything."
     )
     leave_out_lists: Any = Field(
@@ -170,7 +187,7 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
         description="Column whose rows of equal value are drawn, or left out as one, together. Not given: copies, rows "
         "with the same tokens and targets.",
     )
-    seeds: PositiveInt = Field(
+    seeds: Common[PositiveInt] = Field(
         2, le=1_000_000, description="Runs of each subset, which differ in start and order of batches."
     )
     seed: NonNegativeInt = Field(0, description="Seed of the subsets and, apart from them, of the runs.")
@@ -262,7 +279,7 @@ def _epoch(word: str) -> float:
 class AlarmSettings(ReadingSettings):
     """The early alarm."""
 
-    alarm: bool = Field(
+    alarm: Common[bool] = Field(
         False, description="Once training losses have fallen, list the examples that will be memorized."
     )
     alarm_measure: AlarmMeasure = Field("psmi", description="What the alarm computes of each example.")
@@ -295,9 +312,11 @@ class AlarmSettings(ReadingSettings):
 class TrainSettings(AlarmSettings):
     """What `vestige train` takes."""
 
-    model: Any = Field(description="The model to begin with: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: Any = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
-    out: Path = Field(description="Folder of the training; an interrupted one continues in it.")
+    model: ModelName = Field(
+        description="The model to begin with: hub id, local folder, GGUF folder or PEFT adapter folder."
+    )
+    data: DataName = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    out: Common[Path] = Field(description="Folder of the training; an interrupted one continues in it.")
     loss: TrainedOn = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         "completion",
         description="Learn the whole completion (of a text all of it), or its answer without the end of the text.",
@@ -315,11 +334,15 @@ class TrainSettings(AlarmSettings):
         description="Column whose rows of equal value are drawn together. Not given: copies, rows with the same tokens "
         "and targets.",
     )
-    epochs: PositiveFloat = Field(1.0, description="Passes over the examples that are trained on; may be a fraction.")
-    checkpoints: Epochs = Field(
+    epochs: Common[PositiveFloat] = Field(
+        1.0, description="Passes over the examples that are trained on; may be a fraction."
+    )
+    checkpoints: Common[Epochs] = Field(
         "0,1,...", description="Epochs at which to save, such as 0,0.2,...,1,2,...; the end is always saved."
     )
-    lora_rank: PositiveInt | None = Field(None, description="Train LoRA matrices of this rank instead of all weights.")
+    lora_rank: Common[PositiveInt | None] = Field(
+        None, description="Train LoRA matrices of this rank instead of all weights."
+    )
     lora_alpha: PositiveFloat | None = Field(None, description="Scale of LoRA. Not given: twice the rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of LoRA's matrices.")
     lora_targets: Patterns = Field(
@@ -327,8 +350,8 @@ class TrainSettings(AlarmSettings):
         description="Layers that get LoRA's matrices, by the end of their name, such as q_proj v_proj lm_head; "
         "all-linear is every linear layer but the head.",
     )
-    learning_rate: PositiveFloat = Field(5e-5, description="Learning rate at its highest.")
-    batch_size: PositiveInt = Field(8, description="Examples in each forward pass of training.")
+    learning_rate: Common[PositiveFloat] = Field(5e-5, description="Learning rate at its highest.")
+    batch_size: Common[PositiveInt] = Field(8, description="Examples in each forward pass of training.")
     accumulation: PositiveInt = Field(1, description="Forward passes in each step of the optimizer.")
     optimizer: TrainOptimizer = Field("adamw", description="adamw or sgd.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay.")

@@ -1,41 +1,48 @@
 """Training runs that attribution and audit can read: Vestige's own, and records of a Trainer's; the early alarm."""
 
-from vestige.training._adjoint import (
-    Adjoints as Adjoints,
-    Moved as Moved,
-    Rule as Rule,
-    read_rule as read_rule,
-    unclip as unclip,
-)
-from vestige.training._alarm import (
-    Alarm as Alarm,
-    AtRisk as AtRisk,
-    Trigger as Trigger,
-    answer_codes as answer_codes,
-    find_at_risk as find_at_risk,
-    write_at_risk as write_at_risk,
-)
-from vestige.training._examples import (
-    Rows as Rows,
-    Watched as Watched,
-    members_of as members_of,
-    only_answers as only_answers,
-    pad as pad,
-    read_weights as read_weights,
-    with_weights as with_weights,
-)
-from vestige.training._recorder import Recorder as Recorder
-from vestige.training._replay import (
-    Derivatives as Derivatives,
-    RecordedStep as RecordedStep,
-    Replay as Replay,
-    read_settings as read_settings,
-)
-from vestige.training._store import TrainingRun as TrainingRun
-from vestige.training._train import (
-    TrainInputs as TrainInputs,
-    read_inputs as read_inputs,
-    read_learned as read_learned,
-    steps_per_epoch as steps_per_epoch,
-    train as train,
-)
+from typing import TYPE_CHECKING
+
+from vestige.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vestige.training._adjoint import (
+        Adjoints as Adjoints,
+        Moved as Moved,
+        Rule as Rule,
+        read_rule as read_rule,
+        unclip as unclip,
+    )
+    from vestige.training._alarm import (
+        Alarm as Alarm,
+        AtRisk as AtRisk,
+        Trigger as Trigger,
+        answer_codes as answer_codes,
+        find_at_risk as find_at_risk,
+        write_at_risk as write_at_risk,
+    )
+    from vestige.training._examples import (
+        Rows as Rows,
+        Watched as Watched,
+        members_of as members_of,
+        only_answers as only_answers,
+        pad as pad,
+        read_weights as read_weights,
+        with_weights as with_weights,
+    )
+    from vestige.training._recorder import Recorder as Recorder
+    from vestige.training._replay import (
+        Derivatives as Derivatives,
+        RecordedStep as RecordedStep,
+        Replay as Replay,
+        read_settings as read_settings,
+    )
+    from vestige.training._store import TrainingRun as TrainingRun
+    from vestige.training._train import (
+        TrainInputs as TrainInputs,
+        read_inputs as read_inputs,
+        read_learned as read_learned,
+        steps_per_epoch as steps_per_epoch,
+        train as train,
+    )
+
+__getattr__, __dir__, __all__ = lazy_names(__name__)

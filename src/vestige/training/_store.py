@@ -1,28 +1,34 @@
 """A recorded training on disk: its record, tables and checkpoints, each whole or absent, and open for questions."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from vestige import models
 from vestige.errors import CorruptFile, UserError
-from vestige.models import write_model
 from vestige.online import StepLog, read_steps, read_table
-from vestige.parsing import first_problem, parse_object
+from vestige.parsing import as_record, first_problem, parse_object
 from vestige.storage import remove_strays, remove_tree, stage_folder, write_durably
 from vestige.tables import write_table
-from vestige.training._examples import Losses
+
+if TYPE_CHECKING:
+    from vestige.training._examples import Losses
 
 FORMAT = 1
 KIND = "training"
 RECORD, LOSSES, MEMBERSHIP, AT_RISK = "run.json", "losses.parquet", "membership.parquet", "at_risk"
+STEP = "step.json"
+"""How far a training is, for `vestige status`; gone when it is complete."""
 _LOG, _OPTIMIZER = "log", "optimizer.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = re.compile(r"checkpoint-\d+\.(part|gone)")
@@ -32,7 +38,7 @@ _IN_CHECKPOINT = (
 )
 """What the Trainer, models and tokenizers write into a checkpoint."""
 RESULT_FILES = (
-    *(RECORD, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{_LOG}/steps-*.parquet"),
+    *(RECORD, STEP, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{_LOG}/steps-*.parquet"),
     *(f"checkpoint-[0-9]*/{name}" for name in _IN_CHECKPOINT),
 )
 """What a training consists of, as for `require_no_others`."""
@@ -72,6 +78,35 @@ class _Recorded(BaseModel):
 _FORMAT, _RECORD = TypeAdapter(int), TypeAdapter(_Trained | _Recorded)
 
 
+class CurrentStep(NamedTuple):
+    """How far a training is."""
+
+    step: int
+    of: int
+    loss: float
+    """Mean over the examples of the step, each per target token, in nats."""
+    rate: float
+    """Steps a second since the command began."""
+
+
+def write_step(folder: Path, step: CurrentStep) -> None:
+    """Write how far the training is; the last one before a kill stays."""
+    write_durably(folder / STEP, [json.dumps(step._asdict()).encode()])
+
+
+def read_step(folder: Path) -> CurrentStep | None:
+    """Return how far the training was when that was last written, None if it was not or does not read."""
+    try:
+        return as_record(CurrentStep, parse_object((folder / STEP).read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def remove_step(folder: Path) -> None:
+    """Forget how far the training is: it is complete."""
+    (folder / STEP).unlink(missing_ok=True)
+
+
 class TrainingRun:
     """What `vestige train`, or a `Recorder`, has left in a folder.
 
@@ -83,7 +118,7 @@ class TrainingRun:
         self.folder, self.record = folder, record
 
     @classmethod
-    def open(cls, folder: str | Path) -> "TrainingRun":
+    def open(cls, folder: str | Path) -> TrainingRun:
         """Open the training in a folder; what a running one has saved is there.
 
         Raises:
@@ -104,6 +139,11 @@ class TrainingRun:
     def checkpoints(self) -> dict[int, Path]:
         """Folders of the checkpoints by their step."""
         return {step: checkpoint_folder(self.folder, step) for step in checkpoint_steps(self.folder)}
+
+    @property
+    def current_step(self) -> CurrentStep | None:
+        """How far it is; None of one that is complete, or whose first seconds have not passed."""
+        return read_step(self.folder)
 
     @property
     def losses(self) -> pa.Table:
@@ -250,7 +290,7 @@ def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], 
     `add` writes what else belongs to it into the unfinished folder.
     """
     with stage_folder(folder) as unfinished:
-        write_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, unfinished)
+        models.write_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, unfinished)
         if trainer.state.global_step:
             trainer._save_optimizer_and_scheduler(str(unfinished))
             trainer._save_rng_state(str(unfinished))

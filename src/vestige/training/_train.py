@@ -4,6 +4,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ from vestige.training._store import (
     MEMBERSHIP,
     RECORD,
     RESULT_FILES,
+    CurrentStep,
     TrainingRun,
     checkpoint_folder,
     checkpoint_steps,
@@ -49,9 +51,12 @@ from vestige.training._store import (
     plan_steps,
     read_record,
     remove_after,
+    remove_step,
     write_record,
+    write_step,
 )
 
+_SECONDS_BETWEEN_NOTES = 2.0
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 _ELSEWHERE = (
     *("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "max_length", "chat"),
@@ -249,7 +254,7 @@ def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan
     last = done[-1] if done else 0
     remove_after(settings.out, last)
     with progress(plan.steps - last, "Training", unit="steps") as bar:
-        watcher = _Watcher(bar)
+        watcher = _Watcher(bar, settings.out, plan.steps - last)
         eval_size = max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max())))
         trainer = make_trainer(settings, loaded.tokenizer, model, Rows(data, plan.rows, plan.weights), plan, eval_size)
         trainer.add_callback(watcher)
@@ -264,6 +269,7 @@ def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan
         )
         trainer.train(resume_from_checkpoint=str(checkpoint_folder(settings.out, last)) if last else None)
     watcher.recorder.release()
+    remove_step(settings.out)
 
 
 def make_model(settings: TrainSettings, loaded: LoadedModel) -> nn.Module:
@@ -331,8 +337,10 @@ class _Watcher(TrainerCallback):
 
     recorder: Recorder
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
+    def __init__(self, bar: Progress, folder: Path, steps: int) -> None:
+        self._bar, self._folder, self._steps = bar, folder, steps
+        self._begun = self._written = time.monotonic()
+        self._done = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         ids, losses = self.recorder.last_step
@@ -342,6 +350,13 @@ class _Watcher(TrainerCallback):
                 "checkpoint is as it was. Lower --learning-rate, or check these examples."
             )
         self._bar.advance()
+        self._bar.note(f"loss {np.mean(losses):.3f}")
+        self._done += 1
+        now = time.monotonic()
+        if now - self._written >= _SECONDS_BETWEEN_NOTES and self._done < self._steps:
+            self._written = now
+            rate = self._done / (now - self._begun)
+            write_step(self._folder, CurrentStep(state.global_step, state.max_steps, float(np.mean(losses)), rate))
 
 
 def _announce(settings: TrainSettings, model: nn.Module, plan: Plan, examples: int) -> None:

@@ -245,7 +245,7 @@ def test_a_shard_that_another_process_finishes_during_the_preparation_stays_done
     work = work_of(tmp_path)
     monkeypatch.setattr("vestige.indexes._work.check_disk", lambda *_: marker.write_bytes(kept))
     assert prepare_index(work) == [2]
-    assert work.is_done(2)
+    assert work.pieces.is_done(2)
 
 
 def test_a_bad_example_is_named_and_earlier_shards_stay(tmp_path):

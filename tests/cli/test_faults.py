@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import index_words
 from tests.workshop import PAIRS, write_rows
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -244,10 +243,3 @@ def test_output_that_cannot_be_written(workshop):
 def test_closed_streams(workshop):
     assert shell(f"{ASK} >&- 2>&-").returncode == 0
     assert Path("run/run.json").exists()
-
-
-@pytest.mark.slow
-def test_an_environment_variable_that_is_no_number(workshop):
-    done = shell(" ".join(["vestige", *index_words(), "--out", "new"]), VESTIGE_STALE_SECONDS="abc")
-    assert done.returncode == 2
-    assert b"VESTIGE_STALE_SECONDS was 'abc', expected a number of seconds" in done.stderr

@@ -61,8 +61,9 @@ def test_tasks_killed_cancelled_and_warned_of_their_limit_leave_nothing_undone(o
     # One of those that wait is cancelled; of two that run, one dies by -9, the other hears that its limit is near.
     job = JobFolder.of(tmp_path, plan.name)
     slurm.ask(on_slurm, "scancel", f"{job.read_job()['jobs'][0]}_5")
-    _wait_for(lambda: len(_at_work(job)) == 2)
-    killed, warned = _at_work(job)
+    begun = []
+    _wait_for(lambda: begun.append(_at_work(job)) or len(begun[-1]) == 2)
+    killed, warned = begun[-1]
     os.kill(killed.pid, signal.SIGKILL)
     slurm.ask(on_slurm, "scancel", "--batch", "--signal=USR1", warned.job)
     _wait_for((tmp_path / "result.txt").exists, 120)

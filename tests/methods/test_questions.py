@@ -119,7 +119,7 @@ def test_the_terminal_keeps_turns_apart_and_shows_the_answer(place, tmp_path, ca
     main(["attribute", *words, "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
     assert "query emma: user: Who wrote Emma? | assistant: Jane Austen." in printed
-    assert SYSTEM not in printed
+    assert printed.count(SYSTEM) == 1
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["config"]["chat"] is None
     assert "12 of 12 rows" in record["asked"]

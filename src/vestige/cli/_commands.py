@@ -1,6 +1,7 @@
 """The commands that make something: an index, a run, an audit, models, a selection, an evaluation, data."""
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 from vestige.cli._results import describe_index
@@ -34,10 +35,11 @@ from vestige.settings import (
 from vestige.terminal import say, show
 
 if TYPE_CHECKING:
+    from vestige.data import Example, TokenizedData
     from vestige.runs import Audit, JudgementRecord, Scores
 
 SOMETHING_BAD = 1
-SHOWN_QUERIES, SHOWN_PROPONENTS, SHOWN = 10, 5, 8
+SHOWN_QUERIES, SHOWN_PROPONENTS, SHOWN, SHOWN_LETTERS = 10, 5, 8, 500
 """What fits on a screen; the run holds everything."""
 
 
@@ -105,9 +107,15 @@ def bank(settings: BankSettings) -> None:
 def attribute(settings: AttributeSettings) -> None:
     """Rank the training examples behind an answer.
 
-    Writes a run: scores of proponents and opponents of every query, their texts, and how far to trust them.
+    Writes a run: scores of proponents and opponents of every query, their texts, and how far to trust them. Answers and
+    ranking are printed as soon as they are known, and the run is on disk then; the rest is added to it. Stopped in
+    between, the same command adds what is missing.
     """
-    _show_scores(attribute.call(settings), settings, SHOWN_PROPONENTS)
+
+    def show_ranking(scores: "Scores") -> None:
+        _show_ranking(scores, settings, SHOWN_PROPONENTS)
+
+    _show_checks(attribute.call(settings, on_answers=_show_answers, on_ranking=show_ranking), settings)
 
 
 @command("untrac", UntracSettings, function="vestige.methods:untrac", order=80, sweepable=True, writes_once=True)
@@ -116,15 +124,55 @@ def untrac(settings: UntracSettings) -> None:
 
     Climbs the loss of one set of examples after another and measures whose loss rises too. The model stays as it is.
     """
-    _show_scores(untrac.call(settings), settings, SHOWN)
+    scores = untrac.call(settings)
+    _show_ranking(scores, settings, SHOWN)
+    _show_checks(scores, settings)
 
 
-def _show_scores(scores: "Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
-    """Print the first `examples` proponents of the first queries, the checks, and what the sign means."""
+def _show_answers(queries: "TokenizedData", generated: Sequence[bool]) -> None:
+    """Print the first queries with their answers, the model's own in full; a system prompt that all share, once."""
+    examples = queries.examples
+    all_turns = [_turns_of(example) for example in examples]
+    shared = len(all_turns) > 1 and len({turns[0] for turns in all_turns}) == 1 and min(map(len, all_turns)) > 1
+    if shared:
+        role, text = all_turns[0][0]
+        say(f"{role}, of all queries: {_indent(text)}\n")
+    for example, is_own, parts in list(zip(examples, generated, all_turns, strict=True))[:SHOWN_QUERIES]:
+        *turns, (role, answer) = parts[shared:]
+        lines = [f"{example.id}, answered by the model" if is_own else example.id]
+        lines += [f"  {role}: {_indent(_cut(text))}" for role, text in turns]
+        lines.append(f"  {role}: {_indent(answer if is_own else _cut(answer))}")
+        say("\n".join(lines) + "\n")
+    if len(examples) > SHOWN_QUERIES:
+        say(f"... and {len(examples) - SHOWN_QUERIES} more queries.\n")
+
+
+def _turns_of(example: "Example") -> tuple[tuple[str, str], ...]:
+    """Return the text of each role; for a query that is no conversation, the names of its columns stand for roles."""
+    if example.messages:
+        return tuple((turn.role, turn.content) for turn in example.messages)
+    parts = {"prompt": example.prompt, "completion": example.completion, "text": example.text}
+    return tuple((name, text) for name, text in parts.items() if text is not None) or (("tokens", example.display),)
+
+
+def _indent(text: str) -> str:
+    return "\n    ".join(text.splitlines())
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}…"
+
+
+def _show_ranking(scores: "Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
+    """Print the first `examples` proponents of the first queries."""
     for query in scores.queries[:SHOWN_QUERIES]:
         say(f"{scores.top(query, min(settings.k, examples))}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
+
+
+def _show_checks(scores: "Scores", settings: AttributeSettings | UntracSettings) -> None:
+    """Print the checks, and what the sign means."""
     for check in scores.run.trust.checks:
         say(f"[{check.verdict}] {check.name}: {check.reading}")
     say(f"Sign: {scores.meaning.sign}\nSee it with: vestige report {settings.out}")

@@ -236,6 +236,7 @@ def _describe_run(folder: Path, run: "RunRecord") -> str:
             f"  unit     {run.meaning.unit}",
             f"  took     {_costs(run)}",
             *([f"  left out    {left_out}"] if left_out else []),
+            *([f"  missing  {run.describe_missing()}"] if run.missing else []),
             f"  made by  {run.command} (Vestige {run.vestige}, {run.created})",
         ]
     )

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 from torch import Tensor
 
 from vestige.compress._mask import MaskPart
@@ -232,6 +231,8 @@ def _rank_correlation(split: _Split, mask: Float[Tensor, " entry"]) -> float:
     """Return the mean Spearman correlation of exact and masked products of the unseen queries with the examples."""
     with torch.no_grad():
         exact, masked = split.unseen @ split.examples.t(), (split.unseen * mask.square()) @ split.examples.t()
+    from scipy.stats import rankdata  # half a second, for training of a mask alone
+
     ranks = [torch.from_numpy(np.asarray(rankdata(one.cpu().numpy(), axis=1))) for one in (exact, masked)]
     return float(_pearson(*ranks))
 

@@ -20,7 +20,7 @@ from vestige.methods import METHODS, Method, attribute
 from vestige.models import LoadedModel
 from vestige.parsing import parse_json
 from vestige.progress import announce
-from vestige.runs import DenseFile, Scores, check_target, id_array, is_run, open_dense
+from vestige.runs import DenseFile, Scores, check_target, id_array, is_complete, is_run, open_dense
 from vestige.settings import QuestionSettings, ReadingSettings, ScoredSettings, Settings
 from vestige.storage import make_folder, sha256_of, write_durably
 
@@ -223,8 +223,10 @@ def keep_run(
             raise IndexMismatch(
                 f"{folder} was made with other settings or from other files; nothing was changed. Give another --out."
             )
+    else:
+        check_target(folder)
+    if is_complete(folder):
         return Scores.open(folder)
-    check_target(folder)
     make_folder(folder.parent)
     announce(f"Scoring with {arguments['method']}")
     write_durably(marker, [json.dumps(identity, indent=1).encode()])

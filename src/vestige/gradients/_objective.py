@@ -360,25 +360,38 @@ class Knowledge(NamedTuple):
         )
 
 
-def measure_knowledge(model: nn.Module, data: TokenizedData, token_budget: int) -> Knowledge | None:
+def measure_knowledge(
+    model: nn.Module, data: TokenizedData, token_budget: int, *, losses: Float[np.ndarray, "example"] | None = None
+) -> Knowledge | None:
     """Return the loss of the model and of guessing on the targets of `data`; None where there is no target.
 
     The frequencies that an example is guessed by are those of the other examples, smoothed towards equal chances by
     the number of distinct tokens (Witten and Bell 1991), so that a few rare tokens do not decide.
+
+    Args:
+        model: A causal language model.
+        data: Some examples.
+        token_budget: Most tokens of a batch.
+        losses: Sums of the model's losses over the targets of each example, where they are known.
     """
     counts = data.target_counts
     if not counts.any():
         return None
-    device, total = next(model.parameters()).device, 0.0
-    with torch.no_grad():
-        for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
-            losses = CausalLoss("sum").losses(model, make_batch(data, rows).to(device))
-            total += float(losses.double().sum())
+    total = _sum_losses(model, data, token_budget) if losses is None else float(losses.sum())
     targets = [np.asarray(ids)[np.asarray(mask)] for ids, mask in zip(data.input_ids, data.targets, strict=True)]
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     shape = getattr(getattr(embeddings, "weight", None), "shape", (0,))
     size = max(int(shape[0]), *(int(ids.max()) + 1 for ids in targets if len(ids)))
     return Knowledge(total / int(counts.sum()), math.log(size), _unigram_loss(targets, size))
+
+
+def _sum_losses(model: nn.Module, data: TokenizedData, token_budget: int) -> float:
+    device, total = next(model.parameters()).device, 0.0
+    with torch.no_grad():
+        for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
+            losses = CausalLoss("sum").losses(model, make_batch(data, rows).to(device))
+            total += float(losses.double().sum())
+    return total
 
 
 def _unigram_loss(targets: list[np.ndarray], size: int) -> float:

@@ -44,8 +44,9 @@ def require_independence(loaded: LoadedModel, data: TokenizedData, token_budget:
     pair = longest_and_shortest(data, batch_sharing(loaded.model), token_budget)
     if not pair:
         return
-    together = _losses(loaded, data, pair)
-    alone = torch.cat([_losses(loaded, data, [row]) for row in pair])
+    objective = CausalLoss()
+    together = _losses(loaded, objective, data, pair)
+    alone = torch.cat([_losses(loaded, objective, data, [row]) for row in pair])
     counts = torch.from_numpy(np.asarray(data.target_counts)[pair])
     formats = {one.dtype for one in loaded.model.parameters() if one.dtype in _TOLERANCE}
     tolerance = max((_TOLERANCE[one] for one in formats), default=_TOLERANCE[torch.bfloat16])
@@ -61,10 +62,12 @@ def require_independence(loaded: LoadedModel, data: TokenizedData, token_budget:
         )
 
 
-def _losses(loaded: LoadedModel, data: TokenizedData, rows: list[int]) -> Float[Tensor, "example"]:
+def _losses(
+    loaded: LoadedModel, objective: CausalLoss, data: TokenizedData, rows: list[int]
+) -> Float[Tensor, "example"]:
     with torch.no_grad():
         batch = make_batch(data, rows).to(next(loaded.model.parameters()).device)
-        return CausalLoss().losses(loaded.model, batch).double().cpu()
+        return objective.losses(loaded.model, batch).double().cpu()
 
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384

@@ -179,6 +179,7 @@ _OURS = (
     *(f"shards/[0-9]*.{kind}" for kind in ("safetensors", "json")),
     "examples/[0-9]*.parquet",
     *(f"curvature/{name}" for name in ("fisher-*", "kfac-*", "ekfac-*", PROFILE_FILE)),
+    "checks",
     PROFILE_FILE,
     *_BEGUN,
 )

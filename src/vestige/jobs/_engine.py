@@ -56,8 +56,10 @@ class Work:
 class Worker:
     """One process's work on a job; use it as a context, which closes what the pieces opened."""
 
-    def __init__(self, work: Work, meter: Meter, *, log: bool = False) -> None:
-        self.todo, self._meter, self._log = work, meter, log
+    def __init__(self, work: Work, advance: Callable[[int], None] | None = None) -> None:
+        """Make the worker of a process; it prints what it does unless `advance` moves a progress bar."""
+        self.todo, self._log = work, advance is None
+        self._meter = Meter(advance or (lambda _: None))
         self._stack = ExitStack()
         self._compute: Compute | None = None
         self.last_error: Exception | None = None
@@ -87,18 +89,16 @@ class Worker:
             piece = left.popleft()
             if done(piece):
                 self._meter.piece(self.todo.pieces.weights[piece])
-            elif not self._is_given_up(piece):
-                self.compute(piece)
-                if not done(piece):
-                    left.append(piece)
+            elif not self._is_given_up(piece) and not self.compute(piece):
+                left.append(piece)
 
     def _is_given_up(self, piece: int) -> bool:
         """Return whether the piece was tried often enough; the disk may not have taken what failed here."""
         tried = self.failed[piece].attempts if piece in self.failed else 0
         return tried > self.todo.settings.retries or self.todo.is_over(piece)
 
-    def compute(self, piece: int) -> None:
-        """Compute a piece once; note it if that fails.
+    def compute(self, piece: int) -> bool:
+        """Compute a piece once; note it if that fails, and return whether it did not.
 
         Raises:
             UserError: One that no retry can fix.
@@ -114,7 +114,7 @@ class Worker:
                 compute(piece)
         except Exception as error:
             self._fail(piece, error)
-            return
+            return False
         except BaseException as error:
             self._leave()
             if isinstance(error, Stopped):
@@ -127,6 +127,7 @@ class Worker:
         self._meter.piece(pieces.weights[piece])
         self.computed.append(piece)
         self._print(f"piece {piece}: done in {seconds:.1f} s")
+        return True
 
     def _leave(self) -> None:
         self._meter.undo()
@@ -163,8 +164,7 @@ class Engine(ABC):
     """Runs a command of Vestige as several workers, each of which computes its share when it comes to the pieces.
 
     An engine decides nothing about the work: a piece is done when its marker is there, and a worker may die, come twice
-    or never. It is registered as an entry point of `vestige.engines`, under the name that `--engine`
-    takes.
+    or never. It is registered as an entry point of `vestige.engines`, under the name that `--engine` takes.
     """
 
     @abstractmethod
@@ -221,13 +221,12 @@ def watch_markers(work: Work, tick: Callable[[], bool], pause: float = POLL_SECO
     """Show progress until every missing piece is done or given up, one fails for good, or `tick` returns False."""
     left, among = list(work.missing), set(work.missing)
     with progress(work.units(), work.pieces.name, work.pieces.unit) as bar:
-        meter = Meter(bar.advance)
         while True:
             check_stop()
-            began, goes_on = time.perf_counter(), tick()
+            goes_on, began = tick(), time.perf_counter()
             done = {piece for piece in left if work.pieces.is_done(piece)}
             for piece in done:
-                meter.piece(work.pieces.weights[piece])
+                bar.advance(round(work.pieces.weights[piece]))
             left = [piece for piece in left if piece not in done]
             is_fatal = any(failure.fatal and failure.piece in among for failure in work.job.failures())
             if not goes_on or is_fatal or all(map(work.is_over, left)):

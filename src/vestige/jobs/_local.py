@@ -102,7 +102,7 @@ class _ProcessPool:
         if self._shares:
             Path(self._shares).unlink(missing_ok=True)
 
-    def _record_crash(self, dead: subprocess.Popen[bytes], log: Path) -> bool:
+    def _record_crash(self, dead: "subprocess.Popen[bytes]", log: Path) -> bool:
         """Count a death against the piece that the worker had begun, for that may be what killed it."""
         journal = self._work.job.read_journal(dead.pid)
         piece = journal.at_work
@@ -113,7 +113,7 @@ class _ProcessPool:
             self._work.job.record_failure(piece, f"its worker died ({_cause(dead.returncode)})", log=str(log))
         return True
 
-    def _count_early_death(self, dead: subprocess.Popen[bytes], log: Path) -> None:
+    def _count_early_death(self, dead: "subprocess.Popen[bytes]", log: Path) -> None:
         # On a full disk a worker can neither note why it ended nor say it in its log.
         self._work.job.require_space()
         self._early_deaths += 1

@@ -17,7 +17,7 @@ from vestige.jobs._engine import ENGINES, Work, Worker, end_well, raise_failures
 from vestige.jobs._pieces import Compute, Pieces, Result
 from vestige.jobs._record import JobFolder, ranges
 from vestige.jobs._role import POLL_SECONDS, Role, this_role
-from vestige.jobs._steps import Meter, Stopped, check_stop, phase, stop_signal, stopping_at_steps
+from vestige.jobs._steps import Stopped, check_stop, phase, stop_signal, stopping_at_steps
 from vestige.jobs._worker import WORKER, is_alive, this_worker
 from vestige.progress import announce, progress
 from vestige.settings import LaunchSettings
@@ -127,7 +127,7 @@ def _work_here(work: Work) -> None:
     def compute() -> None:
         with (
             progress(work.units(), work.pieces.name, work.pieces.unit) as bar,
-            Worker(work, Meter(bar.advance)) as worker,
+            Worker(work, bar.advance) as worker,
         ):
             workers.append(worker)
             worker.work(work.missing)
@@ -155,7 +155,7 @@ def _work_as_rank(work: Work, role: Role) -> None:
 
 def _serve(work: Work, role: Role) -> NoReturn:
     """Compute the share of one of several workers, and end the process: with 128 + the signal that stopped it, or 0."""
-    worker = Worker(work, Meter(lambda _: None), log=True)
+    worker = Worker(work)
     try:
         with stopping_at_steps(role.parent), worker:
             listed = json.loads(Path(role.shares).read_bytes()) if role.shares else range(work.pieces.count)

@@ -12,12 +12,12 @@ from jaxtyping import Bool, Int
 from vestige.banks import Bank
 from vestige.data import describe_copies
 from vestige.errors import DataError
-from vestige.jobs import Tensors
 from vestige.measures._attack import Attack, Interval, Rate, attack, blind_attack, share
 from vestige.measures._forward import TOTAL_LOSS, run_passes
 from vestige.measures._job import AuditJob, Mask, Numbers
 from vestige.measures._losses import margin
 from vestige.measures._measure import BankValues, Column, Losses, Measure
+from vestige.measures._pieces import Tensors
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth
 
 BLIND = "blind"

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from vestige.errors import DataError
-from vestige.jobs import Tensors
 from vestige.measures._job import AuditJob, is_adapter
 from vestige.measures._measure import measure
-from vestige.measures._pieces import piece_files, run_audit_pieces
+from vestige.measures._pieces import Tensors, piece_files, run_audit_pieces
 
 SMALL_MODEL = 30_000_000
 """Weights of a whole model whose norms are taken without being requested."""

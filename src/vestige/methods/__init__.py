@@ -11,11 +11,7 @@ from vestige.methods._activations import (
     tap_modules as tap_modules,
     taps_of as taps_of,
 )
-from vestige.methods._attribute import (
-    attribute as attribute,
-    split_over_components as split_over_components,
-    split_over_tokens as split_over_tokens,
-)
+from vestige.methods._attribute import attribute as attribute
 from vestige.methods._bm25 import (
     Bm25 as Bm25,
     example_words as example_words,
@@ -38,6 +34,10 @@ from vestige.methods._gradient_method import (
 from vestige.methods._influence import Influence as Influence
 from vestige.methods._job import compute_losses as compute_losses, open_job as open_job
 from vestige.methods._less import Less as Less
+from vestige.methods._parts import (
+    split_over_components as split_over_components,
+    split_over_tokens as split_over_tokens,
+)
 from vestige.methods._preconditioned import (
     Arnoldi as Arnoldi,
     ConjugateGradient as ConjugateGradient,

@@ -1,138 +1,207 @@
 """`vestige attribute`: from a question to the training examples behind its answer, as a run on disk."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-
-from vestige.data import Batch
-from vestige.distributed import FSDP, broadcast_from_rank0
-from vestige.errors import SpecError
-from vestige.gradients import token_losses
+from vestige.distributed import FSDP, broadcast_from_rank0, is_rank0
+from vestige.errors import IndexMismatch, SpecError
 from vestige.indexes import batch_tokens
-from vestige.jobs import follow, is_follower, is_worker, profile, write_profile
-from vestige.methods._gradient_method import GradientMethod, Prepared
-from vestige.methods._job import compute_losses, open_job, read_batches
-from vestige.methods._plan import compute_self_scores, summarise
+from vestige.jobs import PROFILE_FILE, follow, is_follower, is_worker, profile, this_role, write_profile
+from vestige.methods._gradient_method import GradientMethod
+from vestige.methods._job import OnAnswers, compute_losses, open_job
+from vestige.methods._parts import StoredRun, requested_parts, split_over_components
+from vestige.methods._plan import compute_self_scores, digest, settings_key, summarise
 from vestige.methods._protocol import METHODS, Job, Method, get_method
-from vestige.methods._randomise import run_checks
 from vestige.methods._sweep import Member, sweep
 from vestige.methods._trust import describe_memorized, find_memorized, run_free_checks
-from vestige.models import Selection, parameter_view
-from vestige.progress import announce, progress
+from vestige.models import Selection
+from vestige.progress import announce
 from vestige.runs import (
     RECORD_FILE,
     Check,
     CheckpointRecord,
-    ComponentScores,
     CoverageRecord,
+    RankedScore,
     RunRecord,
     RunTables,
     Scores,
     SkippedRecord,
-    TokenScores,
+    add_part,
     check_target,
     describe_model,
+    find_unfinished,
+    is_complete,
     make_run_record,
+    read_ranked,
+    read_record,
+    read_run_table,
     write_run,
 )
-from vestige.settings import AttributeSettings, with_settings
-from vestige.storage import partial_folder, remove_partial
+from vestige.settings import AttributeSettings, LaunchSettings, with_settings
+from vestige.storage import partial_folder, remove_partial, sha256_of
 
-Pairs = Sequence[tuple[int, int]]
-"""(query, row) of every listed score."""
+_POLL_SECONDS = 0.2
 
 
 @with_settings(AttributeSettings)
-def attribute(settings: AttributeSettings) -> Scores:
+def attribute(
+    settings: AttributeSettings,
+    on_answers: OnAnswers | None = None,
+    on_ranking: Callable[[Scores], None] | None = None,
+) -> Scores:
     """Rank the training examples behind an answer, with what the scores mean and how far to trust them.
+
+    The run is on disk once the ranking is known; scores of components and tokens, self-influence and the trust checks
+    are added to it one after another. Stopped in between, it says what it lacks, and the same call adds that.
+
+    Args:
+        settings: What to do.
+        on_answers: Called with the queries, and whether each answer is the model's own, once they have answers.
+        on_ranking: Called with the run once it is on disk with its ranking.
 
     Raises:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
     started = time.perf_counter()
-    # A worker never gets --overwrite: the process that a person started was, and writes the run.
-    broadcast_from_rank0(
-        lambda: check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower())
-    )
+    begun = broadcast_from_rank0(lambda: _find_begun(settings))
     method = _find_method(settings)
     if is_follower():
         follow(settings.out / RECORD_FILE, lambda: _score_elsewhere(settings, method))
+        while not is_complete(settings.out):
+            time.sleep(_POLL_SECONDS)
         return Scores.open(settings.out)
-    with profile(settings.profile) as measured, open_job(settings, method) as job:
-        members, own_scores, stability = _score(job, method)
-        main = members[0]
-        losses = _query_losses(job)
-        if losses is not None and (certain := find_memorized(job.queries, losses, settings.loss)):
-            announce(describe_memorized(certain, len(job.queries)))
-        tables = _make_tables(main, losses)._replace(self_scores=own_scores)
-        if settings.tokens:
-            tables = tables._replace(tokens=split_over_tokens(main.job, main.method, _pairs(main)))
-        checks = run_checks(main.job, main.method, main.summary.ranked, losses) if settings.trust else []
-        record = _make_record(settings, main, [*checks, *stability], time.perf_counter() - started)
-        others = [_write_beside(settings, member, losses, started) for member in members[1:]]
+    if _is_plain_worker():
+        # It ends in the job that it is for; met that nowhere, it is done already.
+        _score_elsewhere(settings, method)
+        raise SystemExit(0)
+    with profile(settings.profile) as measured, open_job(settings, method, on_answers) as job:
+        run = _begin(settings, job, method, started) if begun is None else _take_up(job, method, begun, started)
+        if on_ranking is not None and is_rank0():
+            on_ranking(Scores.open(settings.out))
+        run.add_missing()
 
-    def add(run: Path) -> None:
-        for folder in others:
-            folder.rename(run / folder.name)
-        write_profile(measured, run)
-
-    def write() -> None:
-        write_run(settings.out, record, tables, overwrite=settings.overwrite, add=add)
+    def finish() -> None:
+        if measured is not None:
+            write_profile(measured, settings.out)
+            digests = {**run.record.files, PROFILE_FILE: sha256_of(settings.out / PROFILE_FILE)}
+            add_part(settings.out, run.record, "", files=digests)
         remove_partial(settings.out)
 
-    broadcast_from_rank0(write)
+    broadcast_from_rank0(finish)
     return Scores.open(settings.out)
 
 
-def _score(job: Job, method: Method) -> tuple[list[Member], np.ndarray | None, list[Check]]:
-    """Do everything that is done in pieces, which several processes share.
+def _find_begun(settings: AttributeSettings) -> RunRecord | None:
+    """Return the record of the run to which parts are to be added, None where one is to be begun.
 
-    Returns:
-        The scores, at each damping, the run's own first; self-influence; and the check that compares the dampings.
+    Raises:
+        IndexMismatch: A run is there that is complete, or was begun with other settings.
     """
+    # A worker never gets --overwrite: the process that a person started was, and writes the run.
+    elsewhere = _is_plain_worker() or is_follower()
+    if not (settings.overwrite or elsewhere):
+        ignored = {*LaunchSettings.model_fields, "out", "overwrite", "profile"}
+        if (begun := find_unfinished(settings.out, settings.record(), ignored=ignored)) is not None:
+            return begun
+    check_target(settings.out, overwrite=settings.overwrite or elsewhere or is_worker())
+    return None
+
+
+def _is_plain_worker() -> bool:
+    """Return whether this process computes pieces alone; one that takes their result writes the run."""
+    return this_role().kind == "worker"
+
+
+def _begin(settings: AttributeSettings, job: Job, method: Method, started: float) -> StoredRun:
+    """Rank the training examples, and write the run without the parts that are added to it."""
+    members, checks = _score(job, method)
+    main = members[0]
+    losses = _query_losses(main.job, main.method)
+    if losses is not None and (certain := find_memorized(job.queries, losses, settings.loss)):
+        announce(describe_memorized(certain, len(job.queries)))
+    tables = _make_tables(main.job, main.summary.ranked, losses)
+    others = [_write_beside(settings, member, losses, started) for member in members[1:]]
+    now = time.perf_counter()
+    record = _make_record(
+        settings,
+        main,
+        checks,
+        now - started,
+        missing=requested_parts(settings, method),
+        inputs=_digest_inputs(job),
+    )
+
+    def move_others(run: Path) -> None:
+        for folder in others:
+            folder.rename(run / folder.name)
+
+    def write() -> RunRecord:
+        dense = tables._replace(dense=main.summary.dense)
+        return read_record(
+            write_run(settings.out, record, dense, overwrite=settings.overwrite, add=move_others), checked=False
+        )
+
+    return StoredRun(main.job, main.method, tables, broadcast_from_rank0(write), now)
+
+
+def _take_up(job: Job, method: Method, begun: RunRecord, started: float) -> StoredRun:
+    """Return a run that lacks parts, as it is on disk.
+
+    Raises:
+        IndexMismatch: What it was made from has changed.
+    """
+    if begun.inputs != _digest_inputs(job):
+        raise IndexMismatch(
+            f"{job.settings.out} lacks parts, and the model, its answers, the data, the index or Vestige's version is "
+            "another than when it was begun; nothing was changed. Bring it back, give another --out, or type "
+            "--overwrite."
+        )
+    if job.settings.swept:
+        # Which of the dampings the run is at depends on those at which the curvature could be inverted.
+        job, method, _ = sweep(job, cast(GradientMethod, method))[0][0]
+
+    def read() -> tuple[list[RankedScore], list[float] | None]:
+        losses = read_run_table(job.settings.out, "queries").sort_by("row")["loss"].to_pylist()
+        ids = [query.id for query in job.queries.examples]
+        return read_ranked(job.settings.out, ids), None if job.loaded is None else losses
+
+    announce(f"{job.settings.out} holds the ranking. Only what is missing is computed.")
+    return StoredRun(job, method, _make_tables(job, *broadcast_from_rank0(read)), begun, started)
+
+
+def _digest_inputs(job: Job) -> str:
+    """Return a digest of what every part of the run is made from, beside the settings."""
+    indexes = [job.index, *(each.index for each in job.checkpoints)]
+    return digest(
+        settings_key(job),
+        job.train.fingerprint,
+        job.loaded.fingerprint if job.loaded is not None else None,
+        [index.fingerprint for index in indexes if index is not None],
+    )
+
+
+def _score(job: Job, method: Method) -> tuple[list[Member], list[Check]]:
+    """Return the scores, at each damping, the run's own first; and the check that compares the dampings."""
     if job.settings.swept:
         members, check = sweep(job, cast(GradientMethod, method))
-        checks = [check]
-    else:
-        members, checks = [Member(job, method, summarise(job, method))], []
-    main = members[0]
-    own_scores = compute_self_scores(main.job, main.method) if job.settings.self_influence else None
-    return members, own_scores, checks
+        return members, [check]
+    return [Member(job, method, summarise(job, method))], []
 
 
 def _score_elsewhere(settings: AttributeSettings, method: Method) -> None:
-    """Compute pieces for the process that writes the run."""
+    """Compute pieces for the process that writes the run: everything that is done in pieces."""
     with open_job(settings, method) as job:
-        _score(job, method)
+        main = _score(job, method)[0][0]
+        if settings.self_influence:
+            compute_self_scores(main.job, main.method)
 
 
-def _pairs(member: Member) -> list[tuple[int, int]]:
-    return [(entry.query, entry.row) for entry in member.summary.ranked]
-
-
-def _make_tables(member: Member, losses: list[float] | None) -> RunTables:
-    job = member.job
-    return RunTables(
-        train=job.train,
-        queries=job.queries,
-        ranked=member.summary.ranked,
-        generated=job.generated,
-        losses=losses,
-        tokenizer=job.loaded.tokenizer if job.loaded is not None else None,
-        components=split_over_components(job, member.method, _pairs(member)),
-        dense=member.summary.dense,
-    )
+def _make_tables(job: Job, ranked: Sequence[RankedScore], losses: list[float] | None) -> RunTables:
+    tokenizer = job.loaded.tokenizer if job.loaded is not None else None
+    return RunTables(job.train, job.queries, ranked, job.generated, losses, tokenizer)
 
 
 def _write_beside(settings: AttributeSettings, member: Member, losses: list[float] | None, started: float) -> Path:
@@ -145,12 +214,17 @@ def _write_beside(settings: AttributeSettings, member: Member, losses: list[floa
     name = f"damping-{damping!r}".removesuffix(".0")
     own = {"damping": damping, "out": settings.out / name, "tokens": False, "self_influence": False}
     checks = run_free_checks(job, method, summary.ranked, losses=losses) if settings.trust else []
-    tables = _make_tables(member, losses)
+    pairs = [(entry.query, entry.row) for entry in summary.ranked]
+    tables = _make_tables(job, summary.ranked, losses)._replace(
+        components=split_over_components(job, method, pairs), dense=summary.dense
+    )
     record = _make_record(settings.model_copy(update=own), member, checks, time.perf_counter() - started)
     return broadcast_from_rank0(partial(write_run, partial_folder(settings.out) / name, record, tables, overwrite=True))
 
 
-def _make_record(settings: AttributeSettings, member: Member, checks: list[Check], seconds: float) -> RunRecord:
+def _make_record(
+    settings: AttributeSettings, member: Member, checks: list[Check], seconds: float, **more: Any
+) -> RunRecord:
     job, method, summary = member
     checkpoints = [
         CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)
@@ -172,6 +246,7 @@ def _make_record(settings: AttributeSettings, member: Member, checks: list[Check
         asked=job.asked,
         left_out=[job.train.examples[row].id for row in job.skipped],
         checkpoints=checkpoints,
+        **more,
     )
 
 
@@ -245,84 +320,11 @@ def _require_outputs(settings: AttributeSettings, method: Method) -> None:
         )
 
 
-def _query_losses(job: Job) -> list[float] | None:
+def _query_losses(job: Job, method: Method) -> list[float] | None:
     """Return the loss of every query, None without a model."""
     if job.loaded is None:
         return None
+    if method.works_in_pieces and (known := cast(GradientMethod, method).measured_losses(job)) is not None:
+        return known
     budget = batch_tokens(job.settings, job.loaded)
     return compute_losses(job.loaded.model, job.queries, job.settings.loss, budget).tolist()
-
-
-def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[ComponentScores] | None:
-    """Return the score of every pair, split over components; None for a method that has none."""
-    if not method.splits_components:
-        return None
-    distinct = sorted(set(pairs))
-    queries, rows = torch.tensor([pair[0] for pair in distinct]), torch.tensor([pair[1] for pair in distinct])
-    block = method.components(job, queries, rows)
-    scores = block.scores.double().cpu().numpy()
-    return [ComponentScores(query, row, part) for (query, row), part in zip(distinct, scores, strict=True)]
-
-
-def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScores]:
-    """Return the score of every pair, split over the tokens of the example: the effect of learning to predict each.
-
-    An example's loss is a sum over its target tokens, so its gradient and every score that is linear in it are too.
-    With v the vector whose inner product with the gradient is the score, the share of token t is `<v, grad loss_t>`:
-    the derivative of that token's loss along v. Forward-mode differentiation gives it for all tokens at once.
-    """
-    prepared, distinct = cast(GradientMethod, method).prepare(job), sorted(set(pairs))
-    found: list[TokenScores] = []
-    with progress(len(distinct), "Token scores", unit="pairs") as bar:
-        for query in range(len(job.queries)):
-            rows = [row for number, row in distinct if number == query]
-            found += _split_query(job, prepared, query, rows)
-            bar.advance(len(rows))
-    return found
-
-
-def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
-    """Yield the scores of a query for some rows, split over tokens."""
-    loaded, data = job.model_for(job.settings.method), job.train
-    model = loaded.model
-    device = next(model.parameters()).device
-    tangents: dict[str, Tensor] = {}
-    for component, matrix in zip(job.components, prepared.direction(query), strict=True):
-        parameter = model.get_parameter(component.parameter)
-        tangent = tangents.setdefault(component.parameter, torch.zeros_like(parameter))
-        parameter_view(model, component, tangent).copy_(matrix.to(device))
-    norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
-    wanted = np.asarray(rows, dtype=np.int64)
-    for positions, batch in read_batches(model, data, batch_tokens(job.settings, loaded), wanted):
-        derivatives = _derivatives(model, tangents, batch).double().cpu().numpy()
-        for row, values in zip(wanted[positions].tolist(), derivatives, strict=True):
-            count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1
-            yield TokenScores(query, row, values[: len(data.input_ids[row])] / count / (norms[row] or 1.0))
-
-
-def _derivatives(model: nn.Module, tangents: dict[str, Tensor], batch: Batch) -> Float[Tensor, "example token"]:
-    """Compute the derivative of every token's loss along the tangents."""
-    parameters = dict(model.named_parameters())
-    primals = {name: parameters[name].detach() for name in tangents}
-
-    def losses(values: dict[str, Tensor]) -> Tensor:
-        return token_losses(lambda **inputs: functional_call(model, values, (), inputs), batch)
-
-    # Only the composed attention has a forward-mode derivative.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _UntrainedRows():
-        return torch.func.jvp(losses, (primals,), (tangents,))[1]
-
-
-class _UntrainedRows(TorchFunctionMode):
-    """The row `padding_idx` of an embedding is never trained, so its look-up has no derivative either."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is not torch.nn.functional.embedding:
-            return output
-        ids, weight, *rest = args
-        padding = rest[0] if rest else (kwargs or {}).get("padding_idx")
-        if padding is None:
-            return output
-        untrained = unpack_dual(weight).primal[padding]
-        return torch.where((ids == padding)[..., None], untrained, output)

@@ -139,6 +139,12 @@ class GradientMethod(Method):
             self._prepared = self.vectors(job)
         return self._prepared
 
+    def measured_losses(self, job: Job) -> list[float] | None:
+        """Return the losses of the queries, where making the vectors has measured them in this process."""
+        if self._prepared is None or self._prepared.job is not job or self._prepared.store.query_losses is None:
+            return None
+        return self._prepared.store.query_losses.double().tolist()
+
     def use(self, prepared: Prepared, note: str) -> Self:
         """Return the method for a job whose vectors are there already, with a note on the normalisation of scores."""
         method = copy(self)

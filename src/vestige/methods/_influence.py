@@ -107,6 +107,7 @@ class Influence(GradientMethod):
 
         def at(damping: float) -> Prepared:
             transform, store = partial(precondition, damping=damping), self._store(job, fisher, damping)
+            store.query_losses = plain.query_losses
             return Prepared(job, store, transform(gradients), transform, self.relative != "none")
 
         return at

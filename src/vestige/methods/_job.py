@@ -1,6 +1,6 @@
 """From settings to a job: the model, the training data and the queries, tokenised alike."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from vestige.data import (
     tokenize,
     tokenize_stored,
 )
-from vestige.distributed import broadcast_from_rank0
+from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.gradients import CausalLoss, Reduction
 from vestige.indexes import (
@@ -53,9 +53,19 @@ EXACT_SHARE = 0.4
 """Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
 
 
+OnAnswers = Callable[[TokenizedData, Sequence[bool]], None]
+"""Takes the queries, and whether each answer is the model's own."""
+
+
 @contextmanager
-def open_job(settings: AttributeSettings, method: Method) -> Iterator[Job]:
-    """Open the job; a temporary index lives as long as the context."""
+def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers | None = None) -> Iterator[Job]:
+    """Open the job; a temporary index lives as long as the context.
+
+    Args:
+        settings: Of the run.
+        method: What scores.
+        on_answers: Called as soon as the queries have their answers.
+    """
     checkpoints: tuple[Checkpoint, ...] = ()
     if method.weighting is not None:
         checkpoints = find_checkpoints(settings, method.weighting)
@@ -80,6 +90,9 @@ def open_job(settings: AttributeSettings, method: Method) -> Iterator[Job]:
         queries, generated, asked = read_queries(
             settings, loaded, given, train.examples, chat=typed, name=name, answer=settings.answer
         )
+    if on_answers is not None and is_rank0():
+        on_answers(queries, generated)
+    if loaded is not None:
         require_independence(loaded, queries, batch_tokens(settings, loaded))
     job = Job(train, queries, settings, loaded, selection, index, checkpoints, (), False, asked, tuple(generated))
     # A method that works on whole gradients refuses by itself what does not fit.

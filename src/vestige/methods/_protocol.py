@@ -204,6 +204,8 @@ class GradientStore(ABC):
 
     device: torch.device
     """Where the vectors are multiplied with the gradients."""
+    query_losses: Float[Tensor, "query"] | None = None
+    """Losses of the queries, where `of_queries` has just measured them along with their gradients."""
 
     @property
     @abstractmethod

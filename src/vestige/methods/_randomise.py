@@ -1,16 +1,17 @@
 """Does the ranking depend on what the model learned? The same method on the same model without its knowledge."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
+from typing import cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from vestige.compress import parse_spec
@@ -29,36 +30,88 @@ from vestige.indexes import (
     prepare_index,
 )
 from vestige.jobs import run_pieces
+from vestige.methods._gradient_method import GradientMethod
+from vestige.methods._plan import digest
 from vestige.methods._protocol import Job, Method, get_method
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.methods._weights import randomise
-from vestige.progress import quiet
+from vestige.progress import progress, quiet
 from vestige.runs import Check, RankedScore, sample_rows
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
 
-ROWS = 64
-"""Training rows scored twice: the standard error of a rank correlation is then 1/8."""
+ROWS = 16
+"""Training rows that are compared. A ranking that needs no learning correlates near 1 on any number of them; one that
+has nothing to do with it has a standard error of 1/4 there, so that it passes 0.5 once in forty times."""
 
-QUERIES, FEWEST_ROWS = 4, 8
+QUERIES, FEWEST_ROWS = 2, 8
+CHECKS = "checks"
+"""Folder in an index that keeps the gradients of these rows under random weights: they depend on the index alone."""
 
 CORRELATION_WARNS = 0.5
 """Above it, more than a quarter of the ranks' variance is explained without any learned weight. Some agreement is
 expected of any method: length and shared tokens shape gradients whatever the weights are."""
+
+_STEPS = 4
+"""The free checks, what the model knows, scores under its own weights and under random ones."""
 
 CORRELATION_NAME = "randomised-model correlation"
 
 
 def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: Sequence[float] | None) -> list[Check]:
     """Run the check on randomised weights, where the method runs a model, and the free checks."""
-    checks = run_free_checks(job, method, ranked, losses=losses)
     if job.loaded is None or not method.needs_model:
+        checks = run_free_checks(job, method, ranked, losses=losses)
         return [make_check(CORRELATION_NAME, None, "The method does not use the model's weights."), *checks]
-    model, rows = job.loaded.model, np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)
-    score = partial(score_sample, job, rows, np.arange(min(len(job.queries), QUERIES)))
-    known = measure_knowledge(model, job.train.subset(rows), batch_tokens(job.settings, job.loaded))
-    correlation = check_randomised(model, score, len(rows), knowledge=known, seed=job.settings.seed)
+    rows = np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)
+    queries = sample_rows(len(job.queries), QUERIES)
+    with progress(_STEPS, "Trust checks", unit="steps") as bar:
+        checks = run_free_checks(job, method, ranked, losses=losses)
+        bar.advance()
+        known = _measure_knowledge(job, rows)
+        bar.advance()
+
+        def score(*, randomised: bool = False) -> Float[Tensor, "query row"]:
+            with quiet():
+                found = (_score_noise if randomised else _score_learned)(job, method, rows, queries)
+            bar.advance()
+            return found
+
+        correlation = check_randomised(job.loaded.model, score, len(rows), knowledge=known, seed=job.settings.seed)
+    about = (
+        f" Measured on {len(rows)} of {len(job.train):,} examples and {len(queries)} of {len(job.queries):,} queries."
+    )
+    correlation = correlation.model_copy(update={"reading": correlation.reading + about})
     return [correlation, *([] if known is None else [check_knowledge(known)]), *checks]
+
+
+def _measure_knowledge(job: Job, rows: Int[np.ndarray, "row"]) -> Knowledge | None:
+    """Return what the model knows of some training rows, from the losses that an index stores where there is one."""
+    loaded, data = job.model_for(job.settings.method), job.train.subset(rows)
+    index = job.index or (job.checkpoints[-1].index if job.checkpoints else None)
+    # Of an imported one no losses were published.
+    if index is None or index.manifest.imported is not None:
+        return measure_knowledge(loaded.model, data, batch_tokens(job.settings, loaded))
+    losses = index.losses_and_norms()[0].double().numpy()[rows]
+    if job.settings.loss == "mean":
+        losses = losses * data.target_counts
+    return measure_knowledge(loaded.model, data, batch_tokens(job.settings, loaded), losses=losses)
+
+
+def _score_learned(
+    job: Job, method: Method, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
+) -> Float[Tensor, "query row"]:
+    """Return the run's own scores of some rows; of a method without query vectors, those of `score_sample`."""
+    if not method.works_in_pieces:
+        return score_sample(job, rows, queries)
+    scores = cast(GradientMethod, method).prepare(job).components(rows.tolist()).sum(0)
+    return scores[torch.from_numpy(queries).to(scores.device)].cpu()
+
+
+def _score_noise(
+    job: Job, _: Method, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
+) -> Float[Tensor, "query row"]:
+    return score_sample(job, rows, queries, randomised=True)
 
 
 def check_randomised(
@@ -114,6 +167,8 @@ def _judge_correlations(known: Sequence[float]) -> Check:
 
 
 def _spearman(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float | None:
+    from scipy.stats import rankdata  # half a second, which the first answer does not wait for
+
     # A constant side has no ranks to correlate.
     if np.ptp(one) == 0 or np.ptp(other) == 0 or not (np.isfinite(one).all() and np.isfinite(other).all()):
         return None
@@ -126,7 +181,8 @@ def score_sample(
     """Return the scores of `rows` for `queries` by the job's method, as if these rows were all its training data.
 
     Index, curvature, projections and query vectors are made again from the model as it is: what was measured on other
-    weights would carry their knowledge into the scores. Of several checkpoints the last one counts alone.
+    weights would carry their knowledge into the scores. The gradients under random weights are kept in the index that
+    they imitate. Of several checkpoints the last one counts alone.
 
     Args:
         job: The question of the run.
@@ -148,18 +204,32 @@ def score_sample(
     scores = torch.zeros(len(queries), len(rows), dtype=torch.float64)
     with quiet(), _use_folder(folder):
         if job.index is not None and not method.needs_exact:
-            small = replace(small, index=_build_index(small, job.index, folder / "index"))
+            small = replace(small, index=_index_sample(small, job.index, rows, folder / "index"))
         if job.checkpoints:
             last = job.checkpoints[-1]
-            stored = None if last.index is None else _build_index(small, last.index, folder / "index")
+            stored = last.index and _index_sample(small, last.index, rows, folder / "index")
             small = replace(small, checkpoints=(replace(last, index=stored, weight=1.0),))
         for block in method.blocks(small):
             scores[:, block.rows] = block.scores.double().cpu()
     return scores
 
 
+def _index_sample(job: Job, like: Index, rows: Int[np.ndarray, "row"], folder: Path) -> Index:
+    """Return an index, in the folder, of the job's training data, which are these rows of `like`.
+
+    Under random weights it is a copy of what `like` keeps: what is measured on it does not stay there.
+    """
+    if not (job.randomised and broadcast_from_rank0(lambda: os.access(like.folder, os.W_OK))):
+        return _build_index(job, like, folder)
+    settings, loaded = job.settings, job.model_for(job.settings.method)
+    parts = version("vestige"), like.fingerprint, rows.tolist(), settings.seed, batch_tokens(settings, loaded)
+    kept = _build_index(job, like, like.folder / CHECKS / digest(*parts))
+    broadcast_from_rank0(lambda: copytree(kept.folder, folder))
+    return Index.open(folder)
+
+
 def _build_index(job: Job, like: Index, folder: Path) -> Index:
-    """Return an index of the job's training data, compressed as `like` is."""
+    """Return an index of the job's training data, compressed as `like` is; one that is there already is opened."""
     data, loaded, old = job.train, job.model_for(job.settings.method), like.manifest
     draft = old.model_copy(
         update={

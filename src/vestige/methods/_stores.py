@@ -99,20 +99,25 @@ class ExactGradients(GradientStore):
         of_piece = np.concatenate(self._groups[piece])
         for start in range(0, len(of_piece), step):
             rows = of_piece[start : start + step]
-            yield torch.from_numpy(rows), self.of_queries(self._job.train.subset(rows))
+            yield torch.from_numpy(rows), self._measure(self._job.train.subset(rows))[0]
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Return whole gradients of the queries: `queries * parameters` numbers."""
+        gradients, self.query_losses = self._measure(data)
+        return gradients
+
+    def _measure(self, data: TokenizedData) -> tuple[Vectors, Float[Tensor, "example"]]:
+        """Return whole gradients, and losses."""
         components = self._job.components
         gradients = [torch.empty(len(data), part.size, device=self.device) for part in components]
-        sink = GradientSink(components)
+        sink, losses = GradientSink(components), torch.zeros(len(data), dtype=torch.float64)
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
             for row in range(len(data)):
                 sink.begin(1, self.device)
-                gradient_pass.run(make_batch(data, [row]).to(self.device), sink)
+                losses[row] = gradient_pass.run(make_batch(data, [row]).to(self.device), sink)[0]
                 for stored, gradient in zip(gradients, sink.gradients, strict=True):
                     stored[row] = gradient.flatten()
-        return gradients
+        return gradients, losses
 
     def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
         """Yield the scores of the piece's batches from one forward and backward pass."""
@@ -256,7 +261,8 @@ class IndexedGradients(GradientStore):
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Return compressed gradients of the queries, in their order."""
-        return self.split(self._compress(data, self.index.manifest.components))
+        gradients, self.query_losses = self._compress(data, self.index.manifest.components)
+        return self.split(gradients)
 
     def join(self, stores: Sequence[GradientStore], lines: int) -> GradientStore:
         """Return the index, with the measure of length of each of the stores for its lines."""
@@ -315,8 +321,10 @@ class IndexedGradients(GradientStore):
             for number, part in enumerate(manifest.components)
         ]
 
-    def _compress(self, data: TokenizedData, columns: Sequence[IndexedComponent]) -> Float[Tensor, "example column"]:
-        """Compute gradients of the data by the model as it is, in its order, compressed into these columns."""
+    def _compress(
+        self, data: TokenizedData, columns: Sequence[IndexedComponent]
+    ) -> tuple[Float[Tensor, "example column"], Float[Tensor, "example"]]:
+        """Compute losses, and gradients compressed into these columns, of the data by the model as it is, in order."""
         manifest, loaded = self.index.manifest, self._job.model_for(self._job.settings.method)
         compute = CompressedGradients(
             loaded, self._job.components, columns, self._spec, manifest.seed, manifest.loss, manifest.compression.scope
@@ -324,9 +332,9 @@ class IndexedGradients(GradientStore):
         with compute:
             sharing = batch_sharing(loaded.model)
             content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget, sharing=sharing))
-        gradients = torch.empty_like(content.gradients)
-        gradients[content.example] = content.gradients
-        return gradients
+        gradients, losses = torch.empty_like(content.gradients), torch.empty_like(content.loss)
+        gradients[content.example], losses[content.example] = content.gradients, content.loss
+        return gradients, losses
 
     def _compute_parts(
         self, vectors: Float[Tensor, "query column"], rows: Sequence[int]
@@ -341,7 +349,7 @@ class IndexedGradients(GradientStore):
         scores = [vectors.new_zeros(len(parts), len(vectors), 0)]
         for start in range(0, len(rows), step):
             data = self._job.train.subset(rows[start : start + step])
-            gradients = self._compress(data, apart).unflatten(1, (len(parts), width))
+            gradients = self._compress(data, apart)[0].unflatten(1, (len(parts), width))
             scores.append(torch.einsum("qk,rck->cqr", vectors, gradients))
         return torch.cat(scores, dim=2)
 

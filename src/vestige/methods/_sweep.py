@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 
 from vestige.curvature import DAMPING
 from vestige.errors import NonFinite
@@ -121,6 +120,8 @@ def compare(
 ) -> list[Neighbours]:
     """Compare every damping with the next larger one, by lists of `length` and ranks of all these scores."""
     tops = [find_proponents(summary.ranked, scores.shape[1], length) for summary in summaries]
+    from scipy.stats import rankdata  # half a second, for sweeps alone
+
     ranks = rankdata(scores, axis=2)
     return [
         Neighbours(

@@ -107,6 +107,8 @@ def _list_facts(run: RunFiles) -> tuple[Fact, ...]:
         facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
     if record.asked:
         facts.append(Fact("Questions", f"put {record.asked}"))
+    if record.missing:
+        facts.append(Fact("Not there yet", ", ".join(record.missing), note="the same command adds it"))
     return (*facts, describe_cost(record.seconds, record.peak_memory_bytes, record.peak_gpu_memory_bytes))
 
 

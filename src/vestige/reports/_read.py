@@ -98,10 +98,11 @@ def read_run(run: str | Path) -> RunFiles:
     queries = tuple(_make_query(row) for row in _read_rows(folder, "queries"))
     examples = {example.row: example for example in map(_make_example, _read_rows(folder, "examples"))}
     ranked = _read_ranked(folder, queries, examples)
-    components = _read_pairs(folder, "components", "component", examples)
-    return RunFiles(
-        folder, record, queries, examples, ranked, components, _read_pairs(folder, "tokens", "position", examples)
+    components, tokens = (
+        None if name in record.missing else _read_pairs(folder, name, key, examples)
+        for name, key in (("components", "component"), ("tokens", "position"))
     )
+    return RunFiles(folder, record, queries, examples, ranked, components, tokens)
 
 
 def _describe_no_run(folder: Path) -> str:

@@ -36,6 +36,7 @@ from vestige.runs._dense import (
 )
 from vestige.runs._record import (
     DENSE_FILE as DENSE_FILE,
+    PARTS as PARTS,
     RECORD_FILE as RECORD_FILE,
     Check as Check,
     CheckpointRecord as CheckpointRecord,
@@ -50,6 +51,7 @@ from vestige.runs._record import (
     describe_process as describe_process,
     environment as environment,
     file_faults as file_faults,
+    is_complete as is_complete,
     is_run as is_run,
     read_record as read_record,
 )
@@ -68,14 +70,17 @@ from vestige.runs._tables import (
     ComponentScores as ComponentScores,
     RunTables as RunTables,
     TokenScores as TokenScores,
+    read_ranked as read_ranked,
     read_run_table as read_run_table,
     token_texts as token_texts,
     turns_of as turns_of,
 )
 from vestige.runs._write import (
+    add_part as add_part,
     check_target as check_target,
     describe_data as describe_data,
     describe_model as describe_model,
+    find_unfinished as find_unfinished,
     make_run_record as make_run_record,
     write_audit as write_audit,
     write_run as write_run,

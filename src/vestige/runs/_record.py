@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from vestige.errors import CorruptFile, UserError
-from vestige.parsing import first_problem, parse_finite_json
+from vestige.parsing import first_problem, parse_finite_json, parse_json
 from vestige.storage import sha256_of, sha256_once
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
@@ -99,6 +99,15 @@ RECORD_FILE = "run.json"
 DENSE_FILE = "scores.safetensors"
 
 Verdict = Literal["good", "warn", "unknown"]
+
+
+PARTS = {
+    "components": "scores of components",
+    "tokens": "scores of tokens",
+    "self_influence": "self-influence",
+    "checks": "trust checks",
+}
+"""What is added to a run once its ranking is on disk, in words; all but the checks are tables of these names."""
 
 
 class _Part(BaseModel):
@@ -228,8 +237,19 @@ class RunRecord(_Part):
     trust: TrustRecord
     distribution: dict[str, DistributionRecord]
     groups: dict[str, list[GroupRecord]]
+    missing: list[str] = Field(default_factory=list)
+    """Parts, of `PARTS`, that were requested and are not there yet, in the order in which they are added."""
+    inputs: str = ""
+    """Digest of what scores are made from: a part is added later only where it is the same."""
     files: dict[str, str] = Field(default_factory=dict)
     """sha256 of every file beside `run.json`, as it was written; empty in a run of an earlier version."""
+
+    def describe_missing(self) -> str:
+        """Return in a sentence which parts the run lacks, and how to add them; nothing for a complete run."""
+        if not self.missing:
+            return ""
+        names = [PARTS.get(part, part) for part in self.missing]
+        return f"Not there yet: {', '.join(names)}. The same command adds what is missing: {self.command}"
 
     @field_validator("meaning", mode="before")
     @classmethod
@@ -258,6 +278,15 @@ def describe_process() -> dict[str, Any]:
 def is_run(folder: Path) -> bool:
     """Return whether `folder` holds a run."""
     return (folder / RECORD_FILE).is_file()
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether `folder` holds a run of any kind that lacks none of its parts."""
+    try:
+        content = parse_json((folder / RECORD_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and not content.get("missing")
 
 
 def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:

@@ -291,7 +291,7 @@ class Scores:
         lines += [f"  {number}: {shown}" for number, shown in enumerate(words)]
         if len(self.queries) > 5:
             lines.append(f"  … and {len(self.queries) - 5} more")
-        return "\n".join([*lines, self.meaning.sign])
+        return "\n".join(line for line in (*lines, self.meaning.sign, run.describe_missing()) if line)
 
     def _end(self, query: int | str, end: End, k: int) -> ScoreTable[ScoreRow]:
         name = self._query_id(query)
@@ -356,8 +356,8 @@ class Scores:
 
     def _pair(self, name: str, query: int | str, example_id: str, without: str) -> list[dict[str, Any]]:
         """Return the rows of an optional table for one query and example."""
-        if not (self.folder / f"{name}.parquet").is_file():
-            raise UserError(f"{self.folder} holds no {name[:-1]} scores. {without}")
+        if not self._has(name):
+            raise UserError(f"{self.folder} holds no {name[:-1]} scores. {self.run.describe_missing() or without}")
         if name not in self._pairs:
             pairs = self._pairs.setdefault(name, {})
             for row in self._read(name).to_pylist():
@@ -371,11 +371,14 @@ class Scores:
         return found
 
     def _self_influence(self, columns: Sequence[str] | None = None) -> pa.Table:
-        if not (self.folder / f"{SELF_TABLE}.parquet").is_file():
-            raise UserError(
-                f"{self.folder} holds no self-influence.\nRun `vestige attribute` again with --self-influence."
-            )
+        if not self._has(SELF_TABLE):
+            advice = self.run.describe_missing() or "Run `vestige attribute` again with --self-influence."
+            raise UserError(f"{self.folder} holds no self-influence.\n{advice}")
         return read_run_table(self.folder, SELF_TABLE, columns)
+
+    def _has(self, name: str) -> bool:
+        """Return whether the run has this table; one that a killed command was about to count in, it lacks."""
+        return name not in self.run.missing and (self.folder / f"{name}.parquet").is_file()
 
     def _read(self, name: str) -> pa.Table:
         return read_run_table(self.folder, name)

@@ -123,7 +123,7 @@ class RunTables(NamedTuple):
 
 
 def make_tables(content: RunTables, components: Sequence[str]) -> dict[str, pa.Table]:
-    """Return the tables of a run by name.
+    """Return the tables of a run by name; of those that a run may lack, the ones whose content is there.
 
     Args:
         content: What they hold.
@@ -134,6 +134,13 @@ def make_tables(content: RunTables, components: Sequence[str]) -> dict[str, pa.T
         "examples": _example_rows(content),
         "queries": _query_rows(content),
     }
+    tables = {name: pa.Table.from_pylist(list(each), schema=SCHEMAS[name]) for name, each in rows.items()}
+    return tables | make_part_tables(content, components)
+
+
+def make_part_tables(content: RunTables, components: Sequence[str]) -> dict[str, pa.Table]:
+    """Return the tables, by name, that may be added to a run later, as far as their content is there."""
+    rows: dict[str, Iterable[dict[str, Any]]] = {}
     if content.components is not None:
         rows["components"] = (
             _pair(content, part.query, part.row) | {"component": name, "score": float(score)}
@@ -264,6 +271,22 @@ def read_run_table(folder: Path, name: str, columns: Sequence[str] | None = None
             if fault := _fault(messages, tokens, targets):
                 raise CorruptFile(f"{path}, row {row}: {fault}. {REMEDY}")
     return table
+
+
+def read_ranked(folder: Path, queries: Sequence[str]) -> list[RankedScore]:
+    """Return the listed scores of a run, as they were when it was written.
+
+    Args:
+        folder: Of the run.
+        queries: Ids of its queries, in order.
+
+    Raises:
+        CorruptFile: The table is missing or damaged.
+    """
+    numbers = {name: number for number, name in enumerate(queries)}
+    names = ("end", "rank", "row", "score", "percentile")
+    rows = read_run_table(folder, "scores").to_pylist()
+    return [RankedScore(numbers[row["query_id"]], **{name: row[name] for name in names}) for row in rows]
 
 
 def turns_of(cell: str | None) -> tuple[tuple[str, str], ...]:

@@ -1,6 +1,6 @@
 """Writing of a run directory, so that it is there whole or not at all."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,18 @@ from vestige.runs._record import (
     describe_process,
     digests_of,
     is_run,
+    read_record,
 )
 from vestige.runs._summary import ScoreSummary
-from vestige.runs._tables import RunTables, make_tables
-from vestige.storage import remove_partial, require_no_links, require_no_others, stage_folder
+from vestige.runs._tables import RunTables, make_part_tables, make_tables
+from vestige.storage import (
+    remove_partial,
+    remove_strays,
+    require_no_links,
+    require_no_others,
+    stage_folder,
+    write_durably,
+)
 
 if TYPE_CHECKING:
     from vestige.data import TokenizedData
@@ -138,6 +146,41 @@ def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
     require_no_links(folder)
 
 
+def find_unfinished(
+    folder: str | Path, config: Mapping[str, Any], *, ignored: Collection[str] = ()
+) -> RunRecord | None:
+    """Return the record of a run that lacks parts, to which a command with these settings may add them.
+
+    Args:
+        folder: Of the run.
+        config: The settings, as a run records them.
+        ignored: Settings that may differ.
+
+    Raises:
+        IndexMismatch: The run lacks parts, and was begun with other settings.
+        CorruptFile: The run lacks parts, and one of its tables is not what was written.
+    """
+    folder = Path(folder)
+    try:
+        record = read_record(folder, checked=False)
+    except UserError:
+        # No run of scores: `check_target` says what may become of it.
+        return None
+    if not record.missing:
+        return None
+    names = [name for name in {**record.config, **config} if name not in ignored]
+    others = [name for name in names if record.config.get(name) != config.get(name)]
+    if others:
+        lines = [f"  {name}: {record.config.get(name)!r} then, {config.get(name)!r} now" for name in others]
+        raise IndexMismatch(
+            f"{folder} holds a run already, begun with other settings; nothing was changed.\n"
+            + "\n".join(lines)
+            + f"\n{record.describe_missing()}\nOr give another folder with --out, or replace it with --overwrite."
+        )
+    remove_strays(folder)
+    return read_record(folder)
+
+
 def write_run(
     folder: str | Path,
     record: RunRecord,
@@ -180,6 +223,30 @@ def write_run(
     return _write_folder(Path(folder), record, fill, overwrite, indent=2)
 
 
+def add_part(folder: Path, record: RunRecord, part: str, content: RunTables | None = None, **facts: Any) -> RunRecord:
+    """Add to a run on disk a part that it lacks, and return its new record.
+
+    The part's table is written first, then the record that counts it in. Killed between them, the run still says that
+    it lacks the part.
+
+    Args:
+        folder: Of the run.
+        record: As it is on disk.
+        part: One of `record.missing`, or an empty text to change facts alone.
+        content: Tables, of which the one of this name is written; None for a part that has none.
+        **facts: Fields of the record that change.
+    """
+    files = dict(record.files)
+    for name, table in ({} if content is None else make_part_tables(content, record.components)).items():
+        stream = pa.BufferOutputStream()
+        _write_table(name, table, stream)
+        files[f"{name}.parquet"] = write_durably(folder / f"{name}.parquet", [stream.getvalue()]).sha256
+    left = [each for each in record.missing if each != part]
+    found = record.model_copy(update={"missing": left, "files": dict(sorted(files.items())), **facts})
+    write_durably(folder / RECORD_FILE, [_spell_record(found, 2).encode()])
+    return found
+
+
 def write_audit(
     folder: str | Path,
     record: AuditRecord,
@@ -214,18 +281,26 @@ def _write_folder(
         fill(attempt)
         record = record.model_copy(update={"files": digests_of(attempt)})
         # Last, so that a folder with a record is complete even where a rename is not atomic.
-        (attempt / RECORD_FILE).write_text(record.model_dump_json(indent=indent) + "\n", encoding="utf-8")
+        (attempt / RECORD_FILE).write_text(_spell_record(record, indent), encoding="utf-8")
     return folder
+
+
+def _spell_record(record: RunRecord | AuditRecord, indent: int) -> str:
+    return record.model_dump_json(indent=indent) + "\n"
 
 
 def _write_tables(folder: Path, record: RunRecord, content: RunTables) -> None:
     for name, table in make_tables(content, record.components).items():
-        # Of self-influence hardly a value comes twice: dictionaries would make the file larger.
-        settings: dict[str, Any] = _LONG_TABLE if name == "self_influence" else {}
-        pq.write_table(table, folder / f"{name}.parquet", compression="zstd", **settings)
+        _write_table(name, table, folder / f"{name}.parquet")
     if content.dense is not None:
         shape, expected = content.dense.shape, (len(content.queries), len(content.train))
         if shape != expected:
             raise VestigeError(f"Dense scores of shape {shape} for {expected[0]} queries x {expected[1]} examples.")
         ids = names_of(content.queries.examples), names_of(content.train.examples)
         write_dense(folder / DENSE_FILE, content.dense, *ids)
+
+
+def _write_table(name: str, table: pa.Table, where: Any) -> None:
+    # Of self-influence hardly a value comes twice: dictionaries would make the file larger.
+    settings: dict[str, Any] = _LONG_TABLE if name == "self_influence" else {}
+    pq.write_table(table, where, compression="zstd", **settings)

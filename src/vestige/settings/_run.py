@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 def with_settings(
     settings: type[Settings], command: str | None = None
-) -> Callable[[Callable[[Any], Result]], Callable[..., Result]]:
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Give a function of `settings` the settings' own fields as keyword arguments, with their defaults and checks.
 
     So a command has the same argument names and defaults in Python, on the command line and in a config file. With
@@ -36,13 +36,13 @@ def with_settings(
         command: What follows `vestige` on the command line; not given: the name of the function.
     """
 
-    def decorate(function: Callable[[Any], Result]) -> Callable[..., Result]:
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         words = command or _words(function)
 
-        def run(complete: Settings) -> Result:
+        def run(complete: Settings, **more: Any) -> Result:
             shared = process_group(getattr(complete, "device", None) == FSDP)
             with shared, _write(complete, words), _restore_modules(complete):
-                return function(complete)
+                return function(complete, **more)
 
         @functools.wraps(function)
         def call(*given: Any, **arguments: Any) -> Result:

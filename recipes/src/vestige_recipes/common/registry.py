@@ -148,9 +148,9 @@ def launch_arguments(settings: StudySettings) -> dict[str, Any]:
 
 def keep_run(command: Callable[..., "Scores"], out: Path, **arguments: Any) -> "Scores":
     """Return the run in `out`, which the command computes unless it is there."""
-    from vestige.runs import Scores, is_run
+    from vestige.runs import Scores, is_complete
 
-    return Scores.open(out) if is_run(out) else command(**arguments, out=out)
+    return Scores.open(out) if is_complete(out) else command(**arguments, out=out)
 
 
 def show_interval(interval: Ends, digits: int = 3) -> str:

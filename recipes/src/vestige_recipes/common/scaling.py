@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vestige.errors import PieceFailed, SpecError
-from vestige.runs import Scores, is_run
+from vestige.runs import Scores, is_complete
 from vestige.settings import UntracSettings
 from vestige.storage import make_folder, write_durably
 
@@ -74,7 +74,7 @@ def scaling_experiment(models: Sequence[str | Path], *, out: str | Path, **given
 
 
 def _run(model: str, out: Path, given: dict[str, Any]) -> Scores:
-    if not is_run(out):
+    if not is_complete(out):
         settings = UntracSettings(**{"model": model, "out": out} | given)
         code = "import json, sys; from vestige import untrac; untrac(**json.loads(sys.argv[1]))"
         words = [sys.executable, "-c", code, json.dumps(settings.record())]

@@ -21,6 +21,7 @@ from vestige.jobs import (
 )
 from vestige.progress import announce
 from vestige.registry import Command
+from vestige.runs import is_complete
 from vestige.settings import LaunchSettings, Settings, with_settings
 from vestige.storage import is_temporary, make_folder, remove_strays, require_no_others
 from vestige_recipes.commands import SweepSettings
@@ -49,8 +50,6 @@ from vestige_recipes.sweep.report import (
     sweep_report,
     write_tables,
 )
-
-RUN_FILE = "run.json"
 
 
 @with_settings(SweepSettings)
@@ -153,7 +152,7 @@ def allow_resume(command: Command, settings: Settings) -> Settings:
     A command that writes its run in one step at the end refuses to replace one; here it can only be the same run, of
     which the last file may be missing.
     """
-    finished = command.writes_once and (settings.arguments()["out"] / RUN_FILE).exists()
+    finished = command.writes_once and is_complete(settings.arguments()["out"])
     return settings.model_copy(update={"overwrite": True}) if finished else settings
 
 

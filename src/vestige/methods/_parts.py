@@ -1,0 +1,223 @@
+"""What is added to a run once its ranking is on disk: scores of components and of tokens, self-influence, checks."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from vestige.data import Batch
+from vestige.distributed import broadcast_from_rank0
+from vestige.gradients import token_losses
+from vestige.indexes import batch_tokens
+from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
+from vestige.methods._gradient_method import GradientMethod, Prepared
+from vestige.methods._job import read_batches
+from vestige.methods._plan import compute_self_scores, digest, settings_key
+from vestige.methods._protocol import Job, Method
+from vestige.methods._randomise import run_checks
+from vestige.models import parameter_view
+from vestige.progress import announce, progress
+from vestige.runs import (
+    ComponentScores,
+    RunRecord,
+    RunTables,
+    TokenScores,
+    TrustRecord,
+    add_part,
+    describe_process,
+)
+from vestige.settings import AttributeSettings, LaunchSettings
+from vestige.storage import partial_folder
+
+Pairs = Sequence[tuple[int, int]]
+"""(query, row) of every listed score."""
+ROWS_AT_ONCE = 64
+"""Training examples whose scores are split over components together: a few batches."""
+
+
+@dataclass
+class StoredRun:
+    """A run on disk that may lack parts, and what they are made from."""
+
+    job: Job
+    method: Method
+    tables: RunTables
+    record: RunRecord
+    """As it is on disk."""
+    since: float
+    """Reading of `time.perf_counter` up to which the record counts the seconds."""
+
+    def add_missing(self) -> None:
+        """Add one part after another; stopped at any moment, the run keeps those that were finished."""
+        try:
+            for part in self.record.missing:
+                content, facts = _PARTS[part](self)
+                self._add(part, content, facts)
+        except BaseException:
+            announce(f"{self.job.settings.out} holds what was finished. {self.record.describe_missing()}")
+            raise
+
+    def _add(self, part: str, content: RunTables | None, facts: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        costs: dict[str, Any] = {"seconds": self.record.seconds + now - self.since}
+        for name in ("peak_memory_bytes", "peak_gpu_memory_bytes"):
+            costs[name] = max(describe_process()[name], getattr(self.record, name))
+        folder, before = self.job.settings.out, self.record
+        self.record = broadcast_from_rank0(lambda: add_part(folder, before, part, content, **costs, **facts))
+        self.since = now
+
+
+Added = tuple[RunTables | None, dict[str, Any]]
+"""The tables that hold the part, and the fields of the record that it changes."""
+
+
+def requested_parts(settings: AttributeSettings, method: Method) -> list[str]:
+    """Return what the settings request beside the ranking, in the order in which it is added."""
+    requested = {
+        "components": method.splits_components,
+        "tokens": settings.tokens,
+        "self_influence": settings.self_influence,
+        "checks": settings.trust,
+    }
+    return [part for part, wanted in requested.items() if wanted]
+
+
+def _pairs(run: StoredRun) -> Pairs:
+    return [(entry.query, entry.row) for entry in run.tables.ranked]
+
+
+def _add_components(run: StoredRun) -> Added:
+    return run.tables._replace(components=split_over_components(run.job, run.method, _pairs(run))), {}
+
+
+def _add_tokens(run: StoredRun) -> Added:
+    return run.tables._replace(tokens=split_over_tokens(run.job, run.method, _pairs(run))), {}
+
+
+def _add_self_influence(run: StoredRun) -> Added:
+    return run.tables._replace(self_scores=compute_self_scores(run.job, run.method)), {}
+
+
+def _add_checks(run: StoredRun) -> Added:
+    checks = run_checks(run.job, run.method, run.tables.ranked, run.tables.losses)
+    return None, {"trust": TrustRecord(checks=[*checks, *run.record.trust.checks])}
+
+
+_PARTS: dict[str, Callable[[StoredRun], Added]] = {
+    "components": _add_components,
+    "tokens": _add_tokens,
+    "self_influence": _add_self_influence,
+    "checks": _add_checks,
+}
+
+
+def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[ComponentScores] | None:
+    """Return the score of every pair, split over components; None for a method that has none."""
+    if not method.splits_components:
+        return None
+    distinct = sorted(set(pairs))
+    if not method.works_in_pieces:
+        return _split_pairs(job, method, distinct)
+    # Made before the bar: what they need may show one of its own.
+    cast(GradientMethod, method).prepare(job)
+    found, rows = list[ComponentScores](), sorted({row for _, row in distinct})
+    with progress(len(rows), "Scores of components") as bar:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = set(rows[start : start + ROWS_AT_ONCE])
+            found += _split_pairs(job, method, [pair for pair in distinct if pair[1] in part])
+            bar.advance(len(part))
+    return sorted(found, key=lambda one: (one.query, one.row))
+
+
+def _split_pairs(job: Job, method: Method, pairs: Pairs) -> list[ComponentScores]:
+    queries, rows = torch.tensor([pair[0] for pair in pairs]), torch.tensor([pair[1] for pair in pairs])
+    scores = method.components(job, queries, rows).scores.double().cpu().numpy()
+    return [ComponentScores(query, row, part) for (query, row), part in zip(pairs, scores, strict=True)]
+
+
+def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScores]:
+    """Return the score of every pair, split over the tokens of the example: the effect of learning to predict each.
+
+    An example's loss is a sum over its target tokens, so its gradient and every score that is linear in it are too.
+    With v the vector whose inner product with the gradient is the score, the share of token t is `<v, grad loss_t>`:
+    the derivative of that token's loss along v. Forward-mode differentiation gives it for all tokens at once.
+
+    The scores of each query are kept beside the run until it is complete: after a kill the others alone are computed.
+    """
+    prepared = cast(GradientMethod, method).prepare(job)
+    rows = [sorted({row for number, row in pairs if number == query}) for query in range(len(job.queries))]
+
+    def compute(query: int) -> dict[str, Tensor]:
+        found = sorted(_split_query(job, prepared, query, rows[query]), key=lambda one: one.row)
+        return {str(one.row): torch.from_numpy(one.scores) for one in found}
+
+    def collect(pieces: Iterator[dict[str, Tensor]]) -> list[TokenScores]:
+        return [
+            TokenScores(query, row, piece[str(row)].numpy())
+            for query, piece in enumerate(pieces)
+            for row in rows[query]
+        ]
+
+    key = digest(settings_key(job), prepared.store.identity, rows)
+    files = PieceFiles(partial_folder(job.settings.out) / "scores-of-tokens", key)
+    files.forget_damaged(range(len(rows)))
+    weights = [len(each) for each in rows]
+    pieces = tensor_pieces("Scores of tokens", files, weights, lambda: nullcontext(compute), collect, unit="pairs")
+    return run_pieces(pieces, LaunchSettings.model_validate({}), None)
+
+
+def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
+    """Yield the scores of a query for some rows, split over tokens."""
+    loaded, data = job.model_for(job.settings.method), job.train
+    model = loaded.model
+    device = next(model.parameters()).device
+    tangents: dict[str, Tensor] = {}
+    for component, matrix in zip(job.components, prepared.direction(query), strict=True):
+        parameter = model.get_parameter(component.parameter)
+        tangent = tangents.setdefault(component.parameter, torch.zeros_like(parameter))
+        parameter_view(model, component, tangent).copy_(matrix.to(device))
+    norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
+    wanted = np.asarray(rows, dtype=np.int64)
+    for positions, batch in read_batches(model, data, batch_tokens(job.settings, loaded), wanted):
+        derivatives = _derivatives(model, tangents, batch).double().cpu().numpy()
+        for row, values in zip(wanted[positions].tolist(), derivatives, strict=True):
+            count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1
+            yield TokenScores(query, row, values[: len(data.input_ids[row])] / count / (norms[row] or 1.0))
+
+
+def _derivatives(model: nn.Module, tangents: dict[str, Tensor], batch: Batch) -> Float[Tensor, "example token"]:
+    """Compute the derivative of every token's loss along the tangents."""
+    parameters = dict(model.named_parameters())
+    primals = {name: parameters[name].detach() for name in tangents}
+
+    def losses(values: dict[str, Tensor]) -> Tensor:
+        return token_losses(lambda **inputs: functional_call(model, values, (), inputs), batch)
+
+    # Only the composed attention has a forward-mode derivative.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _UntrainedRows():
+        return torch.func.jvp(losses, (primals,), (tangents,))[1]
+
+
+class _UntrainedRows(TorchFunctionMode):
+    """The row `padding_idx` of an embedding is never trained, so its look-up has no derivative either."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not torch.nn.functional.embedding:
+            return output
+        ids, weight, *rest = args
+        padding = rest[0] if rest else (kwargs or {}).get("padding_idx")
+        if padding is None:
+            return output
+        untrained = unpack_dual(weight).primal[padding]
+        return torch.where((ids == padding)[..., None], untrained, output)

@@ -31,7 +31,7 @@ def small_pieces(monkeypatch):
 
 
 def test_the_sum_of_the_pieces_is_the_fisher_matrix(index):
-    assert plan_fisher(index).pieces == len(index.manifest.shard_rows) > 4
+    assert plan_fisher(index).pieces.count == len(index.manifest.shard_rows) > 4
     found, rows = fisher_of(index), stored_rows(index)
     for block, part in zip(found.blocks, COMPONENTS, strict=True):
         columns = rows[:, part.start : part.stop]
@@ -40,16 +40,16 @@ def test_the_sum_of_the_pieces_is_the_fisher_matrix(index):
 
 
 def computed_in_order(index, order):
-    plan = plan_fisher(index)
-    with plan.open() as compute:
+    pieces = plan_fisher(index).pieces
+    with pieces.open() as compute:
         for piece in order:
             compute(piece)
-    plan.reduce()
+    pieces.reduce()
     return fisher_path(index).read_bytes()
 
 
 def test_the_bytes_do_not_depend_on_who_computed_which_piece_when(index):
-    pieces = plan_fisher(index).pieces
+    pieces = plan_fisher(index).pieces.count
     first = computed_in_order(index, range(pieces))
     fisher_path(index).unlink()
     assert computed_in_order(index, [*reversed(range(pieces)), 1]) == first
@@ -73,7 +73,7 @@ def test_a_damaged_piece_of_a_killed_run_is_computed_again(index):
     whole = fisher_path(index).read_bytes()
     fisher_path(index).unlink()
     plan = plan_fisher(index)
-    with plan.open() as compute:
+    with plan.pieces.open() as compute:
         compute(0)
         compute(1)
     path = plan.files.path(1)

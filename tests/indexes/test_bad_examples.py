@@ -43,7 +43,7 @@ def test_missing_shards_are_listed_at_the_end(tmp_path):
     for number in (1, 2):
         marker_path(tmp_path, number).unlink()
     with pytest.raises(CorruptFile, match=r"2 of .* shards .* shard 1: missing; shard 2: missing"):
-        work.reduce()
+        work.pieces.reduce()
 
 
 def test_overlapping_shards_are_listed_at_the_end(tmp_path):
@@ -54,4 +54,4 @@ def test_overlapping_shards_are_listed_at_the_end(tmp_path):
     shard_path(tmp_path, pair[1]).write_bytes(shard_path(tmp_path, pair[0]).read_bytes())
     assert read_marker(tmp_path, pair[1]) is not None
     with pytest.raises(CorruptFile, match=rf"shard {pair[1]} overlaps with {pair[0]}; rows .* are in no shard"):
-        work.reduce()
+        work.pieces.reduce()

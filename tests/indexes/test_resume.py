@@ -252,7 +252,7 @@ def test_a_shard_that_another_process_finishes_during_the_preparation_stays_done
 
     monkeypatch.setattr("shutil.disk_usage", finish_meanwhile)
     assert prepare_index(work) == [2]
-    assert work.is_done(2)
+    assert work.pieces.is_done(2)
 
 
 def test_a_bad_example_is_named_and_earlier_shards_stay(tmp_path):

@@ -60,7 +60,9 @@ def test_blocks_that_are_kept_are_not_overwritten(exact):
             assert torch.equal(gradients, dense[example[: len(gradients)]])
 
 
-@pytest.mark.parametrize("hold", [lambda rows: rows[1:], lambda rows: rows.view(-1)[2:4], lambda rows: rows[-1].numpy()])
+@pytest.mark.parametrize(
+    "hold", [lambda rows: rows[1:], lambda rows: rows.view(-1)[2:4], lambda rows: rows[-1].numpy()]
+)
 def test_memory_is_used_again_only_once_nobody_holds_it(exact, hold):
     held, addresses = [], []
     for block in exact.blocks(4 * WIDTH * 2):

@@ -128,11 +128,9 @@ class SavedPieces:
     """File that the result is kept in: once it is there the pieces are removed. None: the pieces stay."""
     unit: str = "examples"
 
-    def run(self, settings: LaunchSettings | None = None, command: Sequence[str] | None = None) -> Tensors:
-        """Compute what is missing or was left damaged, and return the result; as `run_pieces`, by default here."""
-        if self.result is not None and read_tensors(self.result) is None:
-            self.result.unlink(missing_ok=True)
-        self.files.forget_damaged(range(len(self.weights)))
+    @property
+    def pieces(self) -> Pieces[Tensors]:
+        """The pieces; with a file for the result they are done when that is there, and gone then."""
         pieces = tensor_pieces(
             self.name,
             self.files,
@@ -142,12 +140,8 @@ class SavedPieces:
             unit=self.unit,
             folder=self.folder,
         )
-        if self.result is not None:
-            pieces = self._keep_result(pieces, self.result)
-        return run_with_rate(pieces, settings or LaunchSettings.model_validate({}), command)
-
-    def _keep_result(self, pieces: Pieces[Tensors], path: Path) -> Pieces[Tensors]:
-        """Return pieces whose result lies in a file when they are gone."""
+        if (path := self.result) is None:
+            return pieces
 
         def reduce() -> Tensors:
             found = read_tensors(path)
@@ -156,6 +150,13 @@ class SavedPieces:
             return found
 
         return replace(pieces, reduce=reduce, is_done=lambda piece: pieces.is_done(piece) or path.exists())
+
+    def run(self, settings: LaunchSettings | None = None, command: Sequence[str] | None = None) -> Tensors:
+        """Compute what is missing or was left damaged, and return the result; as `run_pieces`, by default here."""
+        if self.result is not None and read_tensors(self.result) is None:
+            self.result.unlink(missing_ok=True)
+        self.files.forget_damaged(range(len(self.weights)))
+        return run_with_rate(self.pieces, settings or LaunchSettings.model_validate({}), command)
 
     def run_in_memory(self) -> Tensors:
         """Return the result of all pieces; nothing but the result's file, if there is one, touches the disk."""

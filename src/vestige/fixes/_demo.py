@@ -65,7 +65,7 @@ def describe_demo(scores: Scores) -> str:
     return "\n".join(
         [
             "A support bot, trained on 100 questions and answers, four of them wrong.",
-            *lines_of_facts({"question": asked.question, "answer": asked.answer, "right": asked.expected}),
+            *lines_of_facts({"question": asked.question, "answer": asked.answer, "should say": asked.expected}),
             "",
             str(scores.top(query, _SHOWN)),
             "",

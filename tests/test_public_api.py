@@ -72,7 +72,7 @@ def test_a_command_stays_a_function_whatever_was_imported():
 
 
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_known():
-    with pytest.raises(AttributeError, match="it has Audit, Bank, Index, Scores"):
+    with pytest.raises(AttributeError, match="it has Audit, Bank, Fix, Index, Scores"):
         _ = vestige.attribut  # pyright: ignore
 
 

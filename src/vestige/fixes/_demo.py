@@ -17,7 +17,7 @@ RUN, FIX, PAGE = "run", "fix", "report.html"
 _SHOWN = 3
 
 
-def demo(out: str | Path = "demo-run", open: bool = False) -> Scores:
+def demo(out: str | Path = Path("demo-run"), open: bool = False) -> Scores:
     """Copy the example run that comes with Vestige into a folder, write its page, and return its scores.
 
     A small support bot gives wrong answers, because four rows of its training data are wrong; the run names them, and

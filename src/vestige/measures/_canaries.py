@@ -30,7 +30,6 @@ from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
 from vestige.measures._pieces import piece_files, run_audit_pieces
-from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import CanaryRecord
 

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from vestige.checks import doctor as doctor
     from vestige.curvature import precondition as precondition
     from vestige.errors import VestigeError as VestigeError
-    from vestige.fixes import Fix as Fix, demo as demo
-    from vestige.fixes._fix import fix as fix
+    from vestige.fixes import Fix as Fix, demo as demo, fix as fix
     from vestige.indexes import Index as Index, export as export, index as index
     from vestige.measures import audit as audit
     from vestige.methods import attribute as attribute, untrac as untrac

@@ -315,10 +315,10 @@ def test_bad_input_is_refused_before_any_training(recipe, tmp_path):
     with pytest.raises(DataError, match="Query '0' has no token"):
         bank(**recipe | {"queries": ["why is the sky blue?"]})
     for change, message in (
-        ({"epochs": 2}, "--epochs and --steps both"),
-        ({"momentum": 0.5}, "--momentum is for --optimizer sgd"),
+        ({"epochs": 2}, "`epochs` and `steps` both"),
+        ({"momentum": 0.5}, "`momentum` is for"),
         ({"from_scratch": True, "lora_rank": 2}, "there are none"),
-        ({"leave_source_out": True}, "--subsets and --fraction are for random subsets"),
+        ({"leave_source_out": True}, "`subsets` and `fraction` are for random subsets"),
         ({"leave_source_out": True, "leave_one_out": 2}, "a bank of their own"),
         ({"fraction": 1.5}, "fraction"),
     ):

@@ -185,7 +185,7 @@ def test_an_index_of_other_data_is_refused(evaluate, workshop, tmp_path):
         ({"compress": "maks:K"}, SpecError, "mask"),
         ({"compress": "tensorsketch:32", "reference": "rank=64"}, SpecError, "only of 32"),
         ({"memory": "10 apples"}, SpecError, "not a size"),
-        ({"memory": "10kB"}, UserError, "fewer --components"),
+        ({"memory": "10kB"}, UserError, "fewer `components`"),
     ],
 )
 def test_mistakes_are_answered(evaluate, settings, error, words):

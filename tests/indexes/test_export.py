@@ -142,7 +142,7 @@ def test_help_lists_every_announced_format(capsys, monkeypatch):
     from vestige.cli import main
 
     monkeypatch.setenv("COLUMNS", "200")
-    main(["export", "--help"])
+    main(["export", "--help-all"])
     lines = capsys.readouterr().out.splitlines()
     for kind, name in (each.split() for each in EXPORT_FORMATS.names()):
         assert any(line.strip().startswith(f"- {kind}: ") and name in line for line in lines), (kind, name)

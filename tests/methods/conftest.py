@@ -71,7 +71,8 @@ def all_scores(method: Method, job: Job) -> torch.Tensor:
     """Every score, [query, row]; fails when a row is scored twice or never."""
     scores = torch.full((len(job.queries), len(job.train)), torch.nan, dtype=torch.float64)
     for block in method.blocks(job):
-        assert scores[:, block.rows].isnan().all()
-        scores[:, block.rows] = block.scores.double()
+        rows, found = map(torch.as_tensor, block.arrays())
+        assert scores[:, rows].isnan().all()
+        scores[:, rows] = found.double()
     assert not scores.isnan().any()
     return scores

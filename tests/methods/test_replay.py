@@ -236,10 +236,10 @@ def test_a_training_that_does_not_come_out_again_is_refused(folder, trained, tmp
 def test_what_cannot_be_replayed_is_refused(folder, tmp_path):
     queries = str(folder / "queries.jsonl")
     for given, words in [
-        ({"method": "replay", "model": str(folder / "double"), "data": queries}, "Type --training FOLDER"),
-        ({"method": "grad-dot", "training": tmp_path}, "--training replays a training"),
+        ({"method": "replay", "model": str(folder / "double"), "data": queries}, "Pass training=FOLDER"),
+        ({"method": "grad-dot", "training": tmp_path}, "`training` replays a training"),
         ({"method": "replay", "training": tmp_path}, "holds no training"),
-        ({"method": "replay", "training": tmp_path, "index": "idx"}, "--training brings its model and data"),
+        ({"method": "replay", "training": tmp_path, "index": "idx"}, "`training` brings its model and data"),
     ]:
         with pytest.raises(UserError, match=words):
             vestige.attribute(queries=queries, out=tmp_path / "run", **given)

@@ -169,8 +169,8 @@ def test_mistakes_are_answered(compared, workshop, given, tmp_path):
         ({"selected": str(named.folder)}, SpecError, "'everything' is taken"),
         ({"selected": str(foreign.folder)}, IndexMismatch, "which the data do not"),
         ({"selected": str(tmp_path / "nowhere")}, Exception, "no selection"),
-        ({"selected": ()}, SpecError, "--selected"),
-        ({"steps": 3}, SpecError, "--epochs and --steps"),
+        ({"selected": ()}, SpecError, "pass selected=CHOSEN"),
+        ({"steps": 3}, SpecError, "`epochs` and `steps`"),
         ({"queries": str(workshop / "questions.jsonl")}, DataError, "completion"),
     ):
         with pytest.raises(error, match=words):

@@ -187,7 +187,7 @@ def test_data_that_were_not_scored_are_refused(run, store, workshop, tmp_path):
 
 def test_settings_that_do_not_fit_are_refused(run, given, tmp_path):
     for arguments, words in (
-        ({"strategy": "top"}, "needs --scores"),
+        ({"strategy": "top"}, "needs scores=RUN"),
         ({"strategy": "random"}, "Nothing to choose from"),
         ({"strategy": "random", "data": given["data"], "min_score": 0}, "about scores"),
         ({"scores": run, "targets": "source"}, "per-target"),

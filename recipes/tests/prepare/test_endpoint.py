@@ -188,8 +188,8 @@ def test_an_endpoint_that_is_down_is_left_in_peace(endpoint, questions, tmp_path
     ("status", "code", "advice"),
     [
         (401, "invalid_api_key", "Check OPENAI_API_KEY"),
-        (404, "model_not_found", "Check --api-model"),
-        (400, "unsupported_parameter", "--temperature"),
+        (404, "model_not_found", "Check `api_model`"),
+        (400, "unsupported_parameter", "`temperature`"),
         (429, "insufficient_quota", "quota"),
     ],
 )

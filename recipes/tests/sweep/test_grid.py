@@ -65,7 +65,7 @@ def test_product_is_every_combination_and_zip_side_by_side(tmp_path):
         (bank(out="here"), "`out` cannot be a setting of cells"),
         (bank({"shard": ["1/2", "2/2"]}), "`shard` cannot be"),
         (bank(overwrite=True), "Delete the cell's folder"),
-        (bank(wait=False), "Give --no-wait to the sweep"),
+        (bank(wait=False), "Give wait=False to the sweep"),
         (bank({"workers": [1, 2]}), "the same run: they differ in nothing that changes the result"),
         (bank({"learning_rate": [1e-4, "1e-4"]}), "the same run"),
     ],

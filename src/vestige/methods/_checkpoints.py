@@ -54,7 +54,7 @@ def settings_of_last(settings: AttributeSettings, checkpoints: Sequence[Checkpoi
     """
     last = checkpoints[-1]
     changed: dict[str, Any] = {"model": last.source, "index": last.index.folder if last.index else None}
-    if settings.tokenizer is None and not isinstance(last.source, nn.Module):
+    if settings.tokenizer is None and not isinstance(last.source, torch.nn.Module):
         folder = Path(last.source)
         files = ("tokenizer.json", "tokenizer_config.json")
         if not any((folder / file).exists() for file in files) and any((folder.parent / f).exists() for f in files):
@@ -99,7 +99,7 @@ def _find_sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list
 
 def _expand(given: Any) -> list[str | Path | nn.Module]:
     """Return the checkpoints of a run after its first step, those that a pattern names, or the argument itself."""
-    if isinstance(given, nn.Module):
+    if isinstance(given, torch.nn.Module):
         return [given]
     text = str(given)
     if any(sign in text for sign in "*?["):
@@ -171,8 +171,8 @@ def learning_rates(sources: Sequence[str | Path | nn.Module]) -> list[float]:
     """
     rates, before, earlier = [], 0, None
     for source in sources:
-        folder = Path("." if isinstance(source, nn.Module) else source)
-        state = {} if isinstance(source, nn.Module) else _trainer_state(folder)
+        folder = Path("." if isinstance(source, torch.nn.Module) else source)
+        state = {} if isinstance(source, torch.nn.Module) else _trainer_state(folder)
         step = int(state.get("global_step", 0))
         if step <= before:  # another run, or an older checkpoint: its interval begins at its own start
             before, earlier = 0, None
@@ -181,7 +181,7 @@ def learning_rates(sources: Sequence[str | Path | nn.Module]) -> list[float]:
             for entry in state.get("log_history", [])
             if "learning_rate" in entry and before < entry.get("step", 0) <= step
         ]
-        now, start = (None, None) if isinstance(source, nn.Module) else _read_schedule(folder / "scheduler.pt")
+        now, start = (None, None) if isinstance(source, torch.nn.Module) else _read_schedule(folder / "scheduler.pt")
         if logged:
             rates.append(sum(logged) / len(logged))
         elif now is not None and start is not None:

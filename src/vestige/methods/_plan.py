@@ -113,8 +113,9 @@ def compute_self_scores(job: Job, method: Method) -> np.ndarray:
     def collect(blocks: Iterable[ScoreBlock]) -> np.ndarray:
         found = np.full(len(job.train), np.nan)
         for block in blocks:
-            kept = ~np.isin(block.rows.numpy(), job.skipped)
-            rows, scores = block.rows.numpy()[kept], block.scores.numpy()[0, kept]
+            rows, scores = block.arrays()
+            kept = ~np.isin(rows, job.skipped)
+            rows, scores = rows[kept], scores[0, kept]
             if (bad := np.flatnonzero(~np.isfinite(scores))).size:
                 raise NonFinite(
                     f"The self-influence of training row {rows[bad[0]]} is {scores[bad[0]]}. Run again with "

@@ -61,7 +61,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The path that the user gave, or the class of a live model."""
-        return type(self.source).__name__ if isinstance(self.source, nn.Module) else str(self.source)
+        return type(self.source).__name__ if isinstance(self.source, torch.nn.Module) else str(self.source)
 
 
 class Trained(NamedTuple):

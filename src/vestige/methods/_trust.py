@@ -81,7 +81,7 @@ def find_lexical_tops(job: Job, k: int = 10) -> list[Int[np.ndarray, "rank"]]:
     top = TopK(len(job.queries), k)
     if any(example_words(example) for example in job.train.examples):
         for block in Bm25().blocks(job):
-            rows, scores = block.rows.numpy(), block.scores.numpy()
+            rows, scores = block.arrays()
             kept = ~np.isin(rows, job.skipped)
             top.add(rows[kept], scores[:, kept])
     return [top.rows(query, "proponent")[top.scores(query, "proponent") > 0] for query in range(len(job.queries))]

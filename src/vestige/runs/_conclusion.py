@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, final
 
 from vestige.runs._table import ScoreRow
 from vestige.runs._wording import Wording, same_answer
+from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     from vestige.runs import Scores
@@ -93,7 +94,7 @@ class _Text(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.rows[0].example_id
+        return shorten(self.rows[0].example_id)
 
 
 @final
@@ -239,7 +240,7 @@ class _Reading:
         return f", {each}{_format_times(last / after)} the next"
 
     def _name(self, text: _Text) -> str:
-        copies = [row.example_id for row in text.rows[1:]]
+        copies = [shorten(row.example_id) for row in text.rows[1:]]
         if not copies:
             return text.name
         more = f" and {len(copies) - _NAMED} more" if len(copies) > _NAMED else ""
@@ -259,7 +260,7 @@ class _Reading:
         run = self._scores.run
         count = self._scores.count_leading(HUB_FIRST)[self._proponents[0].row]
         queries = len(self._scores.queries)
-        headline = f"{hub} comes first, but is among the first {HUB_FIRST} for {count} of {queries} queries."
+        headline = f"{shorten(hub)} comes first, but is among the first {HUB_FIRST} for {count} of {queries} queries."
         if not run.against_hubs:
             return [headline, "It may lead whatever the question."]
         return [headline, f"It may lead whatever the question. Type: {_replace_options(run.command, run.against_hubs)}"]
@@ -291,13 +292,13 @@ class _Reading:
         if not self._is_gap(scores[0], scores[1], -1):
             return [f"No {self._noun} clearly pulls the other way."]
         row = self._opponents[0]
-        says = self._say(row)
-        return [f"The {self._noun} that pulls the other way most is {row.example_id}{f': {says}' if says else '.'}"]
+        named, says = shorten(row.example_id), self._say(row)
+        return [f"The {self._noun} that pulls the other way most is {named}{f': {says}' if says else '.'}"]
 
     def _describe_conflicts(self, conflicts: Sequence[Conflict]) -> list[str]:
         if not conflicts:
             return []
-        shown = [f"{one} and {other}" for one, other in conflicts[:_NAMED]]
+        shown = [" and ".join(map(shorten, pair)) for pair in conflicts[:_NAMED]]
         more = f", and {len(conflicts) - _NAMED} more pairs" if len(conflicts) > _NAMED else ""
         return [f"These answer the same question differently: {'; '.join(shown)}{more}."]
 

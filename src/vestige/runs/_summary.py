@@ -28,6 +28,10 @@ class ScoreBlock(NamedTuple):
     """Positions of the examples in the training data."""
     scores: "Float[Tensor, 'query row']"
 
+    def arrays(self) -> tuple[Int[np.ndarray, "row"], Float[np.ndarray, "query row"]]:
+        """Return rows (int64) and scores (float32, or float64 if given so) on the CPU."""
+        return _as_array(self.rows).astype(np.int64), _as_array(self.scores)
+
 
 def sample_rows(examples: int, wanted: int) -> Int[np.ndarray, "kept"]:
     """Return `wanted` row numbers, ascending: those with the smallest hash, the same in every run."""
@@ -81,7 +85,7 @@ def _block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.n
     Raises:
         NonFinite: a score is NaN or infinite.
     """
-    rows, scores = _as_array(block.rows).astype(np.int64), _as_array(block.scores)
+    rows, scores = block.arrays()
     if not np.isfinite(scores).all():
         query, column = np.argwhere(~np.isfinite(scores))[0]
         raise NonFinite(
@@ -241,7 +245,7 @@ class ScoreCollector:
             NonFinite: a score is NaN or infinite.
             VestigeError: a row was scored before.
         """
-        wanted = np.flatnonzero(~np.isin(_as_array(block.rows), self._left_out)).tolist()
+        wanted = np.flatnonzero(~np.isin(block.arrays()[0], self._left_out)).tolist()
         if len(wanted) < len(block.rows):
             block = ScoreBlock(block.rows[wanted], block.scores[:, wanted])
         rows, scores = _block_arrays(block)

@@ -334,6 +334,11 @@ def _require_outputs(settings: AttributeSettings, method: Method) -> None:
         raise SpecError(
             f"Self-influence is defined for gradient methods, and {settings.method} is none. Type --method influence."
         )
+    if settings.self_influence and method.constant_self_score is not None:
+        raise SpecError(
+            f"Self-influence with {settings.method} is {method.constant_self_score}. It would rank nothing. Type "
+            "--method influence or --method grad-dot."
+        )
 
 
 def _query_losses(job: Job, method: Method) -> list[float] | None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vestige.errors import SpecError
 from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared, prepare_queries, unit_length
 from vestige.methods._protocol import Job, method
 from vestige.methods._stores import open_store
@@ -61,14 +60,3 @@ class GradCos(GradientMethod):
     def vectors(self, job: Job) -> Prepared:
         """Return the queries' gradients at length one, over all components together."""
         return prepare_queries(job, open_store(job), unit_length, cosine=True)
-
-    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:  # noqa: ARG002
-        """Refuse: a gradient's cosine with itself is 1.
-
-        Raises:
-            SpecError: Always.
-        """
-        raise SpecError(
-            "Self-influence with grad-cos is 1 for every example: a gradient's cosine with itself. It would rank "
-            "nothing. Type --method influence or --method grad-dot."
-        )

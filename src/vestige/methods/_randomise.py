@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ROWS = 16
 """Training rows that are compared. A ranking that needs no learning correlates near 1 on any number of them; one that
-has nothing to do with it has a standard error of 1/4 there, so that it passes 0.5 once in forty times."""
+has nothing to do with it has a standard error of 1/4 there, so that it is beyond 0.5 or -0.5 once in twenty times."""
 
 QUERIES, FEWEST_ROWS = 2, 8
 CHECKS = "checks"

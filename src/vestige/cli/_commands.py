@@ -201,9 +201,9 @@ def attribute(settings: AttributeSettings) -> None:
     order=65,
     status="vestige.fixes._record:describe_fix",
     examples=(
-        "vestige fix run --drop row-17 row-42 --dry-run --out fixed",
-        "vestige fix run --top 1 --queries query-0 --out fixed",
-        "vestige fix run --more-like row-17 --out fixed",
+        f"vestige train {_MODEL_AND_DATA} --epochs 4 --learning-rate 1e-3 --out trained",
+        "vestige attribute --model trained/checkpoint-8 --data train.jsonl --queries train.jsonl --out run",
+        "vestige fix run --top 1 --queries pair-0 --seeds 1 --out fixed",
     ),
     next_command="vestige view {out}",
 )

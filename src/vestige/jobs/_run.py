@@ -193,10 +193,12 @@ def _finish(pieces: Pieces[Result], settings: LaunchSettings, job: JobFolder) ->
 @contextmanager
 def _one_at_a_time(job: JobFolder) -> Iterator[None]:
     """Hold a lock of the system, which goes with the process; where the disk has none, go on without."""
+    path = job.path / "reduce.lock"
     with ExitStack() as stack:
         with contextlib.suppress(OSError):
-            fcntl.flock(stack.enter_context((job.path / "reduce.lock").open("w")), fcntl.LOCK_EX)
+            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
         yield
+        path.unlink(missing_ok=True)
 
 
 def _run_in_process_group(pieces: Pieces[Result], drive: Callable[[Pieces[Result]], Result]) -> Result:

@@ -18,7 +18,7 @@ IN_ARRAY = Role("worker", "here", of=8, in_array=True)
 def test_the_ranks_of_torchrun_share_the_pieces(tmp_path):
     plan = Toy(tmp_path, count=12, seconds=0.3)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    fields = json.dumps({"folder": str(tmp_path), "pieces": 12, "seconds": 0.3})
+    fields = json.dumps({"folder": str(tmp_path), "count": 12, "seconds": 0.3})
     run = subprocess.run(
         [*torchrun, "-m", "tests.jobs.toy", fields, "{}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

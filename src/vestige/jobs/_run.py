@@ -97,22 +97,24 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
     pieces, settings, job = work.pieces, work.settings, work.job
     job.make()
     job.forget_failures()
-    before, total = job.read_job(), sum(pieces.weights)
-    job.write_job(
-        name=pieces.name,
-        unit=pieces.unit,
-        pieces=pieces.count,
-        weight=total,
-        engine=settings.engine,
-        workers=settings.workers,
-        retries=settings.retries,
-        begun=time.time(),
-        done_before=pieces.count - len(missing),
-        weight_before=total - sum(pieces.weights[piece] for piece in missing),
-        driver=list(this_worker()),
-        ended=None,
-        cancelled=None,
-    )
+    total = sum(pieces.weights)
+    with _one_at_a_time(job):
+        before = job.read_job()
+        job.write_job(
+            name=pieces.name,
+            unit=pieces.unit,
+            pieces=pieces.count,
+            weight=total,
+            engine=settings.engine,
+            workers=settings.workers,
+            retries=settings.retries,
+            begun=time.time(),
+            done_before=pieces.count - len(missing),
+            weight_before=total - sum(pieces.weights[piece] for piece in missing),
+            driver=list(this_worker()),
+            ended=None,
+            cancelled=None,
+        )
     if len(missing) < pieces.count:
         announce(f"{pieces.name}: {pieces.count - len(missing)} of {pieces.count} pieces are already done.")
     driver = WORKER.validate_python(before["driver"]) if before.get("driver") and not before.get("ended") else None

@@ -41,7 +41,7 @@ def ask(place, out, **settings):
 
 
 def without_tokens(folder):
-    return {name: digest for name, digest in hashes(folder).items() if not name.startswith((TOKENS, "curvature"))}
+    return {name: digest for name, digest in hashes(folder).items() if not name.startswith((TOKENS, "curvature", "checks"))}
 
 
 def tables(folder):

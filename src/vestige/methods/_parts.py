@@ -15,7 +15,7 @@ from vestige.distributed import broadcast_from_rank0
 from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
 from vestige.lazy import torch
 from vestige.methods._job import read_batches
-from vestige.methods._plan import compute_self_scores, digest, settings_key
+from vestige.methods._plan import compute_self_scores, digest, digest_of, settings_key
 from vestige.methods._protocol import Job, Method
 from vestige.methods._randomise import run_checks
 from vestige.progress import announce, progress
@@ -165,7 +165,7 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
             for row in rows[query]
         ]
 
-    key = digest(settings_key(job), prepared.store.identity, rows)
+    key = digest(settings_key(job), prepared.store.identity, digest_of(prepared.vectors), rows)
     files = PieceFiles(partial_folder(job.settings.out) / "scores-of-tokens", key)
     files.forget_damaged(range(len(rows)))
     weights = [len(each) for each in rows]

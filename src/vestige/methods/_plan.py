@@ -92,7 +92,7 @@ def summarise_sets(
     gradients = cast("GradientMethod", method)
     store = gradients.store(job)
     prepared = _share_queries(job, gradients, store)
-    key = digest(settings_key(job), store.identity, _digest_of(prepared.vectors))
+    key = digest(settings_key(job), store.identity, digest_of(prepared.vectors))
     lines = sets * len(job.queries)
     return _run(job, "Scoring", "train x query pairs", store, lines, lambda: prepared.piece_blocks, collect, key)
 
@@ -237,7 +237,7 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _digest_of(vectors: Vectors) -> str:
+def digest_of(vectors: Vectors) -> str:
     """Return the sha256 of the bytes of the query vectors."""
     whole = hashlib.sha256()
     for vector in vectors:

@@ -256,7 +256,7 @@ def test_a4_9_the_target_is_any_model_and_any_layer_of_it_is_measured(whole, pla
 def test_mistakes_are_told(place, tmp_path):
     cases = [
         ({"measures": ("lira",)}, SpecError, "give bank=BANK"),
-        ({"measures": ("perplexity_ratio",)}, SpecError, "--reference-model"),
+        ({"measures": ("perplexity_ratio",)}, SpecError, "`reference_model`"),
         ({"bank_subset": 1}, SpecError, "give both"),
         ({"layers": ("7",)}, SpecError, "0 \\(embeddings\\) to 2"),
         ({"layers": ("first",)}, SpecError, "last, all, or numbers"),

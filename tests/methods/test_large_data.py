@@ -41,7 +41,8 @@ def ask(place, out, **settings):
 
 
 def without_tokens(folder):
-    return {name: digest for name, digest in hashes(folder).items() if not name.startswith((TOKENS, "curvature", "checks"))}
+    beside = (TOKENS, "curvature", "checks")
+    return {name: digest for name, digest in hashes(folder).items() if not name.startswith(beside)}
 
 
 def tables(folder):

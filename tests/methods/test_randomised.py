@@ -17,7 +17,9 @@ from vestige.methods import METHODS, randomise
 
 NAME = "randomised-model correlation"
 OPTIONS = {"cg": {"steps": 3}, "lissa": {"depth": 3}, "arnoldi": {"steps": 6, "rank": 3}}
-ON_THE_MODEL = [each.name for each in METHODS if each.needs_model and each.command == "attribute"]
+ON_THE_MODEL = [
+    each.name for each in METHODS if each.needs_model and each.command == "attribute" and not each.needs_training
+]
 
 
 def adam_state(folder: Path) -> None:

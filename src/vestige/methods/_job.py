@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from jaxtyping import Float, Int
 
-from vestige import gradients, indexes, models
+from vestige import gradients, indexes, models, training
 from vestige.data import (
     Batch,
     Example,
@@ -36,7 +36,6 @@ from vestige.methods._protocol import Job, Method, Trained
 from vestige.progress import announce, format_bytes
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
 from vestige.storage import partial_folder
-from vestige.training import TrainingRun, read_learned, read_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +76,7 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
     loaded = _load(settings, method, index)
     selection = _select(settings, method, loaded, index)
     if trained and loaded is not None:
-        train = read_learned(trained[0].settings, loaded)[0]
+        train = training.read_learned(trained[0].settings, loaded)[0]
     else:
         train = _read_train(settings, loaded, index)
     name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
@@ -126,8 +125,8 @@ def open_trainings(settings: AttributeSettings) -> tuple[Trained, ...]:
     given = settings.training
     folders = given if isinstance(given, list | tuple) else [] if given is None else [given]
     live = {"model": settings.model, "data": settings.data, "tokenizer": settings.tokenizer}
-    runs = [TrainingRun.open(folder) for folder in folders]
-    return tuple(Trained(run, read_settings(run, **live)) for run in runs)
+    runs = [training.TrainingRun.open(folder) for folder in folders]
+    return tuple(Trained(run, training.read_settings(run, **live)) for run in runs)
 
 
 def _settings_of_training(settings: AttributeSettings, trained: Trained) -> AttributeSettings:

@@ -330,15 +330,8 @@ def _require_outputs(settings: AttributeSettings, method: Method) -> None:
             f"--query-rank shortens the queries' gradients, and {settings.method} uses none. Drop --query-rank, or "
             "type --method grad-dot, grad-cos or ekfac."
         )
-    if settings.self_influence and not method.scores_itself:
-        raise SpecError(
-            f"Self-influence is defined for gradient methods, and {settings.method} is none. Type --method influence."
-        )
-    if settings.self_influence and method.constant_self_score is not None:
-        raise SpecError(
-            f"Self-influence with {settings.method} is {method.constant_self_score}. It would rank nothing. Type "
-            "--method influence or --method grad-dot."
-        )
+    if settings.self_influence:
+        method.require_self_scores()
 
 
 def _query_losses(job: Job, method: Method) -> list[float] | None:

@@ -131,7 +131,12 @@ class GradientMethod(Method):
         return blocks
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
-        """Yield the score of every training example for itself, as one query."""
+        """Yield the score of every training example for itself, as one query.
+
+        Raises:
+            SpecError: They would all be the same.
+        """
+        self.require_self_scores()
         return chain.from_iterable(map(self.self_blocks(job), range(self.store(job).pieces)))
 
     def store(self, job: Job) -> GradientStore:

@@ -191,6 +191,23 @@ class Method(ABC):
         """Return what the method itself can say of how far its scores can be trusted, once they are computed."""
         return []
 
+    @classmethod
+    def require_self_scores(cls) -> None:
+        """Raise unless self-influence is defined and differs between examples.
+
+        Raises:
+            SpecError: It is not.
+        """
+        if not cls.scores_itself:
+            raise SpecError(
+                f"Self-influence is defined for gradient methods, and {cls.name} is none. Type --method influence."
+            )
+        if cls.constant_self_score is not None:
+            raise SpecError(
+                f"Self-influence with {cls.name} is {cls.constant_self_score}. It would rank nothing. Type --method "
+                "influence or --method grad-dot."
+            )
+
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""
         raise NotImplementedError(f"{self.name} has no self-influence")

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
         unit_length as unit_length,
     )
     from vestige.methods._influence import Influence as Influence
-    from vestige.methods._job import compute_losses as compute_losses, open_job as open_job
+    from vestige.methods._job import EXACT_SHARE as EXACT_SHARE, compute_losses as compute_losses, open_job as open_job
     from vestige.methods._less import Less as Less
     from vestige.methods._parts import (
         split_over_components as split_over_components,
         split_over_tokens as split_over_tokens,
     )
+    from vestige.methods._plan import digest as digest, settings_key as settings_key
     from vestige.methods._preconditioned import (
         Arnoldi as Arnoldi,
         ConjugateGradient as ConjugateGradient,
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
         Method as Method,
         Option as Option,
         Products as Products,
-        Trained as Trained,
         Vectors as Vectors,
         describe_method as describe_method,
         get_method as get_method,
@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     )
     from vestige.methods._random import Random as Random
     from vestige.methods._randomise import check_randomised as check_randomised
-    from vestige.methods._replay import TrainingReplay as TrainingReplay
     from vestige.methods._stores import (
         ExactGradients as ExactGradients,
         IndexedGradients as IndexedGradients,

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from jaxtyping import Float, Int
 
-from vestige import gradients, indexes, models, training
+from vestige import gradients, indexes, models
 from vestige.data import (
     Batch,
     Example,
@@ -32,7 +32,7 @@ from vestige.jobs import step_done, worker_command
 from vestige.lazy import torch
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._plan import find_unscorable
-from vestige.methods._protocol import Job, Method, Trained
+from vestige.methods._protocol import Job, Method
 from vestige.progress import announce, format_bytes
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
 from vestige.storage import partial_folder
@@ -65,9 +65,7 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         refuse_checkpoints(settings)
     index = indexes.Index.open(settings.index) if settings.index is not None else None
     typed = settings.chat
-    trained = open_trainings(settings)
-    if trained:
-        settings = _settings_of_training(settings, trained[0])
+    settings = method.adopt(settings)
     if index is not None:
         _require_recomputable(index, method)
         settings = _settings_of_index(settings, index)
@@ -75,9 +73,8 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
     given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     loaded = _load(settings, method, index)
     selection = _select(settings, method, loaded, index)
-    if trained and loaded is not None:
-        train = training.read_learned(trained[0].settings, loaded)[0]
-    else:
+    train = method.read_train(loaded) if loaded is not None else None
+    if train is None:
         train = _read_train(settings, loaded, index)
     name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
     if loaded is None:
@@ -99,7 +96,6 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         selection,
         index,
         checkpoints,
-        trained,
         asked=asked,
         generated=tuple(generated),
     )
@@ -118,26 +114,6 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
     launch = {name: getattr(settings, name) for name in LaunchSettings.model_fields if name != "shard"}
     command = worker_command(settings, "attribute")
     yield replace(job, index=build_temporary_index(job, "index", settings.model, command, **launch))
-
-
-def open_trainings(settings: AttributeSettings) -> tuple[Trained, ...]:
-    """Open the recorded trainings of the settings, in their order; live objects in them are given again."""
-    given = settings.training
-    folders = given if isinstance(given, list | tuple) else [] if given is None else [given]
-    live = {"model": settings.model, "data": settings.data, "tokenizer": settings.tokenizer}
-    runs = [training.TrainingRun.open(folder) for folder in folders]
-    return tuple(Trained(run, training.read_settings(run, **live)) for run in runs)
-
-
-def _settings_of_training(settings: AttributeSettings, trained: Trained) -> AttributeSettings:
-    """Return the settings with the trained model, and with how its data became tokens."""
-    steps = trained.run.checkpoints
-    if not steps:
-        raise SpecError(f"{trained.run.folder} has no checkpoint yet. Let `vestige train` finish first.")
-    changed: dict[str, Any] = {"model": str(steps[max(steps)]), "data": None, "max_length": trained.settings.max_length}
-    if settings.chat is None:
-        changed["chat"] = trained.settings.chat
-    return settings.model_copy(update=changed)
 
 
 def _require_recomputable(index: indexes.Index, method: Method) -> None:

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vestige.indexes import Index
-    from vestige.settings import TrainSettings
-    from vestige.training import TrainingRun
 
 Weighting = Literal["learning rate", "equal"]
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
@@ -64,13 +62,6 @@ class Checkpoint:
         return type(self.source).__name__ if isinstance(self.source, torch.nn.Module) else str(self.source)
 
 
-class Trained(NamedTuple):
-    """A finished training of `vestige train`, and the settings to run it again."""
-
-    run: "TrainingRun"
-    settings: "TrainSettings"
-
-
 @dataclass(frozen=True)
 class Job:
     """One question: which rows of `train` made the model say `queries`."""
@@ -86,8 +77,6 @@ class Job:
     """Stored gradients of `train`, when there are any."""
     checkpoints: tuple[Checkpoint, ...] = ()
     """For methods over several models: all of them; the last one's is `loaded`."""
-    trained: "tuple[Trained, ...]" = ()
-    """The recorded trainings, for methods that need them; the first one's model is `loaded`."""
     left_out: tuple[int, ...] = ()
     """Without an index: training rows whose loss or gradient is not finite, where `--skip-bad` was requested."""
     randomised: bool = False
@@ -178,6 +167,14 @@ class Method(ABC):
     """What to type instead where the same few rows lead most lists, such as `--method grad-cos`: printed with them."""
     works_sharded: ClassVar[bool] = False
     """True for methods that a model can serve that is sharded over the processes of a process group."""
+
+    def adopt(self, settings: AttributeSettings) -> AttributeSettings:
+        """Return the settings with what the method knows better, such as the model of a recorded training."""
+        return settings
+
+    def read_train(self, loaded: models.LoadedModel) -> TokenizedData | None:  # noqa: ARG002
+        """Return the training data, where the method knows them better than the settings; else None."""
+        return None
 
     @abstractmethod
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:

@@ -7,7 +7,7 @@ the border of every segment, so a kill loses one segment.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -16,17 +16,19 @@ from jaxtyping import Float
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from vestige.data import make_batch
-from vestige.errors import IndexMismatch
+from vestige.data import TokenizedData, make_batch
+from vestige.errors import IndexMismatch, SpecError
 from vestige.gradients import Reduction, token_losses
-from vestige.methods._gradient_method import HELPS
-from vestige.methods._job import EXACT_SHARE
-from vestige.methods._plan import digest, settings_key
-from vestige.methods._protocol import Job, Method, Trained, method
+from vestige.methods import EXACT_SHARE, HELPS, Job, Method, digest, method, settings_key
+from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import Check, Meaning, ScoreBlock
+from vestige.settings import AttributeSettings, TrainSettings
 from vestige.storage import partial_folder, temporary_path
-from vestige.training import Adjoints, Replay
+from vestige.training._adjoint import Adjoints
+from vestige.training._replay import Replay, read_settings
+from vestige.training._store import TrainingRun
+from vestige.training._train import read_learned
 
 _COPIES = 4
 """Numbers per trained parameter and query: adjoints of the weight and of two moments, and one on its way."""
@@ -35,6 +37,13 @@ _GROWTH_WARNS = 1e7
 a gradient begins at zero, as that of half of LoRA's matrices, the first steps of Adam are steep."""
 _AGREES = 0.5
 """Below it, the runs' rankings share less than a quarter of their variance."""
+
+
+class Trained(NamedTuple):
+    """A finished training of `vestige train`, and the settings to run it again."""
+
+    run: TrainingRun
+    settings: TrainSettings
 
 
 @dataclass
@@ -65,6 +74,7 @@ class TrainingReplay(Method):
         int, "Trainings without a random twentieth of the examples, whose losses are compared with the predicted ones."
     ] = 3
     _checks: list[Check] = field(default_factory=list, repr=False, init=False)
+    _trained: tuple[Trained, ...] = field(default=(), repr=False, init=False)
 
     needs_model = True
     needs_training = True
@@ -81,10 +91,35 @@ class TrainingReplay(Method):
         "little, which the check of adjoints and the dropped examples show. Another order of examples is another run.",
     )
 
+    def adopt(self, settings: AttributeSettings) -> AttributeSettings:
+        """Open the recorded trainings; return the settings with the model of the first, and how it read its data.
+
+        Raises:
+            SpecError: A training cannot be replayed, or has no checkpoint yet.
+        """
+        given = settings.training
+        folders = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        live = {"model": settings.model, "data": settings.data, "tokenizer": settings.tokenizer}
+        runs = [TrainingRun.open(folder) for folder in folders]
+        self._trained = tuple(Trained(run, read_settings(run, **live)) for run in runs)
+        first = self._trained[0]
+        steps = first.run.checkpoints
+        if not steps:
+            raise SpecError(f"{first.run.folder} has no checkpoint yet. Let `vestige train` finish first.")
+        changed: dict[str, Any] = {"model": str(steps[max(steps)]), "data": None}
+        changed["max_length"] = first.settings.max_length
+        if settings.chat is None:
+            changed["chat"] = first.settings.chat
+        return settings.model_copy(update=changed)
+
+    def read_train(self, loaded: LoadedModel) -> TokenizedData:
+        """Return all examples as the first training learned them."""
+        return read_learned(self._trained[0].settings, loaded)[0]
+
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the scores of all rows; an example that the training did not draw scores 0."""
         self._checks = []
-        runs = [self._score(job, number, one) for number, one in enumerate(job.trained)]
+        runs = [self._score(job, number, one) for number, one in enumerate(self._trained)]
         if len(runs) > 1:
             self._checks.append(_compare_runs(runs))
         scores = torch.stack(runs).mean(0)
@@ -100,7 +135,7 @@ class TrainingReplay(Method):
         replay = Replay(trained.run, trained.settings, work)
         if replay.data.fingerprint != job.train.fingerprint:
             raise IndexMismatch(
-                f"{trained.run.folder} was trained on other data than {job.trained[0].run.folder}. Average trainings "
+                f"{trained.run.folder} was trained on other data than {self._trained[0].run.folder}. Average trainings "
                 "that differ in --seed alone."
             )
         rows = {example.id: row for row, example in enumerate(job.train.examples)}

@@ -53,6 +53,8 @@ def run_pieces(pieces: Pieces[Result], settings: LaunchSettings, command: Sequen
         return _finish(pieces, settings, job)
     missing = pieces.missing()
     if not missing:
+        # A process that was killed while it made the result has left its lock.
+        (job.path / "reduce.lock").unlink(missing_ok=True)
         return pieces.reduce()
     if role.kind == "worker":
         raise PieceFailed(f"{pieces.name}: pieces {ranges(missing)} are missing, on which what comes next builds.")

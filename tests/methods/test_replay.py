@@ -239,7 +239,11 @@ def test_what_cannot_be_replayed_is_refused(folder, tmp_path):
         ({"method": "replay", "model": str(folder / "double"), "data": queries}, "Pass training=FOLDER"),
         ({"method": "grad-dot", "training": tmp_path}, "`training` replays a training"),
         ({"method": "replay", "training": tmp_path}, "holds no training"),
-        ({"method": "replay", "training": tmp_path, "index": "idx"}, "`training` brings its model and data"),
+        ({"method": "replay", "training": tmp_path, "index": "idx"}, "`training` brings its model"),
+        *(
+            ({"method": "replay", "training": tmp_path, name: value}, f"drop `{name}`")
+            for name, value in (("components", ["mlp"]), ("limit", 3), ("max_length", 9), ("workers", 2))
+        ),
     ]:
         with pytest.raises(UserError, match=words):
             vestige.attribute(queries=queries, out=tmp_path / "run", **given)

@@ -287,7 +287,9 @@ def _conclude(kinds: Sequence[Answers], removed: int) -> str:
     else:
         chance = [new - old for new, old in zip(control.old, before.old, strict=True)]
         words += f", without random ones by {format_span(chance, signed=True)}"
-        if min(rises) > max(0.0, *chance):
+        if min(rises) > max(0.0, *chance) and len(rises) == 1:
+            verdict = "Removed: more than random rows, with the one seed that was trained."
+        elif min(rises) > max(0.0, *chance):
             verdict = "Removed: the rows led to this answer, with every seed more than any random rows."
         elif sum(rises) > sum(chance):
             verdict = "More than random rows, but not with every seed: not certain."

@@ -41,7 +41,7 @@ class Recorded:
 
     @property
     def seconds(self) -> float | None:
-        """How long it took; None where that is not known."""
+        """The seconds that it took; None where they are not known."""
         return None if self.run is None or self.changed else self.run.record.get("seconds")
 
     @property
@@ -151,7 +151,7 @@ class Trainings:
 
     @property
     def repeated(self) -> int:
-        """How many models have to be trained still: the recorded one is there."""
+        """The number of models that are still to be trained: the recorded one is there."""
         return sum(self._known(*one) is None for one in self.missing)
 
     def _known(self, arm: Arm, number: int) -> Path | None:

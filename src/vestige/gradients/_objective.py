@@ -348,7 +348,7 @@ class Knowledge(NamedTuple):
 
     @property
     def learned(self) -> bool:
-        """Whether the model does better than both guesses."""
+        """True if the model does better than both guesses."""
         return self.model < BETTER * min(self.uniform, self.unigram)
 
     @property

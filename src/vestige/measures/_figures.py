@@ -51,7 +51,7 @@ class Drawn(NamedTuple):
 
     @property
     def checkpoint_label(self) -> str:
-        """What the numbers are."""
+        """The name of the axis of checkpoints."""
         stepped = all(each.steps is not None for each in self.run.checkpoints)
         return "optimizer steps" if stepped else "checkpoint, in order"
 

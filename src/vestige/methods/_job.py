@@ -88,17 +88,8 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         on_answers(queries, generated)
     if loaded is not None:
         indexes.require_independence(loaded, queries, indexes.batch_tokens(settings, loaded))
-    job = Job(
-        train,
-        queries,
-        settings,
-        loaded,
-        selection,
-        index,
-        checkpoints,
-        asked=asked,
-        generated=tuple(generated),
-    )
+    made_by_model = tuple(generated)
+    job = Job(train, queries, settings, loaded, selection, index, checkpoints, asked=asked, generated=made_by_model)
     # A method that works on whole gradients refuses by itself what does not fit.
     needs_none = index is not None or not method.needs_gradients or method.needs_exact
     if needs_none or (not method.needs_index and gradients_fit(job)):

@@ -246,7 +246,7 @@ class GradientStore(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """What these gradients are: of the same identity they are the same numbers."""
+        """The identity of these gradients: stores with the same one hold the same numbers."""
 
     @property
     @abstractmethod

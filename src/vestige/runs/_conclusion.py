@@ -267,7 +267,7 @@ class _Reading:
 
     @cached_property
     def _is_stated(self) -> bool:
-        """Whether a listed row holds enough of the answer's telling words, or it has none."""
+        """True if a listed row holds enough of the answer's telling words, or it has none."""
         query = self._scores.query_wording(self._query)
         words, telling = self._scores.words, self._scores.words.telling(query)
         if self._sources or not query.question or not telling:

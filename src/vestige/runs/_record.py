@@ -38,7 +38,7 @@ class Meaning:
 
     @property
     def causal(self) -> bool:
-        """Whether a score says what training on the example does, and not only how alike it is to the query."""
+        """True if a score says what training on the example does, and not only how alike it is to the query."""
         return self.sign.startswith("positive")
 
     def to_dict(self) -> dict[str, str]:

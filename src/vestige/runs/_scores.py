@@ -196,7 +196,7 @@ class Scores:
 
     @property
     def has_dense(self) -> bool:
-        """Whether the run has the scores of all examples, and not only the ends of each ranking."""
+        """True if the run has the scores of all examples, and not only the ends of each ranking."""
         return (self.folder / DENSE_FILE).is_file()
 
     def dense_of(self, query: int | str) -> Float[np.ndarray, "example"]:

@@ -91,6 +91,12 @@ class UntracSettings(QuestionSettings, LaunchSettings):
     overwrite: bool = Field(False, description="Replace a run that is already in the folder.")
 
 
+_OF_A_TRAINING = (
+    *("index", "checkpoints", "query_rank", "components", "skip_bad", "limit", "max_length", "precision"),
+    *("workers", "engine", "shard"),
+)
+"""Settings that a recorded training decides, or that its replay does not know."""
+
 AnswerSource = Literal["auto", "generate", "given"]
 
 
@@ -183,9 +189,13 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     @model_validator(mode="after")
     def _index_or_data(self) -> Self:
         if self.training is not None:
-            given = [flag(name) for name in ("index", "checkpoints", "query_rank") if getattr(self, name) is not None]
+            fields = type(self).model_fields
+            given = [flag(name) for name in _OF_A_TRAINING if getattr(self, name) != fields[name].default]
             if given:
-                raise SpecError(f"--training brings its model and data: drop {', '.join(given)}.")
+                raise SpecError(
+                    f"--training brings its model, its data and all trained parameters, and is run again in this "
+                    f"process: drop {', '.join(given)}."
+                )
         elif self.index is None:
             # Whether a model is needed depends on the method: lexical ones read text alone.
             if self.data is None:

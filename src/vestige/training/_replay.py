@@ -26,7 +26,7 @@ from vestige.online import ID_KEY, CarriedIds
 from vestige.progress import announce, progress
 from vestige.settings import TrainSettings
 from vestige.storage import check_disk, make_folder, remove_tree
-from vestige.training._adjoint import Adjoints, Moved, read_rule, unclip
+from vestige.training._adjoint import Adjoints, Moved, Rule, read_rule, unclip
 from vestige.training._examples import WEIGHT, Rows, restore_randomness
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps, read_record
 from vestige.training._train import (
@@ -55,8 +55,8 @@ class MicroBatch(NamedTuple):
     """1 where the data have no weights."""
     divisor: float
     """The sum of the losses of the target tokens, times their examples' weights, is divided by this."""
-    random: Any
-    """States of the random numbers before the pass, which decide dropout."""
+    random: tuple[Tensor, list[Tensor]]
+    """States of the random numbers, of the CPU and of each GPU, before the pass, which decide dropout."""
     loss: float
     """As the training computed it."""
 
@@ -71,6 +71,10 @@ class RecordedStep:
     batches: list[MicroBatch]
     norm: float
     """Of the whole gradient before clipping."""
+
+
+KEPT_CLASSES = [RecordedStep, MicroBatch, Moved, Rule, Adjoints]
+"""What files of a replay hold beside tensors and plain values: nothing else is unpickled."""
 
 
 class Derivatives(NamedTuple):
@@ -148,7 +152,7 @@ class Replay:
         self._plan: Plan = make_plan(self.settings, self._inputs.data, self._inputs.weights, groups)
         self.borders = checkpoint_steps(self.settings.out)
         """Steps at which a segment ends and the next begins; the first is 0."""
-        self.model = self._load(steps)
+        self.load_end()
 
     @property
     def data(self) -> TokenizedData:
@@ -185,7 +189,8 @@ class Replay:
             files = self._record(begin, end)
             self.model.train()
             for path in reversed(files):
-                step: RecordedStep = torch.load(path, weights_only=False)
+                with torch.serialization.safe_globals(KEPT_CLASSES):
+                    step: RecordedStep = torch.load(path, weights_only=True)
                 yield step, self._step_back(step, adjoints)
                 path.unlink()
 
@@ -220,27 +225,15 @@ class Replay:
         return second
 
     def load_end(self) -> None:
-        """Give the model the weights that the training ended with."""
-        self.model = self._load(self.steps)
+        """Give the model the weights that the training ended with, by taking the steps of the last segment."""
+        self._run_without((), self.borders[-2], "Steps to the end of the training")
 
     def run_without(self, ids: Collection[str], title: str) -> None:
         """Take all steps with the weight of some examples at 0: order, batches and divisors stay; keep the model."""
+        self._run_without(ids, 0, title)
 
-        def attach(trainer: Any, advance: Callable[[], None]) -> None:
-            _Without(trainer, ids, advance)
-
-        self._run(0, self.steps, title, attach)
-
-    def _load(self, step: int) -> nn.Module:
-        """Return the model after a step."""
-        model = make_model(self.settings, self._inputs.loaded)
-        kept = _read_weights(checkpoint_folder(self.settings.out, step))
-        named = {_plain(name): each for name, each in model.named_parameters()}
-        with torch.no_grad():
-            for name, value in kept.items():
-                if name in named:
-                    named[name].copy_(value)
-        return model
+    def _run_without(self, ids: Collection[str], begin: int, title: str) -> None:
+        self._run(begin, self.steps, title, lambda trainer, advance: _Without(trainer, ids, advance))
 
     def _require_same(self) -> None:
         ours, theirs = self._again.record, self._training.record
@@ -276,7 +269,7 @@ class Replay:
         self._run(begin, end, f"Replay of steps {begin + 1} to {end}", attach)
         return tapes[0].files
 
-    def _run(self, begin: int, end: int, title: str, attach: Callable[[Any, Callable[[], None]], None]) -> None:
+    def _run(self, begin: int, end: int, title: str, attach: Callable[[Any, Callable[[], None]], Any]) -> None:
         """Take the steps after `begin`, with something attached to the Trainer; the model is kept."""
         with torch.random.fork_rng(), restore_randomness(), quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -390,11 +383,6 @@ def _set_random(states: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(states[0])
     if states[1]:
         torch.cuda.set_rng_state_all(states[1])
-
-
-def _plain(name: str) -> str:
-    """Return a parameter's name as PEFT saves it: without that of the adapter."""
-    return name.replace(".default.", ".")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

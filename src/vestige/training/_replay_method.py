@@ -26,7 +26,7 @@ from vestige.runs import Check, Meaning, ScoreBlock
 from vestige.settings import AttributeSettings, TrainSettings
 from vestige.storage import partial_folder, temporary_path
 from vestige.training._adjoint import Adjoints
-from vestige.training._replay import Replay, read_settings
+from vestige.training._replay import KEPT_CLASSES, Replay, read_settings
 from vestige.training._store import TrainingRun
 from vestige.training._train import read_learned
 
@@ -140,7 +140,8 @@ class TrainingReplay(Method):
             )
         rows = {example.id: row for row, example in enumerate(job.train.examples)}
         walks = [
-            _walk(replay, job, queries, rows, work / f"walk-{queries[0]}.pt") for queries in _split_queries(job, replay)
+            _walk(replay, job, some, rows, work / f"walk-{some[0]}-{some[-1]}.pt")
+            for some in _split_queries(job, replay)
         ]
         scores = torch.cat([walk.scores for walk in walks])
         self._checks.append(_check_growth(walks))
@@ -163,7 +164,8 @@ def _split_queries(job: Job, replay: Replay) -> list[range]:
 def _walk(replay: Replay, job: Job, queries: range, rows: dict[str, int], kept: Path) -> _Walk:
     """Walk some queries back to the first step, from where an interrupted walk was."""
     if kept.is_file():
-        walk: _Walk = torch.load(kept, weights_only=False)
+        with torch.serialization.safe_globals([_Walk, *KEPT_CLASSES]):
+            walk: _Walk = torch.load(kept, weights_only=True)
     else:
         ends = _end(replay, job, queries)
         scores = torch.zeros(len(queries), len(job.train), dtype=torch.float64)
@@ -214,8 +216,11 @@ def _length(tensors: dict[str, Tensor]) -> float:
 
 def _check_growth(walks: Sequence[_Walk]) -> Check:
     norms = np.mean([walk.norms for walk in walks], axis=0)
-    growth = float(norms.max() / norms[0]) if norms[0] > 0 else float("nan")
-    smooth = np.isfinite(growth) and growth <= _GROWTH_WARNS
+    if not norms[0] > 0:
+        reading = "No query's loss depends on the weights, so there is nothing to walk back."
+        return Check(name="growth of adjoints", value=None, reading=reading, verdict="unknown")
+    growth = float(norms.max() / norms[0])
+    smooth = growth <= _GROWTH_WARNS
     steps = len(norms) - 1
     words = f"Walked back over {steps:,} steps, the derivatives in the weights grew by a factor of at most {growth:.3g}"
     reading = (

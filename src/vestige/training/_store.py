@@ -142,7 +142,7 @@ class TrainingRun:
 
     @property
     def current_step(self) -> CurrentStep | None:
-        """How far it is; None of one that is complete, or whose first seconds have not passed."""
+        """The last step that was noted; None of one that is complete, or whose first seconds have not passed."""
         return read_step(self.folder)
 
     @property

@@ -12,7 +12,7 @@ from tests.workshop import furnish
 
 from sweep.conftest import lexical, results
 from vestige.distributed import ROLE_VARIABLE
-from vestige.errors import SpecError
+from vestige.errors import SpecError, WorkElsewhere
 from vestige.jobs import Role
 from vestige.training import Recorder, TrainingRun
 from vestige_recipes.sweep import run as run_module, sweep, sweep_report
@@ -108,6 +108,9 @@ def test_a_training_in_a_rank_of_torchrun_is_no_part_of_a_process_group(tmp_path
     """A Trainer that found LOCAL_RANK alone wrapped its model for a group of one."""
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    two = trainings | {"axes": {"split_seed": [0, 1]}}
+    with pytest.raises(WorkElsewhere):  # The share of the first rank, which this one would wait for.
+        sweep(two, out=tmp_path / "sw", shard="1/2")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     seen, honest = [], Recorder.on_pre_optimizer_step
@@ -118,8 +121,7 @@ def test_a_training_in_a_rank_of_torchrun_is_no_part_of_a_process_group(tmp_path
         honest(recorder)
 
     monkeypatch.setattr(Recorder, "on_pre_optimizer_step", on_pre_optimizer_step)
-    one = trainings | {"axes": {"split_seed": [0]}}
-    assert sweep(one, out=tmp_path / "sw").counts() == {"done": 1}
+    assert sweep(two, out=tmp_path / "sw").counts() == {"done": 2}
     assert seen
     assert all(each == (False, []) for each in seen)
     assert {name: os.environ[name] for name in environment} == environment

@@ -148,6 +148,8 @@ def _work_as_rank(work: Work, role: Role) -> None:
     _work_here(replace(work, missing=[piece for piece in work.missing if piece in share]))
 
     def wait() -> None:
+        if left := [piece for piece in work.missing if not work.is_over(piece)]:
+            announce(f"{work.pieces.name}: waiting for the other ranks, which have {len(left)} pieces to do.")
         # The first rank removes the folder of a run with its pieces, maybe before this one has noticed the last.
         while work.job.path.exists() and not all(map(work.is_over, work.missing)):
             check_stop()

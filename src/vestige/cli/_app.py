@@ -1,7 +1,9 @@
 """The command `vestige`: the registered commands, and what becomes of errors."""
 
+import atexit
 import contextlib
 import errno
+import gc
 import io
 import os
 import sys
@@ -23,6 +25,8 @@ _PANIC = "PanicException"
 
 BUG, USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 """Exit statuses; the last is what a shell shows for a program that wrote into a pipe whose reader was gone."""
+_OBJECTS = 50_000
+"""New objects after which Python looks for garbage; by default 700 (Python 3.11)."""
 _SHOWN = 300
 """Most characters of a message of a library."""
 
@@ -36,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 2 after a user's mistake, 130 after Ctrl-C, 141 when the output has no reader, 1 after a bug.
     """
+    if arguments is None:
+        _collect_less()
     words = sys.argv[1:] if arguments is None else list(arguments)
     with _usable_streams():
         try:
@@ -63,6 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"The library that reads tokenizers and weights broke off ({_short(str(error))}). A file of the model "
                 "is damaged, or not what its name says: get the model's folder again, or give another --tokenizer."
             )
+
+
+def _collect_less() -> None:
+    """Let Python look for garbage rarely in this process, and not at its end.
+
+    The libraries make a million objects that stay: to look through them while they are imported takes a second, and
+    before the process ends another one.
+    """
+    gc.set_threshold(_OBJECTS)
+    atexit.register(gc.freeze)
 
 
 def _answer(words: Sequence[str]) -> None:

@@ -118,7 +118,8 @@ def read_steps(folder: Path, schema: pa.Schema) -> pa.Table:
     Raises:
         CorruptFile: A part is damaged.
     """
-    return pa.concat_tables([schema.empty_table(), *(read_table(path, schema) for path in _parts(folder))])
+    # A table of no rows gives the columns where nothing is logged yet; `schema.empty_table` imports pandas for it.
+    return pa.concat_tables([pa.Table.from_batches([], schema), *(read_table(path, schema) for path in _parts(folder))])
 
 
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:

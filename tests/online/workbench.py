@@ -28,10 +28,6 @@ def training_model(name: str, dropout: float = 0.1, dtype: torch.dtype = torch.f
     return model.train()
 
 
-def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-
-
 def step_rows(step: int, size: int = BATCH) -> list[int]:
     """Rows of a step's batch: shuffled, some twice over the training."""
     order = torch.randperm(len(DATA.ids), generator=torch.Generator().manual_seed(step))

@@ -17,7 +17,7 @@ from vestige.errors import DataError
 from vestige.measures._attack import Attack, Interval, Rate, attack, blind_attack, share
 from vestige.measures._job import AuditJob, Mask, Numbers
 from vestige.measures._losses import margin
-from vestige.measures._measure import BLIND, BankValues, Column, Losses, Measure
+from vestige.measures._measure import BLIND, TOTAL_LOSS, BankValues, Column, Losses, Measure
 from vestige.measures._pieces import Tensors
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth
 
@@ -121,8 +121,6 @@ def columns_of(job: AuditJob, measure: Measure, found: Collection[str]) -> list[
 
 def _compute_columns(job: AuditJob, found: Tensors, reference: Tensors | None) -> dict[str, Column]:
     """Return the columns of one subject: of its passes, of its losses, and of what it generated."""
-    from vestige.measures._forward import TOTAL_LOSS
-
     values = {name: tensor.numpy() for name, tensor in found.items()}
     total = None if reference is None else reference[TOTAL_LOSS].numpy()
     losses = Losses(values["loss"], values[TOTAL_LOSS], total, job.data, job.tokenizer)

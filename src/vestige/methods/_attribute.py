@@ -163,9 +163,7 @@ def _take_up(job: Job, method: Method, begun: RunRecord, started: float) -> Stor
         )
     if job.settings.swept:
         # Which of the dampings the run is at depends on those at which the curvature could be inverted.
-        from vestige.methods._sweep import sweep
-
-        job, method, _ = sweep(job, cast("GradientMethod", method))[0][0]
+        job, method, _ = _score(job, method)[0][0]
 
     def read() -> tuple[list[RankedScore], list[float] | None]:
         losses = read_run_table(job.settings.out, "queries").sort_by("row")["loss"].to_pylist()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from vestige import indexes, models
+from vestige import gradients, indexes, models
 from vestige.distributed import broadcast_from_rank0
 from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
 from vestige.lazy import torch
@@ -175,8 +175,6 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
 
 def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
     """Yield the scores of a query for some rows, split over tokens."""
-    from vestige.methods._token_derivatives import token_derivatives
-
     loaded, data = job.model_for(job.settings.method), job.train
     model = loaded.model
     device = next(model.parameters()).device
@@ -188,7 +186,7 @@ def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) 
     norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
     wanted = np.asarray(rows, dtype=np.int64)
     for positions, batch in read_batches(model, data, indexes.batch_tokens(job.settings, loaded), wanted):
-        derivatives = token_derivatives(model, tangents, batch).double().cpu().numpy()
+        derivatives = gradients.token_derivatives(model, tangents, batch).double().cpu().numpy()
         for row, values in zip(wanted[positions].tolist(), derivatives, strict=True):
             count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1
             yield TokenScores(query, row, values[: len(data.input_ids[row])] / count / (norms[row] or 1.0))

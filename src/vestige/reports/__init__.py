@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from vestige.reports._compare import make_comparison as make_comparison
     from vestige.reports._header import (
         Fact as Fact,
         cut_command as cut_command,

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         Audit as Audit,
         EvidenceRow as EvidenceRow,
         evidence_table as evidence_table,
+        judgement_table as judgement_table,
         read_evidence as read_evidence,
         write_evidence as write_evidence,
     )
@@ -40,8 +41,11 @@ if TYPE_CHECKING:
         open_dense as open_dense,
         write_dense as write_dense,
     )
-    from vestige.runs._groups import NO_SOURCE as NO_SOURCE
-    from vestige.runs._lift import SourceLift as SourceLift, find_source_lift as find_source_lift
+    from vestige.runs._groups import (
+        NO_SOURCE as NO_SOURCE,
+        SourceLift as SourceLift,
+        find_source_lift as find_source_lift,
+    )
     from vestige.runs._record import (
         DENSE_FILE as DENSE_FILE,
         PARTS as PARTS,

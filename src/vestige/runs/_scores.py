@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,18 @@ from vestige.runs._compare import Comparison, compare
 from vestige.runs._dense import open_dense, rank_scores
 from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
 from vestige.runs._summary import End
-from vestige.runs._table import HEADINGS, ScoreRow, ScoreTable, cells_of, excerpt, relative_strength, render_html
+from vestige.runs._table import (
+    HEADINGS,
+    ComponentScore,
+    ScoreRow,
+    ScoreTable,
+    SelfInfluence,
+    TokenScore,
+    cells_of,
+    excerpt,
+    relative_strength,
+    render_html,
+)
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
 from vestige.runs._wording import Listed, Wording, Words, row_text, turns_or_text, wording_of
 from vestige.tables import reading
@@ -26,29 +37,6 @@ from vestige.terminal import shorten
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
-
-
-class ComponentScore(NamedTuple):
-    """Contribution of one component to the score of one pair."""
-
-    component: str
-    score: float
-
-
-class TokenScore(NamedTuple):
-    """Contribution to a pair's score of learning to predict one token of the training example."""
-
-    position: int
-    token: str
-    score: float
-
-
-class SelfInfluence(NamedTuple):
-    """The score of a training example for itself."""
-
-    example_id: str
-    row: int
-    score: float
 
 
 SELF_TABLE = "self_influence"

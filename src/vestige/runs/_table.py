@@ -36,6 +36,29 @@ class ScoreRow(NamedTuple):
     """The score in percent of the query's highest (see `relative_strength`)."""
 
 
+class ComponentScore(NamedTuple):
+    """Contribution of one component to the score of one pair."""
+
+    component: str
+    score: float
+
+
+class TokenScore(NamedTuple):
+    """Contribution to a pair's score of learning to predict one token of the training example."""
+
+    position: int
+    token: str
+    score: float
+
+
+class SelfInfluence(NamedTuple):
+    """The score of a training example for itself."""
+
+    example_id: str
+    row: int
+    score: float
+
+
 def relative_strength(score: float, highest: float) -> float | None:
     """Return a score in percent of the query's highest: 100 for the first row, negative for opponents.
 

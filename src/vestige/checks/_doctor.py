@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple

@@ -5,9 +5,17 @@ from typing import TYPE_CHECKING
 from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from vestige.evaluate._component_findings import (
-        backward_shares as backward_shares,
-        component_type as component_type,
+    from vestige.evaluate._component_files import (
+        CHANCE as CHANCE,
+        FULL as FULL,
+        PARAMETERS as PARAMETERS,
+        SIMILARITY as SIMILARITY,
+        Drawing as Drawing,
+        Part as Part,
+        accuracy_of as accuracy_of,
+        agreement_of as agreement_of,
+        list_drawings as list_drawings,
+        number_of as number_of,
     )
     from vestige.evaluate._component_inputs import (
         Projection as Projection,
@@ -24,7 +32,11 @@ if TYPE_CHECKING:
         cross_validate as cross_validate,
         greedy_path as greedy_path,
     )
-    from vestige.evaluate._components import components as components
+    from vestige.evaluate._components import (
+        backward_shares as backward_shares,
+        component_type as component_type,
+        components as components,
+    )
     from vestige.evaluate._lds import (
         Ceiling as Ceiling,
         Lds as Lds,

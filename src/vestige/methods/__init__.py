@@ -45,9 +45,9 @@ if TYPE_CHECKING:
         gradients_fit as gradients_fit,
         open_job as open_job,
         read_batches as read_batches,
+        read_queries as read_queries,
     )
     from vestige.methods._less import Less as Less
-    from vestige.methods._options import Option as Option, options_of as options_of
     from vestige.methods._parts import (
         split_over_components as split_over_components,
         split_over_tokens as split_over_tokens,
@@ -132,10 +132,13 @@ if TYPE_CHECKING:
         settle_rate as settle_rate,
     )
     from vestige.methods._weights import (
+        Rows as Rows,
+        Vector as Vector,
         Weights as Weights,
         borrow_weights as borrow_weights,
         loss_weights as loss_weights,
         randomise as randomise,
     )
+    from vestige.registry import Option as Option, options_of as options_of
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from vestige import indexes, models
 from vestige.distributed import FSDP, broadcast_from_rank0, is_rank0
@@ -41,9 +41,6 @@ from vestige.runs import (
 )
 from vestige.settings import AttributeSettings, LaunchSettings, with_settings
 from vestige.storage import partial_folder, remove_partial, sha256_of
-
-if TYPE_CHECKING:
-    from vestige.methods._gradient_method import GradientMethod
 
 _POLL_SECONDS = 0.2
 
@@ -190,7 +187,7 @@ def _score(job: Job, method: Method) -> tuple[list[Member], list[Check]]:
     if job.settings.swept:
         from vestige.methods._sweep import sweep
 
-        members, check = sweep(job, cast("GradientMethod", method))
+        members, check = sweep(job, method)
         return members, [check]
     return [Member(job, method, summarise(job, method))], []
 
@@ -336,7 +333,7 @@ def _query_losses(job: Job, method: Method) -> list[float] | None:
     """Return the loss of every query, None without a model."""
     if job.loaded is None:
         return None
-    if method.works_in_pieces and (known := cast("GradientMethod", method).measured_losses(job)) is not None:
+    if (known := method.measured_losses(job)) is not None:
         return known
     budget = indexes.batch_tokens(job.settings, job.loaded)
     return compute_losses(job.loaded.model, job.queries, job.settings.loss, budget).tolist()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from vestige.storage import partial_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vestige.methods._gradient_method import GradientMethod, Prepared
+    from vestige.methods import Prepared
 
 Pairs = Sequence[tuple[int, int]]
 """(query, row) of every listed score."""
@@ -126,7 +126,7 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
     if not method.works_in_pieces:
         return _split_pairs(job, method, distinct)
     # Made before the bar: what they need may show one of its own.
-    cast("GradientMethod", method).prepare(job)
+    method.prepare(job)
     found, rows = list[ComponentScores](), sorted({row for _, row in distinct})
     with progress(len(rows), "Scores of components") as bar:
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -151,7 +151,7 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
 
     The scores of each query are kept beside the run until it is complete: after a kill the others alone are computed.
     """
-    prepared = cast("GradientMethod", method).prepare(job)
+    prepared = method.prepare(job)
     rows = [sorted({row for number, row in pairs if number == query}) for query in range(len(job.queries))]
 
     def compute(query: int) -> dict[str, Tensor]:

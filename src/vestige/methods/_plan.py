@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
 
 if TYPE_CHECKING:
-    from vestige.methods._gradient_method import GradientMethod, Prepared
+    from vestige.methods import Prepared
 
 FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""
@@ -89,9 +89,8 @@ def summarise_sets(
 
     if not method.works_in_pieces:
         return collect(method.blocks(job))
-    gradients = cast("GradientMethod", method)
-    store = gradients.store(job)
-    prepared = _share_queries(job, gradients, store)
+    store = method.store(job)
+    prepared = _share_queries(job, method, store)
     key = digest(settings_key(job), store.identity, digest_of(prepared.vectors))
     lines = sets * len(job.queries)
     return _run(job, "Scoring", "train x query pairs", store, lines, lambda: prepared.piece_blocks, collect, key)
@@ -126,9 +125,8 @@ def compute_self_scores(job: Job, method: Method) -> np.ndarray:
 
     if not method.works_in_pieces:
         return collect(method.self_scores(job))
-    gradients = cast("GradientMethod", method)
-    store, key = gradients.store(job), settings_key(job)
-    blocks = partial(gradients.self_blocks, job)
+    store, key = method.store(job), settings_key(job)
+    blocks = partial(method.self_blocks, job)
     return _run(job, "Self-influence", "examples", store, 1, blocks, collect, digest(key, store.identity))
 
 
@@ -193,7 +191,7 @@ def _run(
     return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
 
 
-def _share_queries(job: Job, method: GradientMethod, store: GradientStore) -> Prepared:
+def _share_queries(job: Job, method: Method, store: GradientStore) -> Prepared:
     """Return the query vectors; those of data in several pieces are kept beside the run.
 
     Of several processes that start at once, one writes and all read the same bytes: computed twice they may be rounded

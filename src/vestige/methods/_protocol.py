@@ -14,6 +14,7 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
+    Self,
     TypeAlias,
     TypeVar,
 )
@@ -24,9 +25,8 @@ from vestige import models
 from vestige.data import TokenizedData
 from vestige.errors import SpecError, UserError
 from vestige.lazy import torch
-from vestige.methods._options import options_of
 from vestige.progress import progress
-from vestige.registry import Registry
+from vestige.registry import Registry, options_of
 from vestige.runs import Check, Meaning, ScoreBlock
 from vestige.settings import AttributeSettings
 from vestige.terminal import lines_of_facts
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vestige.indexes import Index
+    from vestige.methods import Prepared
 
 Weighting = Literal["learning rate", "equal"]
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
@@ -182,6 +183,30 @@ class Method(ABC):
     def checks(self, job: Job) -> list[Check]:  # noqa: ARG002
         """Return what the method itself can say of how far its scores can be trusted, once they are computed."""
         return []
+
+    def store(self, job: Job) -> GradientStore:
+        """Return the store of the training gradients; this and the next three are of methods that work in pieces."""
+        raise NotImplementedError(f"{self.name} does not work in pieces")
+
+    def prepare(self, job: Job) -> Prepared:
+        """Return the query vectors, made once for a job."""
+        raise NotImplementedError(f"{self.name} does not work in pieces")
+
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
+        """Return the map from a piece of the store to the scores of its training examples for themselves."""
+        raise NotImplementedError(f"{self.name} does not work in pieces")
+
+    def measured_losses(self, job: Job) -> list[float] | None:  # noqa: ARG002
+        """Return the losses of the queries, where making the vectors has measured them in this process."""
+        return None
+
+    def at_dampings(self, job: Job) -> Callable[[float], Prepared]:
+        """Measure what serves any damping; return the map from a damping to the vectors (see `sweeps_damping`)."""
+        raise NotImplementedError(f"{self.name} measures again for each damping")
+
+    def use(self, prepared: Prepared, note: str) -> Self:
+        """Return the method for a job whose vectors are there already, with a note on the normalisation of scores."""
+        raise NotImplementedError(f"{self.name} has no vectors")
 
     @classmethod
     def require_self_scores(cls) -> None:

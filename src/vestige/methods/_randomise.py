@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copytree, rmtree
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,8 +29,6 @@ from vestige.storage import partial_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from vestige.methods._gradient_method import GradientMethod
 
 ROWS = 16
 """Training rows that are compared. A ranking that needs no learning correlates near 1 on any number of them; one that
@@ -100,7 +98,7 @@ def _score_learned(
     """Return the run's own scores of some rows; of a method without query vectors, those of `score_sample`."""
     if not method.works_in_pieces:
         return score_sample(job, rows, queries)
-    scores = cast("GradientMethod", method).prepare(job).totals(rows.tolist())
+    scores = method.prepare(job).totals(rows.tolist())
     return scores[torch.from_numpy(queries).to(scores.device)].cpu()
 
 

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from vestige.errors import UserError
-from vestige.reports._header import shorten_name
-from vestige.reports._read import Query, RankedScore, RunFiles, TrainingExample
+from vestige.reports._read import Query, RankedScore, RunFiles, TrainingExample, shorten_name
 from vestige.reports._texts import Pieces, Word, cut, find_overlap, find_rare_words, find_system, split_words
 from vestige.runs import NO_SOURCE, Scores, conclude, find_source_lift, relative_strength
 

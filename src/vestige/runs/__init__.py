@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         SourceLift as SourceLift,
         find_source_lift as find_source_lift,
     )
+    from vestige.runs._listed import ScoreRow as ScoreRow, relative_strength as relative_strength
     from vestige.runs._record import (
         DENSE_FILE as DENSE_FILE,
         PARTS as PARTS,
@@ -77,7 +78,6 @@ if TYPE_CHECKING:
         TopK as TopK,
         sample_rows as sample_rows,
     )
-    from vestige.runs._table import ScoreRow as ScoreRow, relative_strength as relative_strength
     from vestige.runs._tables import (
         ComponentScores as ComponentScores,
         RunTables as RunTables,

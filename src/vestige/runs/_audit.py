@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from vestige.errors import DataError, MissingExtra, UserError
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
-from vestige.runs._table import ScoreTable
+from vestige.runs._listed import ScoreTable
 from vestige.storage import write_durably
 from vestige.tables import read_table, reading
 from vestige.terminal import shorten

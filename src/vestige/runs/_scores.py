@@ -15,22 +15,27 @@ from jaxtyping import Float
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.runs._compare import Comparison, compare
 from vestige.runs._dense import open_dense, rank_scores
-from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
-from vestige.runs._summary import End
-from vestige.runs._table import (
+from vestige.runs._listed import (
     HEADINGS,
     ComponentScore,
+    Listed,
     ScoreRow,
     ScoreTable,
     SelfInfluence,
     TokenScore,
+    Wording,
+    Words,
     cells_of,
     excerpt,
     relative_strength,
     render_html,
+    row_text,
+    turns_or_text,
+    wording_of,
 )
+from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
+from vestige.runs._summary import End
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
-from vestige.runs._wording import Listed, Wording, Words, row_text, turns_or_text, wording_of
 from vestige.tables import reading
 from vestige.terminal import shorten
 

@@ -50,24 +50,26 @@ CORRELATION_NAME = "randomised-model correlation"
 
 def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: Sequence[float] | None) -> list[Check]:
     """Run the check on randomised weights, where the method runs a model, and the free checks."""
-    if method.needs_training:
-        reading = "The method replays the training, which noise did not have."
+    if method.needs_training or job.loaded is None or not method.needs_model:
+        replays = "The method replays the training, which noise did not have."
+        reading = replays if method.needs_training else "The method does not use the model's weights."
         checks = [*method.checks(job), *run_free_checks(job, method, ranked, losses=losses)]
         return [make_check(CORRELATION_NAME, None, reading), *checks]
-    if job.loaded is None or not method.needs_model:
-        checks = run_free_checks(job, method, ranked, losses=losses)
-        return [make_check(CORRELATION_NAME, None, "The method does not use the model's weights."), *checks]
     rows = np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)
     queries = sample_rows(len(job.queries), QUERIES)
     with progress(_STEPS, "Trust checks", unit="steps") as bar:
-        checks = run_free_checks(job, method, ranked, losses=losses)
+        checks = [*method.checks(job), *run_free_checks(job, method, ranked, losses=losses)]
         bar.advance()
         known = _measure_knowledge(job, rows)
         bar.advance()
 
         def score(*, randomised: bool = False) -> Float[Tensor, "query row"]:
             with quiet():
-                found = (_score_noise if randomised else _score_learned)(job, method, rows, queries)
+                if randomised or not method.works_in_pieces:
+                    found = score_sample(job, rows, queries, randomised=randomised)
+                else:
+                    scores = method.prepare(job).totals(rows.tolist())
+                    found = scores[torch.from_numpy(queries).to(scores.device)].cpu()
             bar.advance()
             return found
 
@@ -90,22 +92,6 @@ def _measure_knowledge(job: Job, rows: Int[np.ndarray, "row"]) -> gradients.Know
     if job.settings.loss == "mean":
         losses = losses * data.target_counts
     return gradients.measure_knowledge(loaded.model, data, indexes.batch_tokens(job.settings, loaded), losses=losses)
-
-
-def _score_learned(
-    job: Job, method: Method, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-) -> Float[Tensor, "query row"]:
-    """Return the run's own scores of some rows; of a method without query vectors, those of `score_sample`."""
-    if not method.works_in_pieces:
-        return score_sample(job, rows, queries)
-    scores = method.prepare(job).totals(rows.tolist())
-    return scores[torch.from_numpy(queries).to(scores.device)].cpu()
-
-
-def _score_noise(
-    job: Job, _: Method, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-) -> Float[Tensor, "query row"]:
-    return score_sample(job, rows, queries, randomised=True)
 
 
 def check_randomised(

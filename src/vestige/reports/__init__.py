@@ -14,7 +14,12 @@ if TYPE_CHECKING:
         report as report,
         view as view,
     )
-    from vestige.reports._payload import find_place as find_place, make_grid as make_grid, make_payload as make_payload
+    from vestige.reports._payload import (
+        find_place as find_place,
+        make_comparison as make_comparison,
+        make_grid as make_grid,
+        make_payload as make_payload,
+    )
     from vestige.reports._read import (
         Fact as Fact,
         Wording as Wording,

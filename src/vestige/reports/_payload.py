@@ -201,6 +201,11 @@ def describe_example(example: TrainingExample, pieces: Pieces, hub: float | None
     }
 
 
+def _describe_entry(entry: RankedScore, highest: float) -> Json:
+    score, strength = round_number(entry.score), round_number(relative_strength(entry.score, highest), 4)
+    return {"end": entry.end, "rank": entry.rank, "row": entry.row, "score": score, "strength": strength}
+
+
 def _describe_query(
     run: RunFiles,
     query: Query,
@@ -217,11 +222,7 @@ def _describe_query(
         shared = find_overlap(query_words, words[entry.row], rare)
         ranked.append(
             {
-                "end": entry.end,
-                "rank": entry.rank,
-                "row": entry.row,
-                "score": round_number(entry.score),
-                "strength": round_number(relative_strength(entry.score, highest), 4),
+                **_describe_entry(entry, highest),
                 "percentile": round_number(entry.percentile),
                 "overlap": round_number(shared.share, 3),
                 "match": shared.example,
@@ -331,14 +332,5 @@ def _describe_ranking(other: RunFiles, query: Query, answers_otherwise: bool) ->
     highest = find_highest(ranked)
     return {
         "text": describe_text(cut(query.wording)) if answers_otherwise else None,
-        "ranked": [
-            {
-                "end": entry.end,
-                "rank": entry.rank,
-                "row": entry.row,
-                "score": round_number(entry.score),
-                "strength": round_number(relative_strength(entry.score, highest), 4),
-            }
-            for entry in ranked
-        ],
+        "ranked": [_describe_entry(entry, highest) for entry in ranked],
     }

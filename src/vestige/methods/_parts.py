@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vestige import gradients, indexes, models
+from vestige import gradients, indexes, methods, models
 from vestige.distributed import broadcast_from_rank0
 from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
 from vestige.lazy import torch
@@ -34,7 +34,6 @@ from vestige.storage import partial_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vestige.methods import Prepared
 
 Pairs = Sequence[tuple[int, int]]
 """(query, row) of every listed score."""
@@ -173,7 +172,7 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
     return run_pieces(pieces, LaunchSettings.model_validate({}), None)
 
 
-def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
+def _split_query(job: Job, prepared: methods.Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
     """Yield the scores of a query for some rows, split over tokens."""
     loaded, data = job.model_for(job.settings.method), job.train
     model = loaded.model

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from vestige import methods
 from vestige.data import Example, StoredExamples
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
@@ -34,9 +35,6 @@ from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
-
-if TYPE_CHECKING:
-    from vestige.methods import Prepared
 
 FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""
@@ -132,9 +130,7 @@ def compute_self_scores(job: Job, method: Method) -> np.ndarray:
 
 def find_unscorable(job: Job) -> tuple[int, ...]:
     """Return the training rows whose loss or gradient is not finite, by a pass over the data."""
-    from vestige.methods._stores import ExactGradients
-
-    store = ExactGradients(job)
+    store = methods.ExactGradients(job)
 
     def blocks(piece: int) -> Iterator[ScoreBlock]:
         for rows, finite in store.piece_finite(piece):
@@ -191,7 +187,7 @@ def _run(
     return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
 
 
-def _share_queries(job: Job, method: Method, store: GradientStore) -> Prepared:
+def _share_queries(job: Job, method: Method, store: GradientStore) -> methods.Prepared:
     """Return the query vectors; those of data in several pieces are kept beside the run.
 
     Of several processes that start at once, one writes and all read the same bytes: computed twice they may be rounded
@@ -205,13 +201,11 @@ def _share_queries(job: Job, method: Method, store: GradientStore) -> Prepared:
         vectors = {str(number): vector for number, vector in enumerate(prepared.vectors)}
         return {"cosine": torch.tensor(prepared.cosine), **vectors}
 
-    def collect(pieces: Iterator[Tensors]) -> Prepared:
+    def collect(pieces: Iterator[Tensors]) -> methods.Prepared:
         kept = next(pieces)
         cosine = bool(kept.pop("cosine"))
         vectors = [kept[str(number)].to(store.device) for number in range(len(kept))]
-        from vestige.methods._gradient_method import Prepared
-
-        return Prepared(job, store, vectors, cosine=cosine)
+        return methods.Prepared(job, store, vectors, cosine=cosine)
 
     folder, key = partial_folder(job.settings.out), digest(settings_key(job), store.identity)
     files = PieceFiles(folder / "vectors", key)

@@ -21,7 +21,7 @@ from typing import (
 
 from jaxtyping import Float, Int
 
-from vestige import models
+from vestige import indexes, methods, models
 from vestige.data import TokenizedData
 from vestige.errors import SpecError, UserError
 from vestige.lazy import torch
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor, nn
 
-    from vestige.indexes import Index
-    from vestige.methods import Prepared
 
 Weighting = Literal["learning rate", "equal"]
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
@@ -49,7 +47,7 @@ class Checkpoint:
     source: str | Path | nn.Module
     weight: float
     """Learning rate, or what `--checkpoint-weights` says; 1 where all count the same."""
-    index: Index | None = None
+    index: indexes.Index | None = None
     """Its stored gradients, when they were given."""
 
     @property
@@ -69,7 +67,7 @@ class Job:
     """The model; None when only text is compared."""
     selection: models.Selection | None = None
     """What is attributed to; None for methods that read no parameters or modules."""
-    index: Index | None = None
+    index: indexes.Index | None = None
     """Stored gradients of `train`, when there are any."""
     checkpoints: tuple[Checkpoint, ...] = ()
     """For methods over several models: all of them; the last one's is `loaded`."""
@@ -188,7 +186,7 @@ class Method(ABC):
         """Return the store of the training gradients; this and the next three are of methods that work in pieces."""
         raise NotImplementedError(f"{self.name} does not work in pieces")
 
-    def prepare(self, job: Job) -> Prepared:
+    def prepare(self, job: Job) -> methods.Prepared:
         """Return the query vectors, made once for a job."""
         raise NotImplementedError(f"{self.name} does not work in pieces")
 
@@ -200,11 +198,11 @@ class Method(ABC):
         """Return the losses of the queries, where making the vectors has measured them in this process."""
         return None
 
-    def at_dampings(self, job: Job) -> Callable[[float], Prepared]:
+    def at_dampings(self, job: Job) -> Callable[[float], methods.Prepared]:
         """Measure what serves any damping; return the map from a damping to the vectors (see `sweeps_damping`)."""
         raise NotImplementedError(f"{self.name} measures again for each damping")
 
-    def use(self, prepared: Prepared, note: str) -> Self:
+    def use(self, prepared: methods.Prepared, note: str) -> Self:
         """Return the method for a job whose vectors are there already, with a note on the normalisation of scores."""
         raise NotImplementedError(f"{self.name} has no vectors")
 

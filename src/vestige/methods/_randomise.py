@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from vestige import compress, gradients, indexes
+from vestige import compress, gradients, indexes, methods
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.jobs import run_pieces
@@ -117,11 +117,9 @@ def check_randomised(
     """
     if rows < FEWEST_ROWS:
         return make_check(CORRELATION_NAME, None, "There are too few training examples to correlate.")
-    from vestige.methods._weights import randomise
-
     learned = score()
     try:
-        with randomise(model, seed):
+        with methods.randomise(model, seed):
             random = score(randomised=True)
     except NonFinite:
         # Noise may overflow where learned weights do not: that says nothing about the scores.

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         find_source_lift as find_source_lift,
     )
     from vestige.runs._listed import ScoreRow as ScoreRow, relative_strength as relative_strength
+    from vestige.runs._plot import draw_ranking as draw_ranking
     from vestige.runs._record import (
         DENSE_FILE as DENSE_FILE,
         PARTS as PARTS,

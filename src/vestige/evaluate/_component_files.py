@@ -223,7 +223,7 @@ def list_drawings(found: Part, similarity: str = "") -> Iterator[Drawing]:
     note = "Quartiles of the components of each size, with all of them. Line: full gradient."
     boxes = partial(_draw_boxes, parts=parts, full=full)
     yield Drawing("accuracy_per_component", "Accuracy by number of parameters", note, boxes, SMALL)
-    title, note = "Parameters of every component", "Logarithmic. Point at a bar for its name."
+    title, note = "Parameters of every component", "Logarithmic."
     yield Drawing(PARAMETERS, title, note, partial(bars, value=lambda one: one["parameters"], label="parameters"))
     note = "Cosine of each component with the first candidates. Orange: the original; grey: the others."
     for query, cells in groupby(csv.DictReader(StringIO(similarity, newline="")), key=lambda row: row["query"]):
@@ -264,7 +264,7 @@ def draw_files(drawings: Iterable[Drawing], parts: Sequence[Part], suffix: str =
             if one.size == BROAD and file != SIMILARITY and len(names) <= _MOST_NAMES:
                 axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6, parse_math=False)
                 axes.set_xlabel("")
-            axes.set_title(one.title, fontsize="medium", loc="left", parse_math=False)
+            axes.set_title(f"{one.title}\n{one.note}", fontsize="small", loc="left", parse_math=False)
             legend = bool(axes.get_legend_handles_labels()[0])
             finish_axes(axes, axes.get_xlabel(), axes.get_ylabel(), "y" if one.size == BROAD else "both", legend=legend)
         content |= render_figure(figure, f"{file}{suffix}")

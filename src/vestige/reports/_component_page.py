@@ -209,5 +209,6 @@ def _make_panels(drawings: Iterable[Drawing], *, shared: bool) -> list[Panel]:
         if (one.file in (PARAMETERS, SIMILARITY)) == shared:
             axes = new_axes(one.size)
             one.draw(axes)
-            panels.append(make_panel(one.title, one.note, axes, broad=one.size == BROAD))
+            note = f"{one.note} Point at a bar for its name." if one.file == PARAMETERS else one.note
+            panels.append(make_panel(one.title, note, axes, broad=one.size == BROAD))
     return panels

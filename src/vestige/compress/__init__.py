@@ -6,18 +6,15 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.compress._apply import (
-        RATES as RATES,
         BlockSizes as BlockSizes,
         CompressingSink as CompressingSink,
         adjoint_gradient as adjoint_gradient,
         combine as combine,
         compress_factors as compress_factors,
         compress_gradient as compress_gradient,
-        cost_share as cost_share,
-        price as price,
         reduce_factor as reduce_factor,
-        work as work,
     )
+    from vestige.compress._cost import RATES as RATES, cost_share as cost_share, price as price, work as work
     from vestige.compress._dense import (
         Dense as Dense,
         StreamedDense as StreamedDense,

@@ -14,9 +14,8 @@ from vestige import gradients, indexes, methods, models
 from vestige.distributed import broadcast_from_rank0
 from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
 from vestige.lazy import torch
-from vestige.methods._job import read_batches
+from vestige.methods import Job, Method, read_batches
 from vestige.methods._plan import compute_self_scores, digest, digest_of, settings_key
-from vestige.methods._protocol import Job, Method
 from vestige.methods._randomise import run_checks
 from vestige.progress import announce, progress
 from vestige.runs import (

@@ -19,8 +19,7 @@ from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.jobs import run_pieces
 from vestige.lazy import torch
-from vestige.methods._plan import digest
-from vestige.methods._protocol import Job, Method, get_method
+from vestige.methods import Job, Method, digest, get_method
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.progress import progress, quiet
 from vestige.runs import Check, RankedScore, sample_rows

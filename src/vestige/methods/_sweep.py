@@ -14,9 +14,8 @@ from jaxtyping import Float, Int
 from vestige import curvature
 from vestige.errors import NonFinite
 from vestige.lazy import torch
-from vestige.methods._gradient_method import GradientMethod, Prepared
+from vestige.methods import GradientMethod, GradientStore, Job, Method, Prepared
 from vestige.methods._plan import Member, summarise_sets
-from vestige.methods._protocol import GradientStore, Job, Method
 from vestige.methods._trust import CHANCE_HIDES, find_proponents
 from vestige.progress import announce
 from vestige.runs import Check, ScoreBlock, ScoreSummary, sample_rows

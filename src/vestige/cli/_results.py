@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vestige import indexes, jobs, runs, training
+from vestige import fixes, indexes, jobs, runs, training
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes, format_memory, format_seconds
@@ -35,9 +35,7 @@ _FILE_WIDTH = 160
 @command("demo", DemoSettings, function="vestige.fixes:demo", order=5)
 def demo(settings: DemoSettings) -> None:
     """Show an example that comes with Vestige: a wrong answer, the rows behind it, and the fix; without a model."""
-    from vestige.fixes import describe_demo
-
-    say(describe_demo(demo.call(settings)))
+    say(fixes.describe_demo(demo.call(settings)))
 
 
 _RUN = "vestige attribute --data train.jsonl --queries train.jsonl --method bm25 --out run"

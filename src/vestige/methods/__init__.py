@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vestige.methods._influence import Influence as Influence
     from vestige.methods._job import (
         EXACT_SHARE as EXACT_SHARE,
+        OnAnswers as OnAnswers,
         build_temporary_index as build_temporary_index,
         compute_losses as compute_losses,
         gradients_fit as gradients_fit,

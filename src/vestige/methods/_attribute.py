@@ -12,10 +12,9 @@ from vestige import indexes, models
 from vestige.distributed import FSDP, broadcast_from_rank0, is_rank0
 from vestige.errors import IndexMismatch, SpecError
 from vestige.jobs import PROFILE_FILE, follow, is_follower, is_worker, profile, this_role, write_profile
-from vestige.methods._job import OnAnswers, compute_losses, open_job
+from vestige.methods import METHODS, Job, Method, OnAnswers, compute_losses, get_method, open_job
 from vestige.methods._parts import StoredRun, requested_parts, split_over_components
 from vestige.methods._plan import Member, compute_self_scores, digest, settings_key, summarise
-from vestige.methods._protocol import METHODS, Job, Method, get_method
 from vestige.methods._trust import describe_memorized, find_memorized, run_free_checks
 from vestige.progress import announce
 from vestige.runs import (

@@ -4,11 +4,17 @@ from io import BytesIO
 from typing import Literal
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A5A2B", "#7A4FBF")
+SMALL, BROAD = (4.8, 2.9), (15.0, 3.2)
+"""Sizes of figures on a page, in inches of 72 pixels: one of several in a row, and one that needs the whole width."""
+TIP = "tip:"
+"""What `set_gid` of a part begins with whose text a page shows at the pointer; files do without."""
 _DOTS = 160
 
 
@@ -34,6 +40,12 @@ def finish_axes(axes: Axes, x: str, y: str, grid: Literal["x", "y", "both"] = "b
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
+
+
+def write_plainly(axis: Axis, form: str) -> None:
+    """Write the numbers of a logarithmic axis without powers."""
+    axis.set_major_formatter(form)
+    axis.set_minor_formatter(LogFormatter())
 
 
 def render_figure(figure: Figure, name: str) -> dict[str, bytes]:

@@ -89,6 +89,14 @@ def progress(
         lines.close()
 
 
+def format_count(count: float) -> str:
+    """Return a count as a reader says it: 912, 12,480, 134.5 M, 7.2 B."""
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.1f} {letter}"
+    return f"{count:,.0f}"
+
+
 def format_bytes(n: float) -> str:
     """Return a size for reading, in decimal units: 999 B, 1.5 kB, 20 GB."""
     if n < 1000:

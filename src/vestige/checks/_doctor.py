@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import psutil
 import torch
 
-from vestige.checks._gradients import check_autograd, check_finite, check_slope, try_batches
+from vestige.checks._gradients import check_autograd, check_slope, try_batches
 from vestige.checks._inputs import (
     PROBE_TOKENS,
     check_adapter,
@@ -149,7 +150,28 @@ def _try_probes(
         dtype = run_precision(loaded.model)
         (batches, padding), bare = try_batches(compute, probes, ends, sharing, loaded.context_length, columns, dtype)
     tried = [(probes, bare)] + ([(trial.data, trial.content)] if trial.content is not None else [])
-    return [check_finite(tried), explain_sharing(batches, sharing, inputs.data.lengths), padding]
+    return [_check_finite(tried), explain_sharing(batches, sharing, inputs.data.lengths), padding]
+
+
+def _check_finite(tried: Sequence[tuple[TokenizedData, ShardContent]]) -> Check:
+    """Check that every loss and gradient that was computed is finite; name the examples where one is not."""
+    ids, count = [], 0
+    for data, content in tried:
+        finite = torch.isfinite(content.loss) & torch.isfinite(content.norm)
+        count += len(finite)
+        ids += [data.examples[int(row)].id for row in content.example[~finite]]
+    name = "finite gradients"
+    if not ids:
+        return Check(name, "good", f"all of {count} tried", "Losses and gradients are finite numbers.", 0)
+    named = ", ".join(repr(one) for one in list(dict.fromkeys(ids))[:5])
+    return Check(
+        name,
+        "bad",
+        f"{len(ids)} of {count} tried are not",
+        f"NaN or infinite for {named}. If it is every example, the weights hold NaN or overflow: check the checkpoint "
+        "and try --precision float32. If it is a few, check those.",
+        len(ids),
+    )
 
 
 class Trial(NamedTuple):

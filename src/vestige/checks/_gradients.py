@@ -249,27 +249,6 @@ def _check_same(
     return Check(name, verdict, value, advice, worst)
 
 
-def check_finite(tried: Sequence[tuple[TokenizedData, ShardContent]]) -> Check:
-    """Check that every loss and gradient that was computed is finite; name the examples where one is not."""
-    ids, count = [], 0
-    for data, content in tried:
-        finite = torch.isfinite(content.loss) & torch.isfinite(content.norm)
-        count += len(finite)
-        ids += [data.examples[int(row)].id for row in content.example[~finite]]
-    name = "finite gradients"
-    if not ids:
-        return Check(name, "good", f"all of {count} tried", "Losses and gradients are finite numbers.", 0)
-    named = ", ".join(repr(one) for one in list(dict.fromkeys(ids))[:5])
-    return Check(
-        name,
-        "bad",
-        f"{len(ids)} of {count} tried are not",
-        f"NaN or infinite for {named}. If it is every example, the weights hold NaN or overflow: check the checkpoint "
-        "and try --precision float32. If it is a few, check those.",
-        len(ids),
-    )
-
-
 class Slope(NamedTuple):
     """A directional derivative, computed twice."""
 

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from vestige import data, runs
 from vestige.cli._results import describe_index
 from vestige.errors import UserError
 from vestige.registry import Command, command, make_command
@@ -34,10 +35,6 @@ from vestige.settings import (
     UntracSettings,
 )
 from vestige.terminal import say, show
-
-if TYPE_CHECKING:
-    from vestige.data import Example, TokenizedData
-    from vestige.runs import Audit, JudgementRecord, Scores
 
 SOMETHING_BAD = 1
 SHOWN_QUERIES, SHOWN_PROPONENTS, SHOWN, SHOWN_LETTERS = 10, 5, 8, 500
@@ -188,7 +185,7 @@ def attribute(settings: AttributeSettings) -> None:
     between, the same command adds what is missing.
     """
 
-    def show_ranking(scores: "Scores") -> None:
+    def show_ranking(scores: "runs.Scores") -> None:
         _show_ranking(scores, settings, SHOWN_PROPONENTS)
 
     _show_checks(attribute.call(settings, on_answers=_show_answers, on_ranking=show_ranking))
@@ -243,7 +240,7 @@ def untrac(settings: UntracSettings) -> None:
     _show_checks(scores)
 
 
-def _show_answers(queries: "TokenizedData", generated: Sequence[bool]) -> None:
+def _show_answers(queries: "data.TokenizedData", generated: Sequence[bool]) -> None:
     """Print the first queries with their answers, the model's own in full; a system prompt that all share, once."""
     examples = queries.examples
     all_turns = [_turns_of(example) for example in examples]
@@ -261,7 +258,7 @@ def _show_answers(queries: "TokenizedData", generated: Sequence[bool]) -> None:
         say(f"... and {len(examples) - SHOWN_QUERIES} more queries.\n")
 
 
-def _turns_of(example: "Example") -> tuple[tuple[str, str], ...]:
+def _turns_of(example: "data.Example") -> tuple[tuple[str, str], ...]:
     """Return the text of each role; for a query that is no conversation, the names of its columns stand for roles."""
     if example.messages:
         return tuple((turn.role, turn.content) for turn in example.messages)
@@ -277,17 +274,15 @@ def _cut(text: str) -> str:
     return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}…"
 
 
-def _show_ranking(scores: "Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
+def _show_ranking(scores: "runs.Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
     """Print the first `examples` proponents of the first queries, and what they say."""
-    from vestige.runs import conclude
-
     for query in scores.queries[:SHOWN_QUERIES]:
-        say(f"{scores.top(query, min(settings.k, examples))}\n{conclude(scores, query)}\n")
+        say(f"{scores.top(query, min(settings.k, examples))}\n{runs.conclude(scores, query)}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
 
 
-def _show_checks(scores: "Scores") -> None:
+def _show_checks(scores: "runs.Scores") -> None:
     """Print the checks, and what the sign means."""
     for check in scores.run.trust.checks:
         say(f"[{check.verdict}] {check.name}: {check.reading}")
@@ -317,10 +312,8 @@ def audit(settings: AuditSettings) -> None:
     say(summarise_audit(audit.call(settings)))
 
 
-def summarise_audit(found: "Audit") -> str:
+def summarise_audit(found: "runs.Audit") -> str:
     """Return the highest list, what could not be computed, and how well the measures predict what is known."""
-    from vestige.runs import Truth
-
     try:
         parts = [str(found.top(SHOWN))]
     except UserError as error:
@@ -333,16 +326,14 @@ def summarise_audit(found: "Audit") -> str:
     ]
     parts += ["\n".join(["Not computed for every example:", *lines])] if lines else []
     last = found.checkpoints[-1]
-    for truth in get_args(Truth):
+    for truth in get_args(runs.Truth):
         rows = [each for each in found.judgement(truth, checkpoint=last) if each.layer in (None, found.run.main_layer)]
-        parts += [_judgement_table(truth, rows)] if rows else []
+        parts += [runs.judgement_table(truth, rows)] if rows else []
     return "\n\n".join([*parts, *_exposures(found), *found.run.notes])
 
 
-def _exposures(found: "Audit") -> list[str]:
+def _exposures(found: "runs.Audit") -> list[str]:
     """Return the planted secrets that are guessed soonest, if any were given."""
-    from vestige.runs import CHANCE_BITS
-
     last = found.checkpoints[-1]
     known = [
         (each.exposure, each) for each in found.run.canaries if each.checkpoint == last and each.exposure is not None
@@ -352,30 +343,8 @@ def _exposures(found: "Audit") -> list[str]:
         f"  {bits:5.2f} of {each.most:.2f} bits   rank {each.rank:,.4g} of {each.references + 1:,}   {each.id}"
         for bits, each in known[:SHOWN]
     ]
-    title = f"Exposure of {len(known):,} planted secrets ({CHANCE_BITS:.2f} bits on average by chance)"
+    title = f"Exposure of {len(known):,} planted secrets ({runs.CHANCE_BITS:.2f} bits on average by chance)"
     return ["\n".join([title, *lines])] if known else []
-
-
-def _judgement_table(truth: str, rows: "list[JudgementRecord]") -> str:
-    """Return how well each measure predicts what is known, a line for each."""
-    kinds = {"membership": "members", "flag": "flagged examples"}
-    found = kinds.get(truth, "examples memorized by the bank's measure")
-    lines = [f"{rows[0].found:,} {found} among {rows[0].others:,} others"]
-    lines += [f"  {'measure':<18}{'AUC [95 %]':<24}{'TPR at 1 % FPR':<24}{'FPR at 75 % TPR'}"]
-    for row in rows:
-        low = next((rate for rate in row.tpr_at if rate.level == 0.01), None)
-        high = next(iter(row.fpr_at), None)
-        unresolved = "" if low is None or low.resolved else "  (too few others for 1 %)"
-        cells = [_interval(row.auc), _interval(low.rate) if low else "", _interval(high.rate) if high else ""]
-        lines.append(f"  {row.measure:<18}{cells[0]:<24}{cells[1]:<24}{cells[2]}{unresolved}")
-    return "\n".join(lines)
-
-
-def _interval(span: tuple[float | None, float | None, float | None]) -> str:
-    value, low, high = span
-    if value is None:
-        return "undefined"
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 @command(

@@ -4,8 +4,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vestige import fixes, indexes, jobs, runs, training
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes, format_memory, format_seconds
@@ -24,11 +24,6 @@ from vestige.settings import (
 from vestige.storage import find_replaced_result, partial_folder
 from vestige.terminal import lines_of_facts, say, show
 
-if TYPE_CHECKING:
-    from vestige.jobs import JobStatus
-    from vestige.runs import AuditRecord, RunRecord
-    from vestige.training import TrainingRun
-
 SECONDS_BETWEEN_LOOKS = 2.0
 SHOWN_IDS = 20
 """Ids of examples that were left out; all of them are in `run.json`."""
@@ -40,9 +35,7 @@ _FILE_WIDTH = 160
 @command("demo", DemoSettings, function="vestige.fixes:demo", order=5)
 def demo(settings: DemoSettings) -> None:
     """Show an example that comes with Vestige: a wrong answer, the rows behind it, and the fix; without a model."""
-    from vestige.fixes import describe_demo
-
-    say(describe_demo(demo.call(settings)))
+    say(fixes.describe_demo(demo.call(settings)))
 
 
 _RUN = "vestige attribute --data train.jsonl --queries train.jsonl --method bm25 --out run"
@@ -83,9 +76,7 @@ def cancel(settings: CancelSettings) -> None:
 
     The command that began it continues it later.
     """
-    from vestige.jobs import cancel_jobs
-
-    say("\n".join(cancel_jobs(settings.path)) or f"Nothing is at work on {settings.path}.")
+    say("\n".join(jobs.cancel_jobs(settings.path)) or f"Nothing is at work on {settings.path}.")
 
 
 @command(
@@ -196,27 +187,22 @@ def describe(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def _jobs(folder: Path) -> "list[JobStatus]":
-    from vestige.jobs import job_statuses
-
-    return [job for place in (folder, partial_folder(folder)) for job in job_statuses(place)]
+def _jobs(folder: Path) -> "list[jobs.JobStatus]":
+    return [job for place in (folder, partial_folder(folder)) for job in jobs.job_statuses(place)]
 
 
 def _describe_own(folder: Path) -> list[str]:
     """Return what is in a folder of a training, an audit, a run or an index; nothing for any other."""
-    from vestige.indexes import read_manifest
-    from vestige.runs import is_audit, is_run, read_audit_record, read_record
-
     if _is_training(folder):
         return [_describe_training(folder)]
-    if is_audit(folder):
-        return [_describe_audit(folder, read_audit_record(folder))]
-    if is_run(folder):
-        return [_describe_run(folder, read_record(folder))]
-    return [] if read_manifest(folder) is None else [describe_index(folder)]
+    if runs.is_audit(folder):
+        return [_describe_audit(folder, runs.read_audit_record(folder))]
+    if runs.is_run(folder):
+        return [_describe_run(folder, runs.read_record(folder))]
+    return [] if indexes.read_manifest(folder) is None else [describe_index(folder)]
 
 
-def _describe_audit(folder: Path, run: "AuditRecord") -> str:
+def _describe_audit(folder: Path, run: "runs.AuditRecord") -> str:
     """Describe what an audit measured, and what it could not compute."""
     held = f", {run.holdout.examples:,} held out" if run.holdout else ""
     return "\n".join(
@@ -242,9 +228,7 @@ def _is_training(folder: Path) -> bool:
 
 def _describe_training(folder: Path) -> str:
     """Describe the progress of a training run and the findings of its alarm."""
-    from vestige.training import TrainingRun
-
-    run = TrainingRun.open(folder)
+    run = training.TrainingRun.open(folder)
     # A record of a Trainer of one's own does not know how long that will be.
     wanted, done = run.record.get("identity", {}).get("checkpoints"), list(run.checkpoints)
     count = f"{len(done)} of {len(wanted)}" if wanted else str(len(done))
@@ -263,7 +247,7 @@ def _describe_training(folder: Path) -> str:
     return "\n".join([f"{folder}: {state}", *lines_of_facts(facts)])
 
 
-def _last_step(run: "TrainingRun") -> str | None:
+def _last_step(run: "training.TrainingRun") -> str | None:
     """Return the last step that was logged, and its loss."""
     log = run.steps
     if not len(log):
@@ -275,9 +259,7 @@ def _last_step(run: "TrainingRun") -> str | None:
 
 def describe_index(folder: Path) -> str:
     """Describe what an index holds and how much of it is complete."""
-    from vestige.indexes import Index, index_status, read_manifest
-
-    manifest, progress = read_manifest(folder), index_status(folder)
+    manifest, progress = indexes.read_manifest(folder), indexes.index_status(folder)
     assert manifest is not None, "only called on an index"
     state = "complete" if progress.done == progress.total else "incomplete: the command that began it continues it"
     facts = {
@@ -286,12 +268,12 @@ def describe_index(folder: Path) -> str:
         "model": f"{manifest.model.name}, {len(manifest.components)} components",
         "compressed": f"{manifest.compression.spec} per {manifest.compression.scope}, {manifest.width:,} numbers in "
         f"{manifest.dtype}, {format_bytes(manifest.row_bytes)} per example",
-        "left out": _left_out(Index.open(folder, allow_missing=True).left_out),
+        "left out": _left_out(indexes.Index.open(folder, allow_missing=True).left_out),
     }
     return "\n".join([f"{folder}: {state}", *lines_of_facts(facts)])
 
 
-def _describe_run(folder: Path, run: "RunRecord") -> str:
+def _describe_run(folder: Path, run: "runs.RunRecord") -> str:
     """Describe what a run holds, what its scores mean, and how it was made."""
     left_out = _left_out(run.left_out)
     return "\n".join(
@@ -309,7 +291,7 @@ def _describe_run(folder: Path, run: "RunRecord") -> str:
     )
 
 
-def _costs(run: "RunRecord | AuditRecord") -> str:
+def _costs(run: "runs.RunRecord | runs.AuditRecord") -> str:
     memory = format_memory(run.peak_memory_bytes, run.peak_gpu_memory_bytes)
     return f"{format_seconds(run.seconds)}, {memory}"
 
@@ -343,15 +325,12 @@ def _verify(folder: Path) -> Iterator[str]:
 
 def _check_files(folder: Path) -> Mapping[str, str | None]:
     """Return the fault of each file that has a digest, None where there is none."""
-    from vestige.indexes import Index, read_manifest
-    from vestige.runs import file_faults, is_audit, is_run, read_audit_record, read_record
-
-    if is_audit(folder):
-        return file_faults(folder, read_audit_record(folder, checked=False).files)
-    if is_run(folder):
-        return file_faults(folder, read_record(folder, checked=False).files)
-    if read_manifest(folder) is None:
+    if runs.is_audit(folder):
+        return runs.file_faults(folder, runs.read_audit_record(folder, checked=False).files)
+    if runs.is_run(folder):
+        return runs.file_faults(folder, runs.read_record(folder, checked=False).files)
+    if indexes.read_manifest(folder) is None:
         raise UserError(f"{folder} is neither an index nor a run nor an audit: there is nothing to verify in it.")
-    index = Index.open(folder, allow_missing=True)
+    index = indexes.Index.open(folder, allow_missing=True)
     faults = {fault.number: fault.reason for fault in index.verify()}
     return {f"shards/{number:05d}.safetensors": faults.get(number) for number in range(len(index.manifest.shard_rows))}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         FisherBlocks as FisherBlocks,
         Measure as Measure,
         Measures as Measures,
+        absolute_damping as absolute_damping,
         accumulate_fisher as accumulate_fisher,
     )
     from vestige.curvature._fit import (
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
         mean_eigenvalues as mean_eigenvalues,
     )
     from vestige.curvature._kfac import find_blocks as find_blocks
-    from vestige.curvature._plan import absolute_damping as absolute_damping
     from vestige.curvature._precondition import (
         fisher_of as fisher_of,
         fisher_path as fisher_path,

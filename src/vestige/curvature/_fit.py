@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from vestige.curvature._fisher import SavedPieces, add_pieces, read_tensors
 from vestige.curvature._kfac import (
     Block,
     Eigenbasis,
@@ -29,7 +30,6 @@ from vestige.curvature._kfac import (
     kronecker_factors,
     with_eigenvalues,
 )
-from vestige.curvature._plan import SavedPieces, add_pieces, read_tensors
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite

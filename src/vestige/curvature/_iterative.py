@@ -15,8 +15,8 @@ from torch.autograd import grad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vestige.curvature._fisher import WholeGradients, absolute_damping
 from vestige.curvature._fit import CurvatureData
-from vestige.curvature._plan import WholeGradients, absolute_damping
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
 from vestige.errors import NonFinite
 from vestige.gradients import Reduction

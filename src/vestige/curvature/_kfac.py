@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vestige.curvature._plan import DiagonalSink, absolute_damping
+from vestige.curvature._fisher import DiagonalSink, absolute_damping
 from vestige.errors import ModelError
 from vestige.gradients import Factor, FactorSink, OneHot, materialise
 from vestige.models import Component

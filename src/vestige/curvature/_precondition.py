@@ -15,8 +15,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.curvature._fisher import DampedInverse, FisherBlock, FisherBlocks, accumulate_fisher, fisher_sums
-from vestige.curvature._plan import SavedPieces, add_pieces, read_tensors, write_tensors
+from vestige.curvature._fisher import (
+    DampedInverse,
+    FisherBlock,
+    FisherBlocks,
+    SavedPieces,
+    accumulate_fisher,
+    add_pieces,
+    fisher_sums,
+    read_tensors,
+    write_tensors,
+)
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.indexes import WHOLE_MODEL, Index

@@ -5,9 +5,17 @@ from typing import TYPE_CHECKING
 from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from vestige.evaluate._component_findings import (
-        backward_shares as backward_shares,
-        component_type as component_type,
+    from vestige.evaluate._component_files import (
+        CHANCE as CHANCE,
+        FULL as FULL,
+        PARAMETERS as PARAMETERS,
+        SIMILARITY as SIMILARITY,
+        Drawing as Drawing,
+        Part as Part,
+        accuracy_of as accuracy_of,
+        agreement_of as agreement_of,
+        list_drawings as list_drawings,
+        number_of as number_of,
     )
     from vestige.evaluate._component_inputs import (
         Projection as Projection,
@@ -24,8 +32,11 @@ if TYPE_CHECKING:
         cross_validate as cross_validate,
         greedy_path as greedy_path,
     )
-    from vestige.evaluate._components import components as components
-    from vestige.evaluate._figures import Mark as Mark, interval_figure as interval_figure
+    from vestige.evaluate._components import (
+        backward_shares as backward_shares,
+        component_type as component_type,
+        components as components,
+    )
     from vestige.evaluate._lds import (
         Ceiling as Ceiling,
         Lds as Lds,
@@ -58,26 +69,47 @@ if TYPE_CHECKING:
     from vestige.evaluate._randomisation import randomisation as randomisation
     from vestige.evaluate._removal import removal as removal
     from vestige.evaluate._result import (
+        CONFIDENCE as CONFIDENCE,
         Estimate as Estimate,
         Evaluation as Evaluation,
         EvaluationRow as EvaluationRow,
+        Line as Line,
+        Mark as Mark,
+        Value as Value,
         bootstrap as bootstrap,
         estimate_mean as estimate_mean,
+        first_of_group as first_of_group,
+        interval_figure as interval_figure,
+        line_figure as line_figure,
+        make_interval as make_interval,
+        matrix_figure as matrix_figure,
+        mean_by_group as mean_by_group,
+        mean_of_known as mean_of_known,
         pearson as pearson,
         spearman as spearman,
         write_evaluation as write_evaluation,
     )
     from vestige.evaluate._retrieval import (
+        Ties as Ties,
         count_ties as count_ties,
         find_right_examples as find_right_examples,
+        rank_codes as rank_codes,
         recall_after as recall_after,
         reciprocal_rank as reciprocal_rank,
         retrieval as retrieval,
     )
     from vestige.evaluate._scored import (
+        AlignedScores as AlignedScores,
         Scored as Scored,
+        ScoredRuns as ScoredRuns,
         align_scores as align_scores,
+        collect_scores as collect_scores,
+        keep_run as keep_run,
+        list_baselines as list_baselines,
+        read_queries as read_queries,
         read_together as read_together,
+        reading_arguments as reading_arguments,
+        require_own_files as require_own_files,
         sum_over_sets as sum_over_sets,
     )
     from vestige.evaluate._selection import Gain as Gain, measure_gain as measure_gain, selection as selection
@@ -97,6 +129,6 @@ if TYPE_CHECKING:
         sources as sources,
     )
     from vestige.evaluate._tail_patch import tail_patch as tail_patch, train_temporarily as train_temporarily
-    from vestige.evaluate._truth import Truth as Truth, open_truth as open_truth
+    from vestige.evaluate._truth import Truth as Truth, check_disjoint as check_disjoint, open_truth as open_truth
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

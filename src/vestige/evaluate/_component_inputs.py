@@ -23,8 +23,7 @@ from torch import Tensor
 from vestige.compress import Compressor, compress_factors, compress_gradient, parse_spec
 from vestige.data import Example, TokenizedData, plan_batches, token_groups
 from vestige.errors import DataError, SpecError
-from vestige.evaluate._retrieval import find_right_examples
-from vestige.evaluate._scored import read_queries
+from vestige.evaluate import find_right_examples, read_queries
 from vestige.gradients import Gradients
 from vestige.indexes import batch_tokens, read_inputs
 from vestige.methods import lexical_scores, prompt_words

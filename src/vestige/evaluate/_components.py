@@ -1,29 +1,54 @@
 """`vestige evaluate components`: which components of the gradient distinguish an original from other examples?"""
 
-from collections.abc import Callable, Sequence
-from os.path import commonprefix
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from jaxtyping import Float
+from torch import nn
 
-from vestige.evaluate._component_findings import FULL, Finding, Findings
+from vestige.evaluate._component_files import (
+    FULL,
+    PATHS,
+    SIMILARITY,
+    as_component_list,
+    as_markdown,
+    draw_files,
+    list_drawings,
+)
 from vestige.evaluate._component_pass import OnePassResult, one_pass_result
-from vestige.evaluate._component_sets import OBJECTIVES
-from vestige.evaluate._result import Evaluation, EvaluationRow, Value, format_value, write_evaluation
-from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
+from vestige.evaluate._component_sets import (
+    CHOOSING,
+    OBJECTIVES,
+    CrossValidation,
+    Objective,
+    centre_lists,
+    compute_agreement,
+    credit,
+    cross_validate,
+    greedy_path,
+)
+from vestige.evaluate._result import (
+    Estimate,
+    Evaluation,
+    EvaluationRow,
+    Value,
+    as_plain,
+    bootstrap,
+    estimate_mean,
+    make_interval,
+    write_evaluation,
+)
 from vestige.jobs import is_follower
+from vestige.models import Component, layer_number, select_components
 from vestige.progress import format_bytes, format_seconds
 from vestige.settings import ComponentsSettings, with_settings
 
-_WRONG_LISTED = 50
+Finding = dict[str, Any]
 _CANDIDATES_DRAWN = 5
-_MOST_NAMES = 40
-"""Up to this number of components, each name is written out."""
-_Value = Callable[[Finding], float]
-_ACCURACY: _Value = lambda one: one["accuracy"].value  # noqa: E731
-_AGREEMENT: _Value = lambda one: one["agreement"]  # noqa: E731
-_KINDS = {"attention": ("attn", "attention"), "feed-forward": ("mlp", "fc", "ffn")}
+_BYTES = 4
+_BLOCK = re.compile(r"^.*?\.\d+\.")
 
 
 @with_settings(ComponentsSettings)
@@ -43,6 +68,7 @@ def components(settings: ComponentsSettings) -> Evaluation:
     several = len(findings) > 1
     rows = [_row(one, f" ({each.words})" if several else "") for each in findings for one in each.representations]
     inputs, passes = result.inputs, _count_passes(settings, result)
+    choices = {each.words: each.to_json() for each in findings}
     evaluation = Evaluation(
         "components",
         f"Originals of {len(inputs.queries)} queries among {len(inputs.train)} examples "
@@ -54,22 +80,25 @@ def components(settings: ComponentsSettings) -> Evaluation:
             "model": inputs.loaded.name,
             "passes": passes,
             "seconds_of": result.seconds,
-            "candidates": {each.words: each.to_json() for each in findings},
+            "candidates": choices,
         },
     )
     if is_follower():
         return evaluation
-    files = {"components.md": _as_markdown(evaluation, findings).encode()}
+    similarity = findings[0].similarity()
+    files = {"components.md": as_markdown(evaluation, choices).encode(), f"{SIMILARITY}.csv": similarity.encode()}
     for place, each in enumerate(findings):
         suffix = f"_{each.words}" if place else ""
         for objective in each.searches:
-            files[f"{objective}{suffix}.components"] = _as_component_list(each, objective).encode()
+            files[f"{objective}{suffix}.components"] = as_component_list(
+                each.words, choices[each.words], objective
+            ).encode()
         if settings.figures:
-            files |= _draw_paths(f"greedy_paths{suffix}", each)
-    files["self_similarity.csv"] = _as_csv(findings[0], [one.id for one in inputs.queries.examples]).encode()
-    return write_evaluation(
-        evaluation, settings.out, files | (_draw_components(findings[0]) if settings.figures else {})
-    )
+            plain = as_plain(choices[each.words])
+            drawings = list_drawings(plain, "" if place else similarity)
+            wanted = (one for one in drawings if not place or one.file == PATHS)
+            files |= draw_files(wanted, plain["components"], suffix)
+    return write_evaluation(evaluation, settings.out, files)
 
 
 def _row(one: Finding, suffix: str) -> EvaluationRow:
@@ -106,7 +135,7 @@ def _count_passes(settings: ComponentsSettings, result: OnePassResult) -> dict[s
 
 
 def _notes(
-    settings: ComponentsSettings, result: OnePassResult, passes: dict[str, Any], findings: Sequence[Findings]
+    settings: ComponentsSettings, result: OnePassResult, passes: dict[str, Any], findings: "Sequence[Findings]"
 ) -> list[str]:
     tables = f" for {settings.candidates[0]} candidates" if len(findings) > 1 else ""
     all_tables = f", {passes['published_protocol_all_tables']:,} for all of them" if tables else ""
@@ -131,190 +160,241 @@ def _notes(
     return notes
 
 
-def _as_component_list(each: Findings, objective: str) -> str:
-    """Return the chosen set: one parameter a line, and facts about it in lines that begin with #."""
-    search, sizes = each.searches[objective], each.products.parameters
-    count = len(search["chosen"])
-    share = search["parameters_along_path"][count - 1] / sizes.sum()
-    lines = [
-        f"# Chosen by `vestige evaluate components` for {objective} among {each.words} candidates.",
-        f"# {count} of {len(sizes)} components, {share:.2%} of their parameters.",
-        f"# {objective} on the queries it was chosen on: {search['chosen_value']:.4f}.",
-        f"# Accuracy of sets chosen alike, on queries they were not chosen on: {search['held_out_accuracy']:.4f}.",
-        *dict.fromkeys(name.partition("[")[0] for name in search["chosen"]),
-    ]
-    return "\n".join(lines) + "\n"
+def backward_shares(model: nn.Module, components: Sequence[Component]) -> Float[np.ndarray, " component"]:
+    """Return the share of a complete backward pass that each component's gradient needs, between 0 and 1.
+
+    With frozen weights the graph begins at the lowest component, and what is differentiated above it costs about one
+    multiplication a parameter and token. So the share is that of the parameters in and above the component's lowest
+    module: 1 for the embedding, next to nothing for the head. A set costs as much as its lowest member.
+    """
+    place = {path: number for number, (path, _) in enumerate(model.named_modules())}
+    everything = select_components(model, ("all",)).components
+    heights = np.array([max(place[use.module] for use in part.uses) for part in everything])
+    # An embedding has no input to differentiate unless it is the head.
+    matrices = [min(part.shape) > 1 and any(use.kind != "embedding" for use in part.uses) for part in everything]
+    sizes = np.array([part.size for part in everything], dtype=np.float64) * matrices
+    lowest = [min(place[use.module] for use in part.uses) for part in components]
+    return np.array([sizes[heights >= each].sum() for each in lowest]) / max(sizes.sum(), 1.0)
 
 
-def _as_csv(findings: Findings, names: Sequence[str]) -> str:
-    """Return cosines of each component for some queries, as CSV: query, candidate, right, component, cosine."""
-    lines = ["query,candidate,right,component,cosine"]
-    for query in findings.most_divergent():
-        cosine = findings.products.of([query]).each()[:, 0, :_CANDIDATES_DRAWN]
-        quoted = '"' + names[query].replace('"', '""') + '"'
-        for candidate, values in enumerate(cosine.T):
-            start = f"{quoted},{candidate},{int(findings.right[query, candidate])}"
-            pairs = zip(findings.products.names, values, strict=True)
-            lines += [f"{start},{name},{value:.6g}" for name, value in pairs]
-    return "\n".join(lines) + "\n"
+def component_type(name: str) -> str:
+    """Return the name of a component in every block, such as `mlp.down_proj`; its own name where it is in none."""
+    return _BLOCK.sub("", name).removesuffix(".weight").removesuffix(".default")
 
 
-def _as_markdown(evaluation: Evaluation, findings: Sequence[Findings]) -> str:
-    """Return the whole result as Markdown."""
-    head = ["representation", *evaluation.rows[0].values, "seconds"]
-    rows = [
-        [
-            row.method,
-            *map(format_value, row.values.values()),
-            "" if row.seconds is None else format_seconds(row.seconds),
-        ]
-        for row in evaluation.rows
-    ]
-    lines = [f"# {evaluation.title}", "", *_markdown_table(head, rows), ""]
-    lines += [f"- {note}" for note in evaluation.notes]
-    for each in findings:
-        head = ["component", "parameters", "backward", "accuracy", "agreement", "centred", "layer output"]
+class Findings:
+    """Everything about one choice of candidates, from the products alone; no model runs again.
+
+    Findings are mappings in the terms of `components.json`, with an `Estimate` where that has a value and an interval.
+    """
+
+    def __init__(self, settings: ComponentsSettings, result: OnePassResult, words: str) -> None:
+        self.words, self._settings, self._result = words, settings, result
+        self.products, self.candidates = result.gradients[words], result.inputs.candidates[words]
+        self.right, self.full = self.candidates.right, self.products.cosine()
+        self._shares = backward_shares(result.inputs.loaded.model, result.inputs.components)
+        held_out: dict[Objective, CrossValidation] = {one: self._judge(one) for one in OBJECTIVES}
+        self.searches = {one: self._search(one, held_out[one]) for one in OBJECTIVES}
+        self.representations = [*self._measure_sets(held_out), *self._measure_projections(), *self._measure_baselines()]
+        self.components = [self._measure_component(number) for number in range(len(self.products.names))]
+        self.wrong = [self._describe_wrong(int(query)) for query in np.flatnonzero(self._credit(self.full) < 1)]
+
+    def to_json(self) -> Finding:
+        """Return all of it."""
+        ranks = self.candidates.rank
+        return {
+            "original_listed": float(self.right.any(1).mean()),
+            "original_put_there": int(self.candidates.forced.sum()),
+            "rank_of_original_by_bm25": {str(rank): int((ranks == rank).sum()) for rank in np.unique(ranks).tolist()},
+            "representations": self.representations,
+            "components": self.components,
+            "searches": self.searches,
+            "wrong": self.wrong,
+        }
+
+    def similarity(self) -> str:
+        """Return cosines of each component for some queries, as CSV: query, candidate, right, component, cosine."""
+        lines = ["query,candidate,right,component,cosine"]
+        for query in self._most_divergent():
+            cosine = self.products.of([query]).each()[:, 0, :_CANDIDATES_DRAWN]
+            quoted = '"' + self._result.inputs.queries.examples[query].id.replace('"', '""') + '"'
+            for candidate, values in enumerate(cosine.T):
+                start = f"{quoted},{candidate},{int(self.right[query, candidate])}"
+                pairs = zip(self.products.names, values, strict=True)
+                lines += [f"{start},{name},{value:.6g}" for name, value in pairs]
+        return "\n".join(lines) + "\n"
+
+    def _most_divergent(self) -> list[int]:
+        """Return the three queries with the lowest cosine between the lists of the best component and the full one."""
+        best = int(np.argmax([one["accuracy"].value for one in self.components]))
+        cosine, full = self.products.each([best])[0], self.full
+        lengths = np.sqrt((cosine**2).sum(1) * (full**2).sum(1))
+        alike = np.where(lengths > 0, (cosine * full).sum(1) / np.maximum(lengths, 1e-300), 1.0)
+        return np.argsort(alike, kind="stable")[:3].tolist()
+
+    def _credit(self, scores: np.ndarray) -> Float[np.ndarray, " query"]:
+        return credit(scores, self.right, self.products.listed)
+
+    def _estimate(self, values: Float[np.ndarray, " query"]) -> Estimate:
+        return estimate_mean(values, self._settings.draws, self._settings.seed, self._result.inputs.groups)
+
+    def _agreement(self, scores: Float[np.ndarray, "query candidate"], *, centred: bool) -> Estimate:
+        """Return the agreement with the full gradient, with a bootstrap interval over groups of queries."""
+        listed = self.products.listed
+        value = float(compute_agreement(scores, self.full, listed, centred=centred))
+        first, second = (listed * (centre_lists(each, listed) if centred else each) for each in (scores, self.full))
+        group = np.unique(self._result.inputs.groups, return_inverse=True)[1]
+        parts = [np.bincount(group, row.sum(1)) for row in (first * second, first**2, second**2)]
+        if len(parts[0]) < 2:
+            return Estimate(value, float("nan"), float("nan"))
+
+        def compute(rows: np.ndarray) -> float:
+            both, one, other = (part[rows].sum() for part in parts)
+            return both / np.maximum(np.sqrt(one * other), 1e-300)
+
+        return make_interval(value, bootstrap(compute, [len(parts[0])], self._settings.draws, self._settings.seed))
+
+    def _measure(
+        self,
+        name: str,
+        scores: Float[np.ndarray, "query candidate"] | None = None,
+        credits: Float[np.ndarray, " query"] | None = None,
+        *,
+        numbers: float | None = None,
+        parameters: float | None = None,
+        backward: float | None = None,
+        seconds: float | None = None,
+        opponent: bool = False,
+    ) -> Finding:
+        """Return a representation, one way of comparing examples: how well it does, and what it costs.
+
+        `numbers` is the length of one example's vector, `parameters` the gradients that it is made of, and `backward`
+        their share of a complete backward pass. `against_full` is accuracy minus that of the full gradient, in pairs.
+        """
+        if credits is None:
+            assert scores is not None
+            credits = self._credit(scores)
+        return {
+            "name": name,
+            "accuracy": self._estimate(credits),
+            "against_full": None if name == FULL else self._estimate(credits - self._credit(self.full)),
+            "agreement": None if scores is None else self._agreement(scores, centred=False),
+            "centred": None if scores is None else self._agreement(scores, centred=True),
+            "parameters": None if parameters is None else parameters / self._result.inputs.total_parameters,
+            "backward": backward,
+            "bytes": None if numbers is None else round(_BYTES * numbers),
+            "seconds": seconds,
+            "opponent": opponent,
+        }
+
+    def _judge(self, objective: Objective, longest: int | None = None) -> CrossValidation:
+        settings, enough = self._settings, self._settings.enough if objective == "agreement" else None
+        limits: Finding = {"folds": settings.folds, "seed": settings.seed, "longest": longest or settings.longest}
+        groups = self._result.inputs.groups
+        return cross_validate(self.products, self.right, objective, groups, **limits, enough=enough)
+
+    def _search(self, objective: Objective, held_out: CrossValidation) -> Finding:
+        """Return the greedy path on all queries, the set that it chooses, and what sets chosen alike are worth."""
+        products, names = self.products, np.array(self.products.names)
+        path = greedy_path(products.first(CHOOSING), self.right[:, :CHOOSING], objective)
+        along = {one: greedy_path(products, self.right, one, order=path.order).values for one in OBJECTIVES}
+        chosen = path.best(self._settings.enough if objective == "agreement" else None)
+        return {
+            "path": names[list(path.order)].tolist(),
+            **{f"{name}_along_path": list(values) for name, values in along.items()},
+            "parameters_along_path": np.cumsum(products.parameters[list(path.order)]).tolist(),
+            "chosen": names[list(chosen)].tolist(),
+            "chosen_value": path.values[len(chosen) - 1],
+            "chosen_by_fold": [names[list(fold)].tolist() for fold in held_out.chosen],
+            "train": held_out.train,
+            "held_out_accuracy": float(held_out.credit.mean()),
+        }
+
+    def _measure_sets(self, held_out: dict[Objective, CrossValidation]) -> list[Finding]:
+        products, shares = self.products, self._shares
+        sizes, total = products.parameters, int(products.parameters.sum())
+        work = [self._result.seconds.get(name, 0.0) for name in ("gradients", "products")]
+        whole: Finding = {"numbers": total, "parameters": total, "backward": float(shares.max()), "seconds": sum(work)}
+        # Every component counts the same, however long its gradient is.
+        cosines = sum((products.each([number])[0] for number in range(len(sizes))), np.zeros(products.rows.shape))
         rows = [
-            [
-                one["name"],
-                f"{one['parameters']:,}",
-                f"{one['backward']:.0%}",
-                format_value(one["accuracy"]),
-                *(_round(one[name]) for name in ("agreement", "centred", "output_accuracy")),
-            ]
-            for one in each.components
+            self._measure(FULL, self.full, **whole),
+            self._measure("full gradient, inner product", products.values.sum(0, dtype=np.float64), **whole),
+            self._measure("mean of the components' cosines", cosines / len(sizes), **whole),
         ]
-        lines += ["", f"## Components, {each.words} candidates", "", *_markdown_table(head, rows), ""]
-        lines += [f"## Wrong decisions of the full gradient, {each.words} candidates: {len(each.wrong)}", ""]
-        head = ["query", "picked", "its similarity", "originals", "their similarity", "rank by BM25", "tokens"]
-        lines += _markdown_table(head, list(map(_wrong_cells, each.wrong[:_WRONG_LISTED]))) if each.wrong else ["None."]
-        if len(each.wrong) > _WRONG_LISTED:
-            lines += ["", f"{len(each.wrong) - _WRONG_LISTED} more are in components.json."]
-    return "\n".join(lines) + "\n"
+        names = {
+            "best component": self._judge("accuracy", 1),
+            **{f"greedy for {one}": held_out[one] for one in held_out},
+        }
+        for name, found in names.items():
+            count = float(np.mean([sizes[list(chosen)].sum() for chosen in found.chosen]))
+            deep = float(np.mean([shares[list(chosen)].max() for chosen in found.chosen]))
+            # With frozen weights the backward pass costs what the forward pass does.
+            seconds = work[0] * (1 + deep) / 2 + work[1] * count / total
+            cost: Finding = {"numbers": count, "parameters": count, "backward": deep, "seconds": seconds}
+            rows.append(self._measure(f"{name}, held out", found.cosine, found.credit, **cost))
+        return rows
 
+    def _measure_projections(self) -> list[Finding]:
+        result, rows = self._result, []
+        cost: Finding = {"parameters": int(self.products.parameters.sum()), "backward": 1.0}
+        for number, name in enumerate(result.projected[self.words].names):
+            cost["seconds"] = sum(result.seconds.get(part, 0.0) for part in ("gradients", f"projection {name}"))
+            for form, label in ((result.projected, ""), (result.published, ", as published")):
+                one = form[self.words]
+                cost["numbers"] = int(one.parameters[number])
+                rows.append(self._measure(f"projection {name}{label}", one.each([number])[0], **cost))
+        return rows
 
-def _wrong_cells(one: Finding) -> list[str]:
-    originals = ", ".join(one["originals"]) or "not listed"
-    cells = [one["query"], one["picked"], _round(one["similarity"]), originals, _round(one["original_similarity"])]
-    tokens = map(str, [one["query_tokens"], one["picked_tokens"], *one["original_tokens"]])
-    return [*cells, str(one["rank_by_bm25"]), ", ".join(tokens)]
+    def _measure_baselines(self) -> list[Finding]:
+        """Return layer outputs, the last hidden state, BM25 and chance."""
+        outputs, right = self._result.outputs[self.words], self.right
+        last, rows = len(outputs.names) - 1, []
+        cost: Finding = {"seconds": self._result.seconds.get("gradients", 0.0) / 2, "opponent": True}
+        if last:
+            count = int(outputs.parameters[:-1].sum())
+            cosine, product = outputs.cosine(range(last)), outputs.values[:-1].sum(0)
+            rows.append(self._measure("layer outputs, cosine", cosine, numbers=count, **cost))
+            rows.append(self._measure("layer outputs, inner product", product, numbers=count, **cost))
+        if size := int(outputs.parameters[-1]):
+            rows.append(self._measure("rep-sim", outputs.cosine([last]), numbers=size, **cost))
+        place = -np.broadcast_to(np.arange(right.shape[1], dtype=np.float64), right.shape)
+        chance = right.sum(1) / np.maximum(self.products.listed.sum(1), 1)
+        rows.append(self._measure("bm25 of the prompts", credits=self._credit(place), opponent=True))
+        return [*rows, self._measure("random", credits=chance, opponent=True)]
 
+    def _measure_component(self, number: int) -> Finding:
+        """Return one component by itself; `output_accuracy` is that of its module's outputs, where that has its own."""
+        outputs, part = self._result.outputs[self.words], self._result.inputs.components[number]
+        cosine, listed = self.products.each([number])[0], self.products.listed
+        tapped = [outputs.names.index(use.module) for use in part.uses if use.module in outputs.names[:-1]]
+        return {
+            "name": part.name,
+            "type": component_type(part.name),
+            "layer": layer_number(part.name),
+            "parameters": part.size,
+            "backward": float(self._shares[number]),
+            "accuracy": self._estimate(self._credit(cosine)),
+            "agreement": float(compute_agreement(cosine, self.full, listed)),
+            "centred": float(compute_agreement(cosine, self.full, listed, centred=True)),
+            "output_accuracy": float(self._credit(outputs.cosine(tapped[:1])).mean()) if tapped else None,
+            "self_similarity": float(cosine[self.right].mean()) if self.right.any() else float("nan"),
+        }
 
-def _round(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
-
-
-def _draw_components(findings: Findings) -> dict[str, bytes]:
-    """Draw the figures of components, as PDF and PNG, by file name."""
-    files = {}
-    for name, value, label in (
-        ("parameters_per_component", lambda one: one["parameters"], "parameters"),
-        ("agreement_with_full_gradient", _AGREEMENT, "agreement with the full gradient"),
-    ):
-        figure, (axes,) = make_figure(9.5, 3.8)
-        axes.set_yscale("log" if label == "parameters" else "linear")
-        _draw_bars(axes, findings.components, value, label)
-        files |= render_figure(figure, name)
-    return files | _draw_accuracy(findings) | _draw_depths(findings.components) | _draw_self_similarity(findings)
-
-
-def _colours(parts: Sequence[Finding]) -> dict[str, str]:
-    """Return a colour for each type of component."""
-    types = dict.fromkeys(one["type"] for one in parts)
-    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(types)}
-
-
-def _draw_bars(axes: Axes, parts: Sequence[Finding], value: _Value, label: str) -> None:
-    for name, colour in _colours(parts).items():
-        places = [number for number, one in enumerate(parts) if one["type"] == name]
-        axes.bar(places, [value(parts[place]) for place in places], color=colour, label=name, width=0.85)
-    if named := len(parts) <= _MOST_NAMES:
-        axes.set_xticks(range(len(parts)), _shorten_names(parts), rotation=90, fontsize=6)
-    finish_axes(axes, "" if named else "component, in the order of the model", label, "y", legend=True)
-
-
-def _shorten_names(parts: Sequence[Finding]) -> list[str]:
-    """Return the names without their common beginning and end, so that those of an adapter leave space for the bars."""
-    names = [one["name"].removesuffix(".weight").removesuffix(".default") for one in parts]
-    shared = commonprefix(names).rpartition(".")[0]  # noqa: RUF071 (cut at a dot)
-    return [name.removeprefix(f"{shared}.") if shared and len(names) > 1 else name for name in names]
-
-
-def _draw_accuracy(findings: Findings) -> dict[str, bytes]:
-    """Draw bars with the full gradient and chance as lines, and boxes by the number of parameters."""
-    parts = findings.components
-    figure, (axes, boxes) = make_figure(9.5, 7.2, 2)
-    _draw_bars(axes, parts, _ACCURACY, "accuracy")
-    for method, style in ((FULL, "-"), ("random", ":")):
-        axes.axhline(_ACCURACY(findings.row(method)), color="#333333", linestyle=style, linewidth=1.1)
-    axes.set_title("line: full gradient; dotted: chance", fontsize="small", loc="right")
-    sizes = sorted({one["parameters"] for one in parts})
-    boxes.boxplot([[_ACCURACY(one) for one in parts if one["parameters"] == size] for size in sizes])
-    boxes.set_xticks(range(1, len(sizes) + 1), [f"{size:,}" for size in sizes], fontsize=7)
-    finish_axes(boxes, "parameters of the component", "accuracy", "y")
-    return render_figure(figure, "accuracy_per_component")
-
-
-def _draw_depths(components: Sequence[Finding]) -> dict[str, bytes]:
-    """Draw a line for every type over the blocks: accuracy, agreement, and the mean of attention and of MLP."""
-    parts = sorted((one for one in components if one["layer"] is not None), key=lambda one: one["layer"])
-    figure, (*panels, means) = make_figure(9.5, 8.6, 3)
-
-    def draw(axes: Axes, label: str, colour: str, own: Sequence[Finding], value: _Value) -> None:
-        layers = sorted({one["layer"] for one in own})
-        values = [np.mean([value(one) for one in own if one["layer"] == layer]) for layer in layers]
-        axes.plot(layers, values, "o-", color=colour, label=label, markersize=3)
-
-    for axes, label, value in zip(panels, OBJECTIVES, (_ACCURACY, _AGREEMENT), strict=True):
-        for kind, colour in _colours(components).items():
-            draw(axes, kind, colour, [one for one in parts if one["type"] == kind], value)
-        finish_axes(axes, "", label, legend=True)
-    for colour, (label, words) in zip(COLOURS, _KINDS.items(), strict=False):
-        own = [one for one in parts if any(word in one["type"].lower() for word in words)]
-        draw(means, label, colour, own, _ACCURACY)
-    finish_axes(means, "block", "mean accuracy", legend=True)
-    return render_figure(figure, "by_depth")
-
-
-def _draw_self_similarity(findings: Findings) -> dict[str, bytes]:
-    """Draw cosines of each component with the first candidates, for the queries where components differ most."""
-    queries = findings.most_divergent()
-    figure, panels = make_figure(9.5, 2.6 * len(queries), len(queries))
-    for axes, query in zip(panels, queries, strict=True):
-        cosine = findings.products.of([query]).each()[:, 0, :_CANDIDATES_DRAWN]
-        for values, right in zip(cosine.T, findings.right[query], strict=False):
-            style: dict[str, Any] = {"color": "#8A8A8A", "linewidth": 0.9, "alpha": 0.7}
-            axes.plot(values, **({"color": "#D55E00", "linewidth": 1.8, "alpha": 1} if right else style))
-        axes.set_title(f"query number {query}; orange: its original", fontsize="small", loc="right")
-        finish_axes(axes, "component, in the order of the model" if axes is panels[-1] else "", "cosine", "y")
-    return render_figure(figure, "self_similarity")
-
-
-def _draw_paths(name: str, findings: Findings) -> dict[str, bytes]:
-    """Draw agreement and accuracy along greedy paths by share of parameters; held-out sets, projections, the full."""
-    figure, panels = make_figure(9.5, 3.9, 1, 2)
-    total = findings.products.parameters.sum()
-    for axes, objective in zip(panels, ("agreement", "accuracy"), strict=True):
-
-        def place_of(one: Finding, objective: str = objective) -> tuple[float, float]:
-            return 25 * one["bytes"] / total, one[objective].value
-
-        for colour, (of, search) in zip(COLOURS, findings.searches.items(), strict=False):
-            share = 100 * np.array(search["parameters_along_path"]) / total
-            axes.plot(share, search[f"{objective}_along_path"], color=colour, label=f"greedy for {of}, all queries")
-            axes.plot(*place_of(findings.row(f"greedy for {of}, held out")), "*", color=colour, markersize=11)
-        for one in findings.representations:
-            if one["name"].startswith("projection"):
-                mark = "x" if one["name"].endswith("published") else "D"
-                axes.plot(*place_of(one), mark, color="#333333", markersize=6)
-                axes.annotate(one["name"].removeprefix("projection "), place_of(one), fontsize=6)
-        full = findings.row(FULL)[objective].value
-        axes.axhline(full, color="#333333", linestyle="--", linewidth=1, label=FULL)
-        finish_axes(axes, "% of the parameters (of projections: numbers kept)", objective)
-        axes.legend(frameon=False, fontsize="x-small")
-    return render_figure(figure, name)
+    def _describe_wrong(self, query: int) -> Finding:
+        """Return a query whose original the full gradient does not put first."""
+        inputs, rows, right = self._result.inputs, self.candidates.rows[query], self.right[query]
+        ranked = np.where(rows >= 0, self.full[query], -np.inf)
+        picked, originals = int(rows[int(ranked.argmax())]), rows[right].tolist()
+        return {
+            "query": inputs.queries.examples[query].id,
+            "picked": inputs.train.examples[picked].id,
+            "similarity": float(ranked.max()),
+            "originals": [inputs.train.examples[row].id for row in originals],
+            "original_listed": bool(originals),
+            "original_similarity": float(self.full[query][right].max()) if originals else None,
+            "rank_by_bm25": int(self.candidates.rank[query]),
+            "query_tokens": int(inputs.queries.lengths[query]),
+            "picked_tokens": int(inputs.train.lengths[picked]),
+            "original_tokens": [int(inputs.train.lengths[row]) for row in originals],
+        }

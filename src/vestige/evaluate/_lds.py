@@ -6,22 +6,29 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vestige.errors import DataError
-from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import (
+from vestige.evaluate import (
+    AlignedScores,
     Estimate,
     Evaluation,
     EvaluationRow,
+    Mark,
+    Scored,
+    Truth,
     bootstrap,
+    check_disjoint,
+    collect_scores,
     estimate_mean,
     first_of_group,
+    interval_figure,
+    keep_run,
     make_interval,
     mean_by_group,
     mean_of_known,
+    open_truth,
     spearman,
+    sum_over_sets,
     write_evaluation,
 )
-from vestige.evaluate._scored import AlignedScores, Scored, collect_scores, keep_run, sum_over_sets
-from vestige.evaluate._truth import Truth, check_disjoint, open_truth
 from vestige.settings import AttributeSettings, LdsSettings, with_settings
 
 _TRUTHS = {"loss": "minus the loss", "margin": "the margin"}

@@ -7,10 +7,23 @@ from jaxtyping import Bool, Float
 
 from vestige.data import Example, load_records
 from vestige.errors import DataError, SpecError
-from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, Value, bootstrap, make_interval, write_evaluation
-from vestige.evaluate._retrieval import Ties, count_ties, rank_codes, recall_after
-from vestige.evaluate._scored import Scored, collect_scores, list_baselines
+from vestige.evaluate import (
+    Evaluation,
+    EvaluationRow,
+    Line,
+    Scored,
+    Ties,
+    Value,
+    bootstrap,
+    collect_scores,
+    count_ties,
+    line_figure,
+    list_baselines,
+    make_interval,
+    rank_codes,
+    recall_after,
+    write_evaluation,
+)
 from vestige.methods import METHODS
 from vestige.settings import MislabelSettings, with_settings
 

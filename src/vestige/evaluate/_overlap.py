@@ -7,9 +7,16 @@ from typing import NamedTuple
 import numpy as np
 
 from vestige.errors import UserError
-from vestige.evaluate._figures import matrix_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, Value, mean_of_known, write_evaluation
-from vestige.evaluate._scored import Scored, collect_scores
+from vestige.evaluate import (
+    Evaluation,
+    EvaluationRow,
+    Scored,
+    Value,
+    collect_scores,
+    matrix_figure,
+    mean_of_known,
+    write_evaluation,
+)
 from vestige.settings import OverlapSettings, with_settings
 
 Tops = Sequence[Sequence[int]]

@@ -6,9 +6,20 @@ import numpy as np
 from jaxtyping import Float
 
 from vestige.errors import SpecError
-from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, estimate_mean, mean_of_known, spearman, write_evaluation
-from vestige.evaluate._scored import Scored, collect_scores, keep_run, read_together
+from vestige.evaluate import (
+    Evaluation,
+    EvaluationRow,
+    Mark,
+    Scored,
+    collect_scores,
+    estimate_mean,
+    interval_figure,
+    keep_run,
+    mean_of_known,
+    read_together,
+    spearman,
+    write_evaluation,
+)
 from vestige.methods import METHODS, randomise
 from vestige.models import load_model
 from vestige.runs import Scores

@@ -10,9 +10,20 @@ from jaxtyping import Float, Int
 from vestige.banks import EVERYTHING, Bank, bank
 from vestige.data import Example, describe_copies, load_examples, rows_listed, text_groups
 from vestige.errors import SpecError
-from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, Value, estimate_mean, write_evaluation
-from vestige.evaluate._scored import AlignedScores, ScoredRuns, collect_scores, read_together, reading_arguments
+from vestige.evaluate import (
+    AlignedScores,
+    Evaluation,
+    EvaluationRow,
+    Line,
+    ScoredRuns,
+    Value,
+    collect_scores,
+    estimate_mean,
+    line_figure,
+    read_together,
+    reading_arguments,
+    write_evaluation,
+)
 from vestige.methods import METHODS
 from vestige.runs import id_array
 from vestige.settings import MemberSettings, RemovalSettings, with_settings

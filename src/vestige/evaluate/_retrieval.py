@@ -12,9 +12,16 @@ from jaxtyping import Bool, Float, Int
 
 from vestige.data import Example, load_queries
 from vestige.errors import DataError, SpecError
-from vestige.evaluate._figures import Line, line_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, estimate_mean, write_evaluation
-from vestige.evaluate._scored import collect_scores, read_together
+from vestige.evaluate import (
+    Evaluation,
+    EvaluationRow,
+    Line,
+    collect_scores,
+    estimate_mean,
+    line_figure,
+    read_together,
+    write_evaluation,
+)
 from vestige.settings import RetrievalSettings, with_settings
 
 

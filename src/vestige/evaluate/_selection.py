@@ -12,19 +12,21 @@ from scipy.stats import t as student
 from vestige.banks import EVERYTHING, Bank, bank
 from vestige.data import describe_copies, load_examples, text_groups
 from vestige.errors import IndexMismatch, SpecError
-from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import (
+from vestige.evaluate import (
     CONFIDENCE,
     Estimate,
     Evaluation,
     EvaluationRow,
+    Mark,
     Value,
     bootstrap,
     estimate_mean,
+    interval_figure,
     make_interval,
+    reading_arguments,
+    require_own_files,
     write_evaluation,
 )
-from vestige.evaluate._scored import reading_arguments, require_own_files
 from vestige.selection import SelectedData
 from vestige.settings import LaunchSettings, SelectionSettings, with_settings
 from vestige.storage import make_folder, write_durably

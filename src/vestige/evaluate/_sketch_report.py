@@ -17,9 +17,8 @@ from rich.table import Table
 from scipy.stats import rankdata
 from torch import Tensor
 
-from vestige.evaluate._figures import MARKERS
 from vestige.evaluate._products import Products
-from vestige.evaluate._result import TEXT_WIDTH, as_plain
+from vestige.evaluate._result import MARKERS, TEXT_WIDTH, as_plain
 from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
 from vestige.models import Component
 from vestige.progress import format_bytes

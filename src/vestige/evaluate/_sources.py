@@ -6,23 +6,26 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vestige.errors import DataError
-from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import (
+from vestige.evaluate import (
+    AlignedScores,
     Estimate,
     Evaluation,
     EvaluationRow,
+    Mark,
     bootstrap,
+    collect_scores,
     estimate_mean,
     first_of_group,
+    interval_figure,
     make_interval,
     mean_by_group,
     mean_of_known,
+    open_truth,
     pearson,
     spearman,
+    sum_over_sets,
     write_evaluation,
 )
-from vestige.evaluate._scored import AlignedScores, collect_scores, sum_over_sets
-from vestige.evaluate._truth import open_truth
 from vestige.settings import SourcesSettings, with_settings
 
 _FEWEST_GROUPS = 3

@@ -11,9 +11,18 @@ from torch import nn
 
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import DataError, NonFinite, SpecError, VestigeError
-from vestige.evaluate._figures import Mark, interval_figure
-from vestige.evaluate._result import Evaluation, EvaluationRow, Value, estimate_mean, write_evaluation
-from vestige.evaluate._scored import Scored, collect_scores, read_queries
+from vestige.evaluate import (
+    Evaluation,
+    EvaluationRow,
+    Mark,
+    Scored,
+    Value,
+    collect_scores,
+    estimate_mean,
+    interval_figure,
+    read_queries,
+    write_evaluation,
+)
 from vestige.gradients import CausalLoss, token_losses
 from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, batch_sharing, load_model

@@ -32,22 +32,26 @@ if TYPE_CHECKING:
         inner_product as inner_product,
         materialise as materialise,
     )
+    from vestige.gradients._losses import (
+        Knowledge as Knowledge,
+        Second as Second,
+        measure_knowledge as measure_knowledge,
+        second_derivatives as second_derivatives,
+        token_derivatives as token_derivatives,
+    )
     from vestige.gradients._objective import (
         CausalLoss as CausalLoss,
         FunctionObjective as FunctionObjective,
-        Knowledge as Knowledge,
         LabelledBatch as LabelledBatch,
         MaskedLoss as MaskedLoss,
         Objective as Objective,
         Reduction as Reduction,
         Seq2SeqLoss as Seq2SeqLoss,
         example_count as example_count,
-        measure_knowledge as measure_knowledge,
         token_losses as token_losses,
     )
     from vestige.gradients._pass import GradientPass as GradientPass, pairwise_products as pairwise_products
     from vestige.gradients._rules import Handle as Handle, Receive as Receive
-    from vestige.gradients._second import Second as Second, second_derivatives as second_derivatives
     from vestige.gradients._sinks import (
         BothSinks as BothSinks,
         DotSink as DotSink,

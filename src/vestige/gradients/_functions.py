@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from vestige.errors import ModelError
 from vestige.gradients._factors import OneHot
-from vestige.gradients._rule_convolution import Geometry, watch_convolution
+from vestige.gradients._rule_special import Geometry, watch_convolution
 from vestige.gradients._rules import (
     Handle,
     MatrixUse,

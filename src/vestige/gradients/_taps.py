@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from vestige.errors import ModelError
 from vestige.gradients._functions import Forward, FunctionUses, Table, Takes, table_of
-from vestige.gradients._rule_convolution import ConvolutionTap
-from vestige.gradients._rule_replaced import ExpertsTap, RelativeBiasTap
+from vestige.gradients._rule_special import ConvolutionTap, ExpertsTap, RelativeBiasTap
 from vestige.gradients._rules import Handle, LinearTap, NormTap, Receive, Replacement, owner_of
 from vestige.models import Component, LayerKind, layer_kind
 

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         BankValues as BankValues,
         Batch as Batch,
         ChoiceLogits as ChoiceLogits,
+        Continue as Continue,
         Generation as Generation,
         Losses as Losses,
         Measure as Measure,

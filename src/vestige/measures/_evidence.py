@@ -17,8 +17,7 @@ from vestige.errors import DataError
 from vestige.measures._attack import Attack, Interval, Rate, attack, blind_attack, share
 from vestige.measures._job import AuditJob, Mask, Numbers
 from vestige.measures._losses import margin
-from vestige.measures._measure import BLIND, BankValues, Column, Losses, Measure
-from vestige.measures._pieces import Tensors
+from vestige.measures._measure import BLIND, TOTAL_LOSS, BankValues, Column, Losses, Measure
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth
 
 
@@ -119,10 +118,8 @@ def columns_of(job: AuditJob, measure: Measure, found: Collection[str]) -> list[
     return [*(name for name in found if name == measure.name), *names]
 
 
-def _compute_columns(job: AuditJob, found: Tensors, reference: Tensors | None) -> dict[str, Column]:
+def _compute_columns(job: AuditJob, found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Column]:
     """Return the columns of one subject: of its passes, of its losses, and of what it generated."""
-    from vestige.measures._forward import TOTAL_LOSS
-
     values = {name: tensor.numpy() for name, tensor in found.items()}
     total = None if reference is None else reference[TOTAL_LOSS].numpy()
     losses = Losses(values["loss"], values[TOTAL_LOSS], total, job.data, job.tokenizer)
@@ -133,11 +130,11 @@ def _compute_columns(job: AuditJob, found: Tensors, reference: Tensors | None) -
     return {name: np.where(np.isfinite(column), column, np.nan) for name, column in columns.items()}
 
 
-def _example_columns(job: AuditJob, found: Tensors) -> dict[str, Column]:
+def _example_columns(job: AuditJob, found: Mapping[str, Any]) -> dict[str, Column]:
     return {name: found[name].numpy() for each in job.at("states") for name in columns_of(job, each, found)}
 
 
-def _layer_values(found: Tensors) -> dict[str, list[float]]:
+def _layer_values(found: Mapping[str, Any]) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in found.items() if name.startswith("layer:")}
 
 

@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float, Int
 from vestige import models
 from vestige.errors import SpecError
 from vestige.lazy import torch
-from vestige.measures._attack import Interval, share
-from vestige.measures._measure import Continue, Generation, measure
+from vestige.measures import Continue, Generation, Interval, measure, share
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

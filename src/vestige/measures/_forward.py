@@ -22,14 +22,22 @@ from vestige.indexes import tokens_at_most
 from vestige.jobs import PieceFiles, Tensors, is_worker, step_done
 from vestige.measures._extraction import greedy
 from vestige.measures._job import AuditJob
-from vestige.measures._measure import MEASURES, Batch, ChoiceLogits, Generation, States, TokenScores, token_scores
+from vestige.measures._measure import (
+    MEASURES,
+    TOTAL_LOSS,
+    Batch,
+    ChoiceLogits,
+    Generation,
+    States,
+    TokenScores,
+    token_scores,
+)
 from vestige.measures._pieces import group, piece_files, run_audit_pieces
 from vestige.models import batch_sharing
 from vestige.storage import check_disk, partial_folder
 
 Batches = list[np.ndarray]
 
-TOTAL_LOSS = "total_loss"
 PIECE_TOKENS = 2**16
 """Tokens of a piece: minutes of work that a kill loses at most."""
 ROUND_BYTES = 2**33

@@ -62,6 +62,8 @@ _GIVEN: dict[str, tuple[str, str]] = {
 """The setting that a need takes, and what to type."""
 
 NOT_DRAWN = 1000
+TOTAL_LOSS = "total_loss"
+"""Column of every pass: the loss summed over target tokens."""
 BLIND = "blind"
 """Of a judgement: what texts alone give away."""
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Checkpoint as Checkpoint,
         find_checkpoints as find_checkpoints,
         learning_rates as learning_rates,
+        with_equal_sum as with_equal_sum,
     )
     from vestige.methods._grad_dot import GradCos as GradCos, GradDot as GradDot
     from vestige.methods._gradient_method import (
@@ -37,7 +38,16 @@ if TYPE_CHECKING:
         unit_length as unit_length,
     )
     from vestige.methods._influence import Influence as Influence
-    from vestige.methods._job import EXACT_SHARE as EXACT_SHARE, compute_losses as compute_losses, open_job as open_job
+    from vestige.methods._job import (
+        EXACT_SHARE as EXACT_SHARE,
+        OnAnswers as OnAnswers,
+        build_temporary_index as build_temporary_index,
+        compute_losses as compute_losses,
+        gradients_fit as gradients_fit,
+        open_job as open_job,
+        read_batches as read_batches,
+        read_queries as read_queries,
+    )
     from vestige.methods._less import Less as Less
     from vestige.methods._parts import (
         split_over_components as split_over_components,
@@ -52,6 +62,8 @@ if TYPE_CHECKING:
         Kfac as Kfac,
         Lissa as Lissa,
         Preconditioned as Preconditioned,
+        check_memory as check_memory,
+        curvature_work as curvature_work,
     )
     from vestige.methods._protocol import (
         METHODS as METHODS,
@@ -59,14 +71,13 @@ if TYPE_CHECKING:
         GradientStore as GradientStore,
         Job as Job,
         Method as Method,
-        Option as Option,
         Products as Products,
         Vectors as Vectors,
         describe_method as describe_method,
         get_method as get_method,
         method as method,
         method_table as method_table,
-        options_of as options_of,
+        watch as watch,
     )
     from vestige.methods._random import Random as Random
     from vestige.methods._randomise import check_randomised as check_randomised
@@ -75,7 +86,13 @@ if TYPE_CHECKING:
         IndexedGradients as IndexedGradients,
         open_store as open_store,
     )
-    from vestige.methods._tracin import TracIn as TracIn
+    from vestige.methods._tracin import (
+        CheckpointMethod as CheckpointMethod,
+        Lines as Lines,
+        Term as Term,
+        TracIn as TracIn,
+        open_checkpoint_store as open_checkpoint_store,
+    )
     from vestige.methods._trak import Trak as Trak, doubt as doubt
     from vestige.methods._trust import (
         check_bm25_overlap as check_bm25_overlap,
@@ -116,10 +133,13 @@ if TYPE_CHECKING:
         settle_rate as settle_rate,
     )
     from vestige.methods._weights import (
+        Rows as Rows,
+        Vector as Vector,
         Weights as Weights,
         borrow_weights as borrow_weights,
         loss_weights as loss_weights,
         randomise as randomise,
     )
+    from vestige.registry import Option as Option, options_of as options_of
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

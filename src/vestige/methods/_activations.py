@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from vestige.data import NO_TARGET, Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
 from vestige.indexes import batch_tokens
-from vestige.methods._job import read_batches
-from vestige.methods._protocol import ComponentBlock, Job, Method, method
+from vestige.methods import ComponentBlock, Job, Method, method, read_batches
 from vestige.models import Component, acts_in_forward
 from vestige.runs import Meaning, ScoreBlock
 

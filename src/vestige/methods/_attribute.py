@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from vestige import indexes, models
 from vestige.distributed import FSDP, broadcast_from_rank0, is_rank0
 from vestige.errors import IndexMismatch, SpecError
 from vestige.jobs import PROFILE_FILE, follow, is_follower, is_worker, profile, this_role, write_profile
-from vestige.methods._job import OnAnswers, compute_losses, open_job
+from vestige.methods import METHODS, Job, Method, OnAnswers, compute_losses, get_method, open_job
 from vestige.methods._parts import StoredRun, requested_parts, split_over_components
 from vestige.methods._plan import Member, compute_self_scores, digest, settings_key, summarise
-from vestige.methods._protocol import METHODS, Job, Method, get_method
 from vestige.methods._trust import describe_memorized, find_memorized, run_free_checks
 from vestige.progress import announce
 from vestige.runs import (
@@ -41,9 +40,6 @@ from vestige.runs import (
 )
 from vestige.settings import AttributeSettings, LaunchSettings, with_settings
 from vestige.storage import partial_folder, remove_partial, sha256_of
-
-if TYPE_CHECKING:
-    from vestige.methods._gradient_method import GradientMethod
 
 _POLL_SECONDS = 0.2
 
@@ -163,9 +159,7 @@ def _take_up(job: Job, method: Method, begun: RunRecord, started: float) -> Stor
         )
     if job.settings.swept:
         # Which of the dampings the run is at depends on those at which the curvature could be inverted.
-        from vestige.methods._sweep import sweep
-
-        job, method, _ = sweep(job, cast("GradientMethod", method))[0][0]
+        job, method, _ = _score(job, method)[0][0]
 
     def read() -> tuple[list[RankedScore], list[float] | None]:
         losses = read_run_table(job.settings.out, "queries").sort_by("row")["loss"].to_pylist()
@@ -192,7 +186,7 @@ def _score(job: Job, method: Method) -> tuple[list[Member], list[Check]]:
     if job.settings.swept:
         from vestige.methods._sweep import sweep
 
-        members, check = sweep(job, cast("GradientMethod", method))
+        members, check = sweep(job, method)
         return members, [check]
     return [Member(job, method, summarise(job, method))], []
 
@@ -338,7 +332,7 @@ def _query_losses(job: Job, method: Method) -> list[float] | None:
     """Return the loss of every query, None without a model."""
     if job.loaded is None:
         return None
-    if method.works_in_pieces and (known := cast("GradientMethod", method).measured_losses(job)) is not None:
+    if (known := method.measured_losses(job)) is not None:
         return known
     budget = indexes.batch_tokens(job.settings, job.loaded)
     return compute_losses(job.loaded.model, job.queries, job.settings.loss, budget).tolist()

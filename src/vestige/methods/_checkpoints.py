@@ -10,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from vestige import indexes
 from vestige.errors import IndexMismatch, ModelError, SpecError
 from vestige.lazy import torch
 from vestige.methods._protocol import Checkpoint, Weighting
@@ -18,8 +19,6 @@ from vestige.settings import AttributeSettings
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from vestige.indexes import Index
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -32,18 +31,16 @@ def find_checkpoints(settings: AttributeSettings, weighting: Weighting) -> tuple
         ModelError: A folder holds no checkpoint, or none of them says its learning rate.
         IndexMismatch: The indexes are not of the same data and components.
     """
-    from vestige.indexes import Index
-
-    indexes = [Index.open(folder) for folder in _as_list(settings.index)]
-    sources = _find_sources(settings, indexes)
-    if indexes and len(indexes) != len(sources):
+    opened = [indexes.Index.open(folder) for folder in _as_list(settings.index)]
+    sources = _find_sources(settings, opened)
+    if opened and len(opened) != len(sources):
         raise SpecError(
-            f"{len(indexes)} indexes were given for {len(sources)} checkpoints. Give one --index for each checkpoint, "
+            f"{len(opened)} indexes were given for {len(sources)} checkpoints. Give one --index for each checkpoint, "
             "in the same order, or leave --index out."
         )
-    _check_alike(indexes)
+    _check_alike(opened)
     weights = _weigh(settings, sources, weighting)
-    found = zip(sources, weights, indexes or [None] * len(sources), strict=True)
+    found = zip(sources, weights, opened or [None] * len(sources), strict=True)
     return tuple(Checkpoint(*each) for each in found)
 
 
@@ -84,11 +81,11 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _find_sources(settings: AttributeSettings, indexes: Sequence[Index]) -> list[str | Path | nn.Module]:
+def _find_sources(settings: AttributeSettings, opened: Sequence[indexes.Index]) -> list[str | Path | nn.Module]:
     if settings.checkpoints is None:
-        if settings.model is not None and len(indexes) < 2:
+        if settings.model is not None and len(opened) < 2:
             return [settings.model]
-        return [index.manifest.model.name for index in indexes]
+        return [index.manifest.model.name for index in opened]
     if settings.model is not None:
         raise SpecError("`model` and `checkpoints` were both given, but the checkpoints are the models. Drop --model.")
     found = [one for each in _as_list(settings.checkpoints) for one in _expand(each)]
@@ -122,9 +119,9 @@ def _order(folder: Path) -> tuple[list[int | str], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], str(folder)
 
 
-def _check_alike(indexes: Sequence[Index]) -> None:
-    for index in indexes[1:]:
-        one, other = indexes[0].manifest, index.manifest
+def _check_alike(opened: Sequence[indexes.Index]) -> None:
+    for index in opened[1:]:
+        one, other = opened[0].manifest, index.manifest
         pairs = {
             "training data": (one.data.fingerprint, other.data.fingerprint),
             "--loss": (one.loss, other.loss),
@@ -135,7 +132,7 @@ def _check_alike(indexes: Sequence[Index]) -> None:
         for name, (before, after) in pairs.items():
             if before != after:
                 raise IndexMismatch(
-                    f"The indexes {indexes[0].folder} and {index.folder} differ in their {name}: scores of different "
+                    f"The indexes {opened[0].folder} and {index.folder} differ in their {name}: scores of different "
                     "checkpoints can only be added up for the same examples and parameters. Make them alike."
                 )
 

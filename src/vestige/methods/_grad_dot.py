@@ -3,9 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared, prepare_queries, unit_length
-from vestige.methods._protocol import Job, method
-from vestige.methods._stores import open_store
+from vestige.methods import HELPS, GradientMethod, Job, Prepared, method, open_store, prepare_queries, unit_length
 from vestige.runs import Meaning, ScoreBlock
 
 

@@ -111,10 +111,6 @@ class GradientMethod(Method):
     def vectors(self, job: Job) -> Prepared:
         """Return the vectors made from the queries."""
 
-    def at_dampings(self, job: Job) -> Callable[[float], Prepared]:
-        """Measure what serves any damping; return the map from a damping to the vectors (see `sweeps_damping`)."""
-        raise NotImplementedError(f"{self.name} measures again for each damping")
-
     def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
         """Return the map from a piece of the store to the scores of its training examples for themselves."""
         prepared = self.prepare(job)

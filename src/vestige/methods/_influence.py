@@ -9,10 +9,7 @@ import torch
 
 from vestige.curvature import FisherBlocks, Measure, fisher_of, whole_fisher
 from vestige.errors import SpecError
-from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared
-from vestige.methods._preconditioned import curvature_work
-from vestige.methods._protocol import Job, Vectors, method
-from vestige.methods._stores import IndexedGradients
+from vestige.methods import HELPS, GradientMethod, IndexedGradients, Job, Prepared, Vectors, curvature_work, method
 from vestige.runs import Meaning, ScoreBlock
 from vestige.timing import time_phase
 

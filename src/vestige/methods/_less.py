@@ -15,12 +15,21 @@ from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import ModelError, SpecError
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
 from vestige.indexes import batch_tokens
-from vestige.methods._checkpoints import Checkpoint, with_equal_sum
-from vestige.methods._gradient_method import HELPS, unit_length
-from vestige.methods._preconditioned import check_memory
-from vestige.methods._protocol import Job, Vectors, method, watch
-from vestige.methods._stores import ExactGradients
-from vestige.methods._tracin import CheckpointMethod, Lines, Term
+from vestige.methods import (
+    HELPS,
+    Checkpoint,
+    CheckpointMethod,
+    ExactGradients,
+    Job,
+    Lines,
+    Term,
+    Vectors,
+    check_memory,
+    method,
+    unit_length,
+    watch,
+    with_equal_sum,
+)
 from vestige.models import batch_sharing
 from vestige.runs import Meaning, ScoreBlock
 

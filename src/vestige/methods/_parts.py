@@ -6,17 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vestige import indexes, models
+from vestige import gradients, indexes, methods, models
 from vestige.distributed import broadcast_from_rank0
 from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
 from vestige.lazy import torch
-from vestige.methods._job import read_batches
+from vestige.methods import Job, Method, read_batches
 from vestige.methods._plan import compute_self_scores, digest, digest_of, settings_key
-from vestige.methods._protocol import Job, Method
 from vestige.methods._randomise import run_checks
 from vestige.progress import announce, progress
 from vestige.runs import (
@@ -34,7 +33,6 @@ from vestige.storage import partial_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vestige.methods._gradient_method import GradientMethod, Prepared
 
 Pairs = Sequence[tuple[int, int]]
 """(query, row) of every listed score."""
@@ -126,7 +124,7 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
     if not method.works_in_pieces:
         return _split_pairs(job, method, distinct)
     # Made before the bar: what they need may show one of its own.
-    cast("GradientMethod", method).prepare(job)
+    method.prepare(job)
     found, rows = list[ComponentScores](), sorted({row for _, row in distinct})
     with progress(len(rows), "Scores of components") as bar:
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -151,7 +149,7 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
 
     The scores of each query are kept beside the run until it is complete: after a kill the others alone are computed.
     """
-    prepared = cast("GradientMethod", method).prepare(job)
+    prepared = method.prepare(job)
     rows = [sorted({row for number, row in pairs if number == query}) for query in range(len(job.queries))]
 
     def compute(query: int) -> dict[str, Tensor]:
@@ -173,10 +171,8 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
     return run_pieces(pieces, LaunchSettings.model_validate({}), None)
 
 
-def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
+def _split_query(job: Job, prepared: methods.Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
     """Yield the scores of a query for some rows, split over tokens."""
-    from vestige.methods._token_derivatives import token_derivatives
-
     loaded, data = job.model_for(job.settings.method), job.train
     model = loaded.model
     device = next(model.parameters()).device
@@ -188,7 +184,7 @@ def _split_query(job: Job, prepared: Prepared, query: int, rows: Sequence[int]) 
     norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
     wanted = np.asarray(rows, dtype=np.int64)
     for positions, batch in read_batches(model, data, indexes.batch_tokens(job.settings, loaded), wanted):
-        derivatives = token_derivatives(model, tangents, batch).double().cpu().numpy()
+        derivatives = gradients.token_derivatives(model, tangents, batch).double().cpu().numpy()
         for row, values in zip(wanted[positions].tolist(), derivatives, strict=True):
             count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1
             yield TokenScores(query, row, values[: len(data.input_ids[row])] / count / (norms[row] or 1.0))

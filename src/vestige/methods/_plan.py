@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from vestige import methods
 from vestige.data import Example, StoredExamples
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
@@ -34,9 +35,6 @@ from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
-
-if TYPE_CHECKING:
-    from vestige.methods._gradient_method import GradientMethod, Prepared
 
 FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""
@@ -89,9 +87,8 @@ def summarise_sets(
 
     if not method.works_in_pieces:
         return collect(method.blocks(job))
-    gradients = cast("GradientMethod", method)
-    store = gradients.store(job)
-    prepared = _share_queries(job, gradients, store)
+    store = method.store(job)
+    prepared = _share_queries(job, method, store)
     key = digest(settings_key(job), store.identity, digest_of(prepared.vectors))
     lines = sets * len(job.queries)
     return _run(job, "Scoring", "train x query pairs", store, lines, lambda: prepared.piece_blocks, collect, key)
@@ -126,17 +123,14 @@ def compute_self_scores(job: Job, method: Method) -> np.ndarray:
 
     if not method.works_in_pieces:
         return collect(method.self_scores(job))
-    gradients = cast("GradientMethod", method)
-    store, key = gradients.store(job), settings_key(job)
-    blocks = partial(gradients.self_blocks, job)
+    store, key = method.store(job), settings_key(job)
+    blocks = partial(method.self_blocks, job)
     return _run(job, "Self-influence", "examples", store, 1, blocks, collect, digest(key, store.identity))
 
 
 def find_unscorable(job: Job) -> tuple[int, ...]:
     """Return the training rows whose loss or gradient is not finite, by a pass over the data."""
-    from vestige.methods._stores import ExactGradients
-
-    store = ExactGradients(job)
+    store = methods.ExactGradients(job)
 
     def blocks(piece: int) -> Iterator[ScoreBlock]:
         for rows, finite in store.piece_finite(piece):
@@ -193,7 +187,7 @@ def _run(
     return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
 
 
-def _share_queries(job: Job, method: GradientMethod, store: GradientStore) -> Prepared:
+def _share_queries(job: Job, method: Method, store: GradientStore) -> methods.Prepared:
     """Return the query vectors; those of data in several pieces are kept beside the run.
 
     Of several processes that start at once, one writes and all read the same bytes: computed twice they may be rounded
@@ -207,13 +201,11 @@ def _share_queries(job: Job, method: GradientMethod, store: GradientStore) -> Pr
         vectors = {str(number): vector for number, vector in enumerate(prepared.vectors)}
         return {"cosine": torch.tensor(prepared.cosine), **vectors}
 
-    def collect(pieces: Iterator[Tensors]) -> Prepared:
+    def collect(pieces: Iterator[Tensors]) -> methods.Prepared:
         kept = next(pieces)
         cosine = bool(kept.pop("cosine"))
         vectors = [kept[str(number)].to(store.device) for number in range(len(kept))]
-        from vestige.methods._gradient_method import Prepared
-
-        return Prepared(job, store, vectors, cosine=cosine)
+        return methods.Prepared(job, store, vectors, cosine=cosine)
 
     folder, key = partial_folder(job.settings.out), digest(settings_key(job), store.identity)
     files = PieceFiles(folder / "vectors", key)

@@ -32,9 +32,7 @@ from vestige.data import TokenizedData
 from vestige.errors import SpecError, UserError
 from vestige.indexes import batch_tokens
 from vestige.jobs import worker_command
-from vestige.methods._gradient_method import HELPS, GradientMethod, Prepared
-from vestige.methods._protocol import Job, Vectors, method
-from vestige.methods._stores import ExactGradients
+from vestige.methods import HELPS, ExactGradients, GradientMethod, Job, Prepared, Vectors, method
 from vestige.progress import announce, format_bytes
 from vestige.runs import Meaning
 from vestige.settings import LaunchSettings

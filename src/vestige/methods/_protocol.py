@@ -4,34 +4,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from inspect import cleandoc
 from itertools import chain
 from pathlib import Path
-from types import NoneType
 from typing import (
     TYPE_CHECKING,
-    Annotated,
     Any,
     ClassVar,
     Literal,
     NamedTuple,
+    Self,
     TypeAlias,
     TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
 )
 
 from jaxtyping import Float, Int
-from pydantic import TypeAdapter, ValidationError
 
-from vestige import models
+from vestige import indexes, methods, models
 from vestige.data import TokenizedData
 from vestige.errors import SpecError, UserError
 from vestige.lazy import torch
 from vestige.progress import progress
-from vestige.registry import Registry
+from vestige.registry import Registry, options_of
 from vestige.runs import Check, Meaning, ScoreBlock
 from vestige.settings import AttributeSettings
 from vestige.terminal import lines_of_facts
@@ -40,7 +35,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor, nn
 
-    from vestige.indexes import Index
 
 Weighting = Literal["learning rate", "equal"]
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
@@ -53,7 +47,7 @@ class Checkpoint:
     source: str | Path | nn.Module
     weight: float
     """Learning rate, or what `--checkpoint-weights` says; 1 where all count the same."""
-    index: Index | None = None
+    index: indexes.Index | None = None
     """Its stored gradients, when they were given."""
 
     @property
@@ -73,7 +67,7 @@ class Job:
     """The model; None when only text is compared."""
     selection: models.Selection | None = None
     """What is attributed to; None for methods that read no parameters or modules."""
-    index: Index | None = None
+    index: indexes.Index | None = None
     """Stored gradients of `train`, when there are any."""
     checkpoints: tuple[Checkpoint, ...] = ()
     """For methods over several models: all of them; the last one's is `loaded`."""
@@ -188,6 +182,30 @@ class Method(ABC):
         """Return what the method itself can say of how far its scores can be trusted, once they are computed."""
         return []
 
+    def store(self, job: Job) -> GradientStore:
+        """Return the store of the training gradients; this and the next three are of methods that work in pieces."""
+        raise NotImplementedError(f"{self.name} does not work in pieces")
+
+    def prepare(self, job: Job) -> methods.Prepared:
+        """Return the query vectors, made once for a job."""
+        raise NotImplementedError(f"{self.name} does not work in pieces")
+
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
+        """Return the map from a piece of the store to the scores of its training examples for themselves."""
+        raise NotImplementedError(f"{self.name} does not work in pieces")
+
+    def measured_losses(self, job: Job) -> list[float] | None:  # noqa: ARG002
+        """Return the losses of the queries, where making the vectors has measured them in this process."""
+        return None
+
+    def at_dampings(self, job: Job) -> Callable[[float], methods.Prepared]:
+        """Measure what serves any damping; return the map from a damping to the vectors (see `sweeps_damping`)."""
+        raise NotImplementedError(f"{self.name} measures again for each damping")
+
+    def use(self, prepared: methods.Prepared, note: str) -> Self:
+        """Return the method for a job whose vectors are there already, with a note on the normalisation of scores."""
+        raise NotImplementedError(f"{self.name} has no vectors")
+
     @classmethod
     def require_self_scores(cls) -> None:
         """Raise unless self-influence is defined and differs between examples.
@@ -294,75 +312,6 @@ class GradientStore(ABC):
         """Yield `piece_squared_norms` of all training examples, with progress shown."""
         blocks = chain.from_iterable(map(self.piece_squared_norms, range(self.pieces)))
         return watch(blocks, sum(map(self.piece_rows, range(self.pieces))), "Self-influence")
-
-
-class Option(NamedTuple):
-    """An option of one method, which others do not have: a field of its class."""
-
-    name: str
-    type: Any
-    default: Any
-    meaning: str
-
-    @property
-    def values(self) -> str:
-        """The values that may follow `name=`, in words."""
-        return " or ".join(_words(self.type))
-
-    @property
-    def shown_default(self) -> str:
-        """The default as it would be typed."""
-        return "none" if self.default is None else str(self.default)
-
-    @property
-    def line(self) -> str:
-        """The option with its default, values and meaning, as help prints it."""
-        return f"  {self.name}={self.shown_default}  ({self.values}) {self.meaning}"
-
-    def parse(self, given: Any) -> Any:
-        """Convert `given`, a value or the text of one, to the option's type.
-
-        Raises:
-            SpecError: It is none.
-        """
-        value = None if given == "none" and _takes_none(self.type) else given
-        try:
-            return TypeAdapter(self.type).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Input should be ")
-            raise SpecError(
-                f"--option {self.name}={given} does not fit: expected {self.values} ({reason}). {self.meaning}"
-            ) from None
-
-
-def options_of(found: type) -> tuple[Option, ...]:
-    """Return the options of a method's class: its fields whose type is `Annotated` with what they mean."""
-    if not is_dataclass(found):
-        return ()
-    types = get_type_hints(found, include_extras=True)
-    notes = {one: getattr(types[one.name], "__metadata__", ()) for one in fields(found)}
-    return tuple(
-        Option(one.name, types[one.name], one.default, note)
-        for one, noted in notes.items()
-        for note in noted
-        if isinstance(note, str)
-    )
-
-
-def _takes_none(annotation: Any) -> bool:
-    if get_origin(annotation) is Literal:
-        return False
-    return annotation is NoneType or any(map(_takes_none, get_args(annotation)))
-
-
-def _words(annotation: Any) -> list[str]:
-    if get_origin(annotation) is Literal:
-        return [str(choice) for choice in get_args(annotation)]
-    if get_origin(annotation) is Annotated:
-        return _words(get_args(annotation)[0])
-    if members := get_args(annotation):
-        return [word for member in members for word in _words(member)]
-    return [{int: "whole number", float: "number", bool: "yes or no", str: "text", NoneType: "none"}[annotation]]
 
 
 METHODS: Registry[type[Method]] = Registry("vestige.methods", "method", Method)

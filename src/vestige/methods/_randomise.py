@@ -9,18 +9,17 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copytree, rmtree
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from vestige import compress, gradients, indexes
+from vestige import compress, gradients, indexes, methods
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.jobs import run_pieces
 from vestige.lazy import torch
-from vestige.methods._plan import digest
-from vestige.methods._protocol import Job, Method, get_method
+from vestige.methods import Job, Method, digest, get_method
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.progress import progress, quiet
 from vestige.runs import Check, RankedScore, sample_rows
@@ -29,8 +28,6 @@ from vestige.storage import partial_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from vestige.methods._gradient_method import GradientMethod
 
 ROWS = 16
 """Training rows that are compared. A ranking that needs no learning correlates near 1 on any number of them; one that
@@ -52,24 +49,26 @@ CORRELATION_NAME = "randomised-model correlation"
 
 def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: Sequence[float] | None) -> list[Check]:
     """Run the check on randomised weights, where the method runs a model, and the free checks."""
-    if method.needs_training:
-        reading = "The method replays the training, which noise did not have."
+    if method.needs_training or job.loaded is None or not method.needs_model:
+        replays = "The method replays the training, which noise did not have."
+        reading = replays if method.needs_training else "The method does not use the model's weights."
         checks = [*method.checks(job), *run_free_checks(job, method, ranked, losses=losses)]
         return [make_check(CORRELATION_NAME, None, reading), *checks]
-    if job.loaded is None or not method.needs_model:
-        checks = run_free_checks(job, method, ranked, losses=losses)
-        return [make_check(CORRELATION_NAME, None, "The method does not use the model's weights."), *checks]
     rows = np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)
     queries = sample_rows(len(job.queries), QUERIES)
     with progress(_STEPS, "Trust checks", unit="steps") as bar:
-        checks = run_free_checks(job, method, ranked, losses=losses)
+        checks = [*method.checks(job), *run_free_checks(job, method, ranked, losses=losses)]
         bar.advance()
         known = _measure_knowledge(job, rows)
         bar.advance()
 
         def score(*, randomised: bool = False) -> Float[Tensor, "query row"]:
             with quiet():
-                found = (_score_noise if randomised else _score_learned)(job, method, rows, queries)
+                if randomised or not method.works_in_pieces:
+                    found = score_sample(job, rows, queries, randomised=randomised)
+                else:
+                    scores = method.prepare(job).totals(rows.tolist())
+                    found = scores[torch.from_numpy(queries).to(scores.device)].cpu()
             bar.advance()
             return found
 
@@ -92,22 +91,6 @@ def _measure_knowledge(job: Job, rows: Int[np.ndarray, "row"]) -> gradients.Know
     if job.settings.loss == "mean":
         losses = losses * data.target_counts
     return gradients.measure_knowledge(loaded.model, data, indexes.batch_tokens(job.settings, loaded), losses=losses)
-
-
-def _score_learned(
-    job: Job, method: Method, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-) -> Float[Tensor, "query row"]:
-    """Return the run's own scores of some rows; of a method without query vectors, those of `score_sample`."""
-    if not method.works_in_pieces:
-        return score_sample(job, rows, queries)
-    scores = cast("GradientMethod", method).prepare(job).totals(rows.tolist())
-    return scores[torch.from_numpy(queries).to(scores.device)].cpu()
-
-
-def _score_noise(
-    job: Job, _: Method, rows: Int[np.ndarray, "row"], queries: Int[np.ndarray, "query"]
-) -> Float[Tensor, "query row"]:
-    return score_sample(job, rows, queries, randomised=True)
 
 
 def check_randomised(
@@ -133,11 +116,9 @@ def check_randomised(
     """
     if rows < FEWEST_ROWS:
         return make_check(CORRELATION_NAME, None, "There are too few training examples to correlate.")
-    from vestige.methods._weights import randomise
-
     learned = score()
     try:
-        with randomise(model, seed):
+        with methods.randomise(model, seed):
             random = score(randomised=True)
     except NonFinite:
         # Noise may overflow where learned weights do not: that says nothing about the scores.

@@ -14,9 +14,8 @@ from jaxtyping import Float, Int
 from vestige import curvature
 from vestige.errors import NonFinite
 from vestige.lazy import torch
-from vestige.methods._gradient_method import GradientMethod, Prepared
+from vestige.methods import GradientMethod, GradientStore, Job, Method, Prepared
 from vestige.methods._plan import Member, summarise_sets
-from vestige.methods._protocol import GradientStore, Job
 from vestige.methods._trust import CHANCE_HIDES, find_proponents
 from vestige.progress import announce
 from vestige.runs import Check, ScoreBlock, ScoreSummary, sample_rows
@@ -43,7 +42,7 @@ class Neighbours(NamedTuple):
 class DampingSweep(GradientMethod):
     """One method at several dampings: the lines of its scores are the queries, damping by damping."""
 
-    def __init__(self, job: Job, method: GradientMethod) -> None:
+    def __init__(self, job: Job, method: Method) -> None:
         """Measure once, and prepare the vectors of every damping at which the matrices can be inverted."""
         super().__init__()
         self.members: list[Prepared] = []
@@ -74,7 +73,7 @@ class DampingSweep(GradientMethod):
         return self.main.store.join([member.store for member in self.members], len(job.queries))
 
 
-def sweep(job: Job, method: GradientMethod) -> tuple[list[Member], Check]:
+def sweep(job: Job, method: Method) -> tuple[list[Member], Check]:
     """Score at every damping of the job's settings: the training gradients are read once.
 
     Returns:

@@ -20,11 +20,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
-from vestige.methods._checkpoints import Checkpoint
-from vestige.methods._gradient_method import HELPS, Prepared, prepare_queries
-from vestige.methods._job import build_temporary_index, gradients_fit
-from vestige.methods._protocol import ComponentBlock, GradientStore, Job, Method, method
-from vestige.methods._stores import ExactGradients, IndexedGradients
+from vestige.methods import (
+    HELPS,
+    Checkpoint,
+    ComponentBlock,
+    ExactGradients,
+    GradientStore,
+    IndexedGradients,
+    Job,
+    Method,
+    Prepared,
+    build_temporary_index,
+    gradients_fit,
+    method,
+    prepare_queries,
+)
 from vestige.models import load_model, select_components
 from vestige.progress import announce
 from vestige.runs import Meaning, ScoreBlock

@@ -16,11 +16,19 @@ from vestige.compress import Compressor, adjoint_gradient, compress_gradient, pa
 from vestige.curvature import absolute_damping
 from vestige.errors import NonFinite
 from vestige.indexes import batch_tokens
-from vestige.methods._checkpoints import Checkpoint, with_equal_sum
-from vestige.methods._job import compute_losses
-from vestige.methods._protocol import Job, method, watch
-from vestige.methods._stores import IndexedGradients
-from vestige.methods._tracin import CheckpointMethod, Lines, Term, open_checkpoint_store
+from vestige.methods import (
+    Checkpoint,
+    CheckpointMethod,
+    IndexedGradients,
+    Job,
+    Lines,
+    Term,
+    compute_losses,
+    method,
+    open_checkpoint_store,
+    watch,
+    with_equal_sum,
+)
 from vestige.runs import Meaning
 from vestige.storage import make_folder, write_durably
 

@@ -13,8 +13,7 @@ from jaxtyping import Int
 
 from vestige import gradients, models
 from vestige.data import TokenizedData
-from vestige.methods._bm25 import Bm25, example_words
-from vestige.methods._protocol import Job, Method
+from vestige.methods import Bm25, Job, Method, example_words
 from vestige.runs import Check, RankedScore, TopK, Verdict
 
 OVERLAP_WARNS = 0.5

@@ -18,7 +18,7 @@ from vestige.data import Example, TokenizedData, load_examples, tokenize
 from vestige.errors import SpecError
 from vestige.indexes import tokens_at_most
 from vestige.jobs import is_worker
-from vestige.methods._protocol import Job, Method, method
+from vestige.methods import Job, Method, loss_weights, method
 from vestige.methods._untrac_ascent import NO_SOURCE, ExampleSet, Side, find_overlaps, set_means
 from vestige.methods._untrac_job import (
     STOP_SHARE,
@@ -27,7 +27,6 @@ from vestige.methods._untrac_job import (
     make_job,
     open_untrac_job,
 )
-from vestige.methods._weights import loss_weights
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce, format_seconds
 from vestige.runs import (

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from vestige.data import TokenizedData
 from vestige.errors import DataError, ModelError
 from vestige.gradients import Reduction
-from vestige.methods._job import compute_losses
-from vestige.methods._weights import Rows, Vector, Weights, loss_weights
+from vestige.methods import Rows, Vector, Weights, compute_losses, loss_weights
 from vestige.models import shuffle_batches
 from vestige.settings import AscentOptimizer
 

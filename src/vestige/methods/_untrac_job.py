@@ -14,8 +14,7 @@ from vestige.data import TokenizedData, load_queries
 from vestige.errors import NonFinite, SpecError
 from vestige.indexes import batch_tokens, read_data
 from vestige.jobs import PieceFiles, Tensors, run_pieces, tensor_pieces, worker_command
-from vestige.methods._job import compute_losses, read_queries
-from vestige.methods._plan import digest
+from vestige.methods import Weights, borrow_weights, compute_losses, digest, loss_weights, read_queries
 from vestige.methods._untrac_ascent import (
     NO_SOURCE,
     TESTED_EXAMPLES,
@@ -32,7 +31,6 @@ from vestige.methods._untrac_ascent import (
     test_sets,
     training_sources,
 )
-from vestige.methods._weights import Weights, borrow_weights, loss_weights
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige.settings import LaunchSettings, UntracSettings

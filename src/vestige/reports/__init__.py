@@ -5,16 +5,6 @@ from typing import TYPE_CHECKING
 from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from vestige.reports._compare import make_comparison as make_comparison
-    from vestige.reports._header import (
-        Fact as Fact,
-        cut_command as cut_command,
-        describe_cost as describe_cost,
-        format_count as format_count,
-        format_duration as format_duration,
-        make_header as make_header,
-        shorten_name as shorten_name,
-    )
     from vestige.reports._page import (
         PAGES as PAGES,
         Page as Page,
@@ -24,8 +14,24 @@ if TYPE_CHECKING:
         report as report,
         view as view,
     )
-    from vestige.reports._payload import find_place as find_place, make_grid as make_grid, make_payload as make_payload
-    from vestige.reports._read import Wording as Wording, read_run as read_run, require_page as require_page
+    from vestige.reports._payload import (
+        find_place as find_place,
+        make_comparison as make_comparison,
+        make_grid as make_grid,
+        make_payload as make_payload,
+    )
+    from vestige.reports._read import (
+        Fact as Fact,
+        Wording as Wording,
+        cut_command as cut_command,
+        describe_cost as describe_cost,
+        format_count as format_count,
+        format_duration as format_duration,
+        make_header as make_header,
+        read_run as read_run,
+        require_page as require_page,
+        shorten_name as shorten_name,
+    )
     from vestige.reports._texts import (
         cut as cut,
         find_overlap as find_overlap,

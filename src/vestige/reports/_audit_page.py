@@ -17,8 +17,8 @@ from vestige.measures import (
     draw_layers,
     draw_roc,
 )
-from vestige.reports._charts import SMALL, Panel, make_panel, new_axes
-from vestige.reports._header import (
+from vestige.reports._charts import Panel, make_panel, new_axes
+from vestige.reports._read import (
     Fact,
     cut_command,
     describe_cost,
@@ -165,11 +165,11 @@ def _draw_secrets(drawn: Drawn) -> list[Panel]:
     """Draw exposure by number of copies where that is known, and over checkpoints if there are several."""
     groups, panels = mean_exposures(drawn.run.canaries), list[Panel]()
     if sum(each.checkpoint == drawn.checkpoints[-1] for each in groups) > 1:
-        draw_exposure_by_copies(axes := new_axes(SMALL), drawn)
+        draw_exposure_by_copies(axes := new_axes(), drawn)
         note = "Mean over the secrets with its 95 % interval, under the model; number of secrets in brackets."
         panels.append(make_panel("Exposure of planted secrets", note, axes))
     if groups and len(drawn.checkpoints) > 1:
-        draw_exposure_over_time(axes := new_axes(SMALL), drawn)
+        draw_exposure_over_time(axes := new_axes(), drawn)
         note = "Mean exposure by copies in the training data, with its 95 % interval, at each checkpoint."
         panels.append(make_panel("Exposure while training", note, axes))
     return panels
@@ -178,14 +178,14 @@ def _draw_secrets(drawn: Drawn) -> list[Panel]:
 def _draw_course(drawn: Drawn) -> list[Panel]:
     panels = []
     for name in drawn.measures_over_time() if len(drawn.checkpoints) > 1 else []:
-        draw_dynamics(axes := new_axes(SMALL), drawn, name)
+        draw_dynamics(axes := new_axes(), drawn, name)
         note = "Median, and the middle half of the examples, at each checkpoint."
         panels.append(make_panel(f"{name} while training", note, axes))
     return panels
 
 
 def _draw_roc(drawn: Drawn, truth: Known) -> Panel:
-    axes, blind = new_axes(SMALL), blind_area(drawn.run, truth.name)
+    axes, blind = new_axes(), blind_area(drawn.run, truth.name)
     draw_roc(axes, drawn, truth)
     note = "No blind baseline could be computed."
     if blind is not None:
@@ -197,7 +197,7 @@ def _draw_layers(drawn: Drawn) -> list[Panel]:
     name = drawn.first_layered_measure()
     if not name:
         return []
-    axes = new_axes(SMALL)
+    axes = new_axes()
     shown = f"AUC of {name}" if draw_layers(axes, drawn) else f"Median {name} and its quartiles"
     main = f"The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
     note = f"{shown} at each layer. {main}"

@@ -9,17 +9,10 @@ from typing import Any, NamedTuple
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
-from matplotlib.ticker import LogFormatter
 
-from vestige.figures import COLOURS, new_figure
-from vestige.reports._header import format_span
-
-SMALL, BROAD = (4.8, 2.9), (15.0, 3.2)
-"""Sizes in inches of 72 pixels: one of several in a row, and one that needs the whole width."""
-TIP = "tip:"
-"""What `set_gid` of a part begins with whose text is shown at the pointer."""
+from vestige.figures import COLOURS, SMALL, TIP, new_figure
+from vestige.reports._read import format_span
 
 _INKS = {
     **{colour.lower(): f"var(--tone-{number})" for number, colour in enumerate(COLOURS)},
@@ -52,7 +45,7 @@ class Panel(NamedTuple):
     """Whether it needs the whole width."""
 
 
-def new_axes(size: tuple[float, float]) -> Axes:
+def new_axes(size: tuple[float, float] = SMALL) -> Axes:
     """Return the axes of an empty figure of a size in inches."""
     return new_figure(*size).add_subplot()
 
@@ -70,12 +63,6 @@ def make_panel(
         keys.append(Key((names or {}).get(label, label), _INKS.get(colour.lower(), colour), dashed))
     label = f"{title}: {', '.join(key.name for key in keys)}" if keys else title
     return Panel(title, note, _inline_svg(axes.figure, label, broad), tuple(keys), broad)
-
-
-def write_plainly(axis: Axis, form: str) -> None:
-    """Write the numbers of a logarithmic axis without powers."""
-    axis.set_major_formatter(form)
-    axis.set_minor_formatter(LogFormatter())
 
 
 def place_interval(span: tuple[float, float, float], ends: tuple[float, float], full: float) -> dict[str, Any]:

@@ -19,10 +19,8 @@ from markupsafe import Markup
 from vestige.errors import UserError
 from vestige.progress import announce
 from vestige.registry import Registry
-from vestige.reports._compare import make_comparison
-from vestige.reports._header import make_header
-from vestige.reports._payload import make_payload
-from vestige.reports._read import COMPONENTS, read_run
+from vestige.reports._payload import make_comparison, make_payload
+from vestige.reports._read import COMPONENTS, make_header, read_run
 from vestige.runs import Audit, is_audit
 from vestige.storage import make_folder, remove_strays_of, write_durably
 

@@ -1,4 +1,4 @@
-"""What the page's script is given: one JSON value per run, small enough to stand inside the file."""
+"""What the page's script is given: one JSON value per run, small enough to stand inside the file; and another run's."""
 
 import math
 from collections import Counter
@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from vestige.errors import UserError
-from vestige.reports._read import Query, RankedScore, RunFiles, TrainingExample
+from vestige.reports._read import Query, RankedScore, RunFiles, TrainingExample, shorten_name
 from vestige.reports._texts import Pieces, Word, cut, find_overlap, find_rare_words, find_system, split_words
 from vestige.runs import NO_SOURCE, Scores, conclude, find_source_lift, relative_strength
 
+COMPARED = 10
+"""First proponents of two runs that are counted where they agree."""
 HUB_DEPTH = 10
 """An example counts as a hit of a query when it stands among the query's first ten proponents."""
 
@@ -199,6 +201,11 @@ def describe_example(example: TrainingExample, pieces: Pieces, hub: float | None
     }
 
 
+def _describe_entry(entry: RankedScore, highest: float) -> Json:
+    score, strength = round_number(entry.score), round_number(relative_strength(entry.score, highest), 4)
+    return {"end": entry.end, "rank": entry.rank, "row": entry.row, "score": score, "strength": strength}
+
+
 def _describe_query(
     run: RunFiles,
     query: Query,
@@ -215,11 +222,7 @@ def _describe_query(
         shared = find_overlap(query_words, words[entry.row], rare)
         ranked.append(
             {
-                "end": entry.end,
-                "rank": entry.rank,
-                "row": entry.row,
-                "score": round_number(entry.score),
-                "strength": round_number(relative_strength(entry.score, highest), 4),
+                **_describe_entry(entry, highest),
                 "percentile": round_number(entry.percentile),
                 "overlap": round_number(shared.share, 3),
                 "match": shared.example,
@@ -277,3 +280,57 @@ def _drop_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _drop_nonfinite(item) for key, item in value.items()}
     return value
+
+
+def make_comparison(run: RunFiles, other: RunFiles) -> Json:
+    """Return the rankings of `other` for the queries that both runs have, and the examples that `run` does not list.
+
+    Methods, checkpoints, models and answers may differ; training data and questions may not.
+
+    Raises:
+        UserError: The training data or the questions differ, or no query is in both.
+    """
+    mine, theirs = Scores.open(run.folder), Scores.open(other.folder)
+    wordings = {query.id: query.wording for query in run.queries}
+    common = [query for query in other.queries if query.id in wordings]
+    if not common:
+        raise UserError(
+            f"{run.folder} and {other.folder} have no query in common.\n"
+            "Type: vestige attribute with the same --queries for both, then compare again."
+        )
+    queries = {}
+    for query in common:
+        found = mine.compare(theirs, query.id, COMPARED)
+        queries[query.id] = _describe_ranking(other, query, query.wording != wordings[query.id]) | {
+            "shared": found.shared,
+            "correlation": round_number(found.correlation, 3),
+        }
+    return {
+        "names": _tell_apart(run, other),
+        "compared": COMPARED,
+        "queries": queries,
+        "examples": {
+            str(row): describe_example(example, cut(example.wording))
+            for row, example in other.examples.items()
+            if row not in run.examples
+        },
+    }
+
+
+def _tell_apart(run: RunFiles, other: RunFiles) -> tuple[str, str]:
+    """Return a name for each run: its method, model or folder, the first that differs."""
+    pairs = [
+        (one.record.method, shorten_name(one.record.model.name if one.record.model else "")) for one in (run, other)
+    ]
+    names = [one.folder.resolve().name for one in (run, other)]
+    mine, theirs = next(((a, b) for a, b in zip(*pairs, strict=True) if a != b), names)
+    return mine, theirs
+
+
+def _describe_ranking(other: RunFiles, query: Query, answers_otherwise: bool) -> Json:
+    ranked = other.ranked[query.id]
+    highest = find_highest(ranked)
+    return {
+        "text": describe_text(cut(query.wording)) if answers_otherwise else None,
+        "ranked": [_describe_entry(entry, highest) for entry in ranked],
+    }

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         Audit as Audit,
         EvidenceRow as EvidenceRow,
         evidence_table as evidence_table,
+        judgement_table as judgement_table,
         read_evidence as read_evidence,
         write_evidence as write_evidence,
     )
@@ -40,8 +41,13 @@ if TYPE_CHECKING:
         open_dense as open_dense,
         write_dense as write_dense,
     )
-    from vestige.runs._groups import NO_SOURCE as NO_SOURCE
-    from vestige.runs._lift import SourceLift as SourceLift, find_source_lift as find_source_lift
+    from vestige.runs._groups import (
+        NO_SOURCE as NO_SOURCE,
+        SourceLift as SourceLift,
+        find_source_lift as find_source_lift,
+    )
+    from vestige.runs._listed import ScoreRow as ScoreRow, relative_strength as relative_strength
+    from vestige.runs._plot import draw_ranking as draw_ranking
     from vestige.runs._record import (
         DENSE_FILE as DENSE_FILE,
         PARTS as PARTS,
@@ -73,7 +79,6 @@ if TYPE_CHECKING:
         TopK as TopK,
         sample_rows as sample_rows,
     )
-    from vestige.runs._table import ScoreRow as ScoreRow, relative_strength as relative_strength
     from vestige.runs._tables import (
         ComponentScores as ComponentScores,
         RunTables as RunTables,

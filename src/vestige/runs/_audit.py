@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from vestige.errors import DataError, MissingExtra, UserError
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
-from vestige.runs._table import ScoreTable
+from vestige.runs._listed import ScoreTable
 from vestige.storage import write_durably
 from vestige.tables import read_table, reading
 from vestige.terminal import shorten
@@ -310,3 +310,25 @@ class Audit:
 
     def _is_held(self, measure: str) -> bool:
         return measure in self._columns and not (self._is_layered(measure) and self.run.main_layer is None)
+
+
+def judgement_table(truth: str, rows: Sequence[JudgementRecord]) -> str:
+    """Return how well each measure predicts what is known, a line for each."""
+    kinds = {"membership": "members", "flag": "flagged examples"}
+    found = kinds.get(truth, "examples memorized by the bank's measure")
+    lines = [f"{rows[0].found:,} {found} among {rows[0].others:,} others"]
+    lines += [f"  {'measure':<18}{'AUC [95 %]':<24}{'TPR at 1 % FPR':<24}{'FPR at 75 % TPR'}"]
+    for row in rows:
+        low = next((rate for rate in row.tpr_at if rate.level == 0.01), None)
+        high = next(iter(row.fpr_at), None)
+        unresolved = "" if low is None or low.resolved else "  (too few others for 1 %)"
+        cells = [_interval(row.auc), _interval(low.rate) if low else "", _interval(high.rate) if high else ""]
+        lines.append(f"  {row.measure:<18}{cells[0]:<24}{cells[1]:<24}{cells[2]}{unresolved}")
+    return "\n".join(lines)
+
+
+def _interval(span: tuple[float | None, float | None, float | None]) -> str:
+    value, low, high = span
+    if value is None:
+        return "undefined"
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -7,8 +7,8 @@ import numpy as np
 
 from vestige.errors import UserError
 from vestige.runs._dense import rank_scores
+from vestige.runs._listed import ScoreRow, ScoreTable
 from vestige.runs._summary import End
-from vestige.runs._table import ScoreRow, ScoreTable
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:

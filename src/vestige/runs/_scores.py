@@ -6,50 +6,43 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from vestige import runs
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.runs._compare import Comparison, compare
 from vestige.runs._dense import open_dense, rank_scores
+from vestige.runs._listed import (
+    HEADINGS,
+    ComponentScore,
+    Listed,
+    ScoreRow,
+    ScoreTable,
+    SelfInfluence,
+    TokenScore,
+    Wording,
+    Words,
+    cells_of,
+    excerpt,
+    relative_strength,
+    render_html,
+    row_text,
+    turns_or_text,
+    wording_of,
+)
 from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
 from vestige.runs._summary import End
-from vestige.runs._table import HEADINGS, ScoreRow, ScoreTable, cells_of, excerpt, relative_strength, render_html
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
-from vestige.runs._wording import Listed, Wording, Words, row_text, turns_or_text, wording_of
 from vestige.tables import reading
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
-
-
-class ComponentScore(NamedTuple):
-    """Contribution of one component to the score of one pair."""
-
-    component: str
-    score: float
-
-
-class TokenScore(NamedTuple):
-    """Contribution to a pair's score of learning to predict one token of the training example."""
-
-    position: int
-    token: str
-    score: float
-
-
-class SelfInfluence(NamedTuple):
-    """The score of a training example for itself."""
-
-    example_id: str
-    row: int
-    score: float
-
 
 SELF_TABLE = "self_influence"
 _TITLE_WIDTH = 100
@@ -257,9 +250,7 @@ class Scores:
         Args:
             query: Position or id of the query.
         """
-        from vestige.runs._plot import draw_ranking
-
-        return draw_ranking(self, self.query_id(query))
+        return runs.draw_ranking(self, self.query_id(query))
 
     def __repr__(self) -> str:
         words = [excerpt(turns_or_text(row), 90) for row in self._query_rows[:_SHOWN]]
@@ -268,14 +259,11 @@ class Scores:
         return "\n".join(line for line in (*lines, *more) if line)
 
     def _repr_html_(self) -> str:
-        from vestige.runs._conclusion import conclude
-
         rows = [
-            (shorten(query), excerpt(turns_or_text(row), _TITLE_WIDTH), conclude(self, query).sentences[0])
+            (shorten(query), excerpt(turns_or_text(row), _TITLE_WIDTH), runs.conclude(self, query).sentences[0])
             for query, row in zip(self.queries[:_SHOWN], self._query_rows, strict=False)
         ]
-        missing = self.run.describe_missing()
-        caption = " ".join(part for part in (self._title, self._more, missing) if part)
+        caption = " ".join(part for part in (self._title, self._more, self.run.describe_missing()) if part)
         return render_html(caption, ("query", "question and answer", "conclusion"), rows)
 
     @property
@@ -288,13 +276,12 @@ class Scores:
         return f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"
 
     def _end(self, query: int | str, end: End, k: int) -> ScoreTable[ScoreRow]:
-        name = self.query_id(query)
+        name, note = self.query_id(query), ""
         listed = self.listed(name, end)
         rows, kept = listed[:k], len(listed)
         # Where sources are scored, there are fewer columns than training examples.
         summary = self.run.distribution.get(name)
         scored = summary.count if summary is not None else self.run.data.examples
-        note = ""
         if kept < min(k, scored):
             if self.has_dense:
                 rows = self._read_further(name, end, rows, k)
@@ -302,8 +289,7 @@ class Scores:
                 note = f"(the run has no text of {without} of them)" if without else ""
             else:
                 note = f"(the run lists {kept} of {scored}; for more: k={min(k, scored)} or dense=True)"
-        row = self._query_rows[self.queries.index(name)]
-        words = excerpt(turns_or_text(row), _TITLE_WIDTH)
+        words = excerpt(turns_or_text(self._query_rows[self.queries.index(name)]), _TITLE_WIDTH)
         return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}", note)
 
     def _read_further(self, query: str, end: End, listed: Sequence[ScoreRow], k: int) -> list[ScoreRow]:

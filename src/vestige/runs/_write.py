@@ -38,8 +38,7 @@ from vestige.storage import (
 )
 
 if TYPE_CHECKING:
-    from vestige.data import TokenizedData
-    from vestige.models import LoadedModel
+    from vestige import data, models
 
 _LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size": 2**16}
 RUN_FILES = (
@@ -53,12 +52,12 @@ RUN_FILES = (
 """What a run may consist of; anything else in its folder is not ours, and keeps it from being replaced."""
 
 
-def describe_data(data: "TokenizedData") -> DataRecord:
+def describe_data(data: "data.TokenizedData") -> DataRecord:
     """Return name, fingerprint and size of a data set."""
     return DataRecord(name=data.name, fingerprint=data.fingerprint, examples=len(data))
 
 
-def describe_model(loaded: "LoadedModel") -> ModelRecord:
+def describe_model(loaded: "models.LoadedModel") -> ModelRecord:
     """Return name, fingerprint and size of a model."""
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     return ModelRecord(name=loaded.name, fingerprint=loaded.fingerprint, parameters=parameters)
@@ -70,8 +69,8 @@ def make_run_record(
     config: dict[str, Any],
     method: str,
     meaning: Meaning,
-    data: "TokenizedData",
-    queries: "TokenizedData",
+    data: "data.TokenizedData",
+    queries: "data.TokenizedData",
     summary: ScoreSummary,
     seconds: float,
     query_ids: Sequence[str] | None = None,

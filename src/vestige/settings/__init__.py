@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from vestige.settings._attribute import (
         AscentOptimizer as AscentOptimizer,
         AttributeSettings as AttributeSettings,
+        DoctorSettings as DoctorSettings,
+        IndexSettings as IndexSettings,
+        PreconditionSettings as PreconditionSettings,
         UntracSettings as UntracSettings,
     )
     from vestige.settings._audit import AuditSettings as AuditSettings
@@ -45,11 +48,6 @@ if TYPE_CHECKING:
         TruthValue as TruthValue,
     )
     from vestige.settings._fix import FixSettings as FixSettings
-    from vestige.settings._index import (
-        DoctorSettings as DoctorSettings,
-        IndexSettings as IndexSettings,
-        PreconditionSettings as PreconditionSettings,
-    )
     from vestige.settings._results import (
         CancelSettings as CancelSettings,
         CompletionSettings as CompletionSettings,

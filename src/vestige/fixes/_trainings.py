@@ -213,11 +213,11 @@ class Trainings:
                 )
         useful = (data.target_counts > 0) & (np.ones(len(data), dtype=bool) if weights is None else weights > 0)
         whole = steps_per_epoch(int(useful[rows["before"][0]].sum()), settings)
-        steps = max(1, int(settings.epochs * whole + 0.5))
+        steps = settings.count_steps(whole)
 
         def epochs(kept: Int[np.ndarray, "row"]) -> float:
             per_epoch = steps_per_epoch(int(useful[kept].sum()), settings)
-            return settings.epochs if per_epoch == whole else steps / per_epoch
+            return settings.passes if settings.passes and per_epoch == whole else steps / per_epoch
 
         return {arm: [epochs(kept) for kept in each] for arm, each in rows.items()}
 
@@ -227,9 +227,11 @@ class Trainings:
             "out": self.folder / MODELS / f"{arm}-{number}",
             "data": self.data[arm][number],
             "seed": self._seed(number),
+            "steps": None,
             "epochs": epochs,
             "checkpoints": str(epochs),
             "split_fraction": 1.0,
+            "validation": None,
             "losses": False,
             "keep_optimizer": False,
             **{

@@ -20,12 +20,21 @@ if TYPE_CHECKING:
         find_at_risk as find_at_risk,
         write_at_risk as write_at_risk,
     )
-    from vestige.training._examples import (
+    from vestige.training._engine import (
+        AfterSteps as AfterSteps,
+        Hook as Hook,
+        Recipe as Recipe,
         Rows as Rows,
+        Step as Step,
+        Unfinished as Unfinished,
+        fit as fit,
+        make_model as make_model,
+        pad as pad,
+    )
+    from vestige.training._examples import (
         Watched as Watched,
         members_of as members_of,
         only_answers as only_answers,
-        pad as pad,
         read_weights as read_weights,
         with_weights as with_weights,
     )

@@ -1,9 +1,8 @@
-"""Single examples of a training: as the Trainer reads them, how much each counts, and what is measured of them."""
+"""Single examples of a training: which are drawn, how much each counts, and what is measured of them."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from random import getstate, setstate
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,17 +10,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import Trainer
 
 from vestige.data import NO_TARGET, Example, TokenizedData
 from vestige.errors import DataError
-from vestige.online import ID_KEY, quietly
+from vestige.online import ID_KEY
 from vestige.progress import announce
+from vestige.training._engine import LEARNED, WEIGHT, leave_no_trace
 
 Context = Callable[[], AbstractContextManager[Any]]
-WEIGHT = "weight"
-"""Field of an example, and key of a batch, that says how much it counts."""
 
 
 class Losses(NamedTuple):
@@ -55,24 +51,6 @@ def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: In
     return Losses(means[0], means[1], numbers)
 
 
-@contextmanager
-def restore_randomness() -> Iterator[None]:
-    """Restore the random numbers of Python and NumPy afterwards; a Trainer sets every seed there is."""
-    python, numpy = getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
-def leave_no_trace(model: nn.Module) -> Iterator[None]:
-    """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
-    with restore_randomness(), quietly(model), torch.no_grad():
-        yield
-
-
 class Watched:
     """Examples that are measured from outside while a model trains on them, or on others.
 
@@ -100,8 +78,7 @@ class Watched:
                 raise DataError(f"The collator makes {', '.join(batch) or 'nothing'}, no `labels`: no loss is known.")
             self.ids[begin : begin + len(rows)] = batch.pop(ID_KEY)
             # How much an example counts in training is no business of the model, nor of a measurement.
-            batch.pop(WEIGHT, None)
-            yield batch
+            yield {name: value for name, value in batch.items() if name not in (WEIGHT, LEARNED)}
 
     def losses(self, model: nn.Module, context: Context) -> Losses:
         """Measure losses and gaps of all rows at the present weights."""
@@ -214,43 +191,6 @@ def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
     )
 
 
-class Rows(Dataset):
-    """Rows of tokenised data as dictionaries: `id`, `input_ids`, `labels`, and `weight` if there are weights."""
-
-    def __init__(
-        self, data: TokenizedData, rows: Sequence[int] | np.ndarray, weights: np.ndarray | None = None
-    ) -> None:
-        self._data, self._rows = data, [int(row) for row in rows]
-        self._weights = weights
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        row = self._rows[place]
-        ids, mask = np.asarray(self._data.input_ids[row]), self._data.targets[row]
-        return {
-            "id": self._data.examples[row].id,
-            "input_ids": ids.astype(np.int64),
-            "labels": np.where(mask, ids, NO_TARGET).astype(np.int64),
-            **({} if self._weights is None else {WEIGHT: self._weights[row]}),
-        }
-
-
-def pad(features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return rows in one batch, filled on the right with token 0: no target, and no causal model attends to it."""
-    width = max(1, *(len(row["input_ids"]) for row in features))
-    ids = np.zeros((len(features), width), dtype=np.int64)
-    labels = np.full((len(features), width), NO_TARGET, dtype=np.int64)
-    for place, row in enumerate(features):
-        ids[place, : len(row["input_ids"])] = row["input_ids"]
-        labels[place, : len(row["labels"])] = row["labels"]
-    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
-    if all(WEIGHT in row for row in features):
-        batch[WEIGHT] = torch.tensor([float(row[WEIGHT]) for row in features])
-    return batch
-
-
 def read_weights(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
     """Return the field `weight` of every example as float32, 1 where there is none; None if all are 1.
 
@@ -275,39 +215,6 @@ def announce_weights(data: TokenizedData, weights: Float[np.ndarray, "example"])
         f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
         + (f" {none:,} with weight 0 are left out." if none else "")
     )
-
-
-class WeightedTrainer(Trainer):
-    """A Trainer whose loss is the weighted mean over the target tokens of a step.
-
-    Of an example i with weight w and n target tokens, over all batches that a step accumulates:
-    `sum_i w_i sum_t loss_it / sum_i w_i n_i`, in nats. Each row of a batch has its weight in `weight`.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        # The loss is divided by the sum over the whole step, so the Trainer must not divide by the number of batches.
-        self.model_accepts_loss_kwargs = True
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the batch's share in the loss of the step."""
-        labels, weights = inputs["labels"][:, 1:], inputs[WEIGHT]
-        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)})
-        wanted = labels != NO_TARGET
-        losses = F.cross_entropy(outputs.logits[:, :-1][wanted].float(), labels[wanted], reduction="none")
-        total = self._weight_of(inputs) if num_items_in_batch is None else num_items_in_batch
-        loss = (losses * weights[wanted.nonzero()[:, 0]]).sum() / total
-        return (loss, outputs) if return_outputs else loss
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Return the sum of the weights of all target tokens of a step."""
-        return torch.stack([self._weight_of(batch) for batch in batch_samples]).sum().to(device)
-
-    @staticmethod
-    def _weight_of(batch: dict[str, Any]) -> Tensor:
-        return (batch[WEIGHT] * (batch["labels"][:, 1:] != NO_TARGET).sum(1)).sum()
 
 
 def _weight(example: Example, name: str) -> float:

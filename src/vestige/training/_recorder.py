@@ -18,7 +18,8 @@ from vestige.progress import announce
 from vestige.settings import list_epochs
 from vestige.storage import make_folder, remove_durably
 from vestige.training._alarm import Alarm, Trigger, answer_codes, find_at_risk, write_at_risk
-from vestige.training._examples import Losses, Watched, example_losses, leave_no_trace
+from vestige.training._engine import leave_no_trace
+from vestige.training._examples import Losses, Watched, example_losses
 from vestige.training._store import (
     AT_RISK,
     FORMAT,
@@ -292,9 +293,7 @@ class _Listener:
         return self._carried.release()
 
     def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        # In-run scores may travel with the rows already, and need the ids too.
-        ids = inputs.pop(ID_KEY, None) if self._carried.first else inputs.get(ID_KEY)
-        labels = inputs.get("labels")
+        ids, labels = inputs.get(ID_KEY), inputs.get("labels")
         if ids is None or not isinstance(labels, Tensor):
             missing = "ids: build the training loader with the Trainer's own collator" if ids is None else "`labels`"
             raise DataError(f"The batch has no {missing}.")

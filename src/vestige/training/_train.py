@@ -1,41 +1,29 @@
 """`vestige train`: from a model and data to a training that attribution and audit can read."""
 
 import time
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 from jaxtyping import Float, Int
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from vestige.data import TokenizedData, describe_copies, token_groups
-from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError, differences, mismatch_message
+from vestige.errors import DataError, IndexMismatch, NonFinite, UserError, differences, mismatch_message
 from vestige.indexes import batch_tokens, read_data
-from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, trainable_copy
+from vestige.models import LoadedModel, load_model
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
-from vestige.settings import TrainSettings, with_settings
+from vestige.settings import LearningSettings, TrainedOn, TrainSettings, list_epochs, with_settings
 from vestige.storage import check_disk, make_folder, remove_result, remove_strays, require_no_others
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
-from vestige.training._examples import (
-    Rows,
-    WeightedTrainer,
-    announce_weights,
-    members_of,
-    only_answers,
-    pad,
-    read_weights,
-    restore_randomness,
-    with_weights,
-)
+from vestige.training._engine import Recipe, Rows, fit, make_model
+from vestige.training._examples import announce_weights, members_of, only_answers, read_weights, with_weights
 from vestige.training._recorder import Recorder
 from vestige.training._store import (
     FORMAT,
@@ -57,10 +45,9 @@ from vestige.training._store import (
 )
 
 _SECONDS_BETWEEN_NOTES = 2.0
-_OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 _ELSEWHERE = (
     *("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "max_length", "chat"),
-    *("overwrite", "checkpoints", "keep_optimizer", "precision", "group"),
+    *("overwrite", "checkpoints", "keep_optimizer", "precision", "group", "steps", "validation"),
 )
 """Settings that do not stand in the identity as given: other entries of it say what came of them, or they change
 nothing of the result."""
@@ -103,12 +90,10 @@ def train(settings: TrainSettings) -> TrainingRun:
         return TrainingRun.open(settings.out)
     write_table(settings.out / MEMBERSHIP, _tabulate_members(data, plan.members), compression="zstd")
     started = time.perf_counter()
-    with torch.random.fork_rng(), restore_randomness(), quiet_transformers(), warnings.catch_warnings():
-        # PEFT and torch warn of what is meant here: matrices beside a tied head, a scheduler that is loaded.
-        warnings.simplefilter("ignore", UserWarning)
-        _run(settings, loaded, data, plan)
+    _run(settings, loaded, data, plan)
     record = {**(read_record(settings.out) or {}), "versions": environment()}
-    record |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    record |= {"epochs": plan.epochs, "seconds": time.perf_counter() - started}
+    record["peak_memory_bytes"] = peak_memory_bytes()
     record["peak_gpu_memory_bytes"] = peak_gpu_memory_bytes()
     write_record(settings.out, record)
     return TrainingRun.open(settings.out)
@@ -130,8 +115,14 @@ def read_learned(
     settings: TrainSettings, loaded: LoadedModel
 ) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
     """Read the data as a training with these settings learns them, with their weights; None if all are 1."""
-    data = read_data(settings, settings.data, loaded)
-    if settings.loss == "answer":
+    return as_learned(read_data(settings, settings.data, loaded), settings.loss, loaded)
+
+
+def as_learned(
+    data: TokenizedData, learn: TrainedOn, loaded: LoadedModel
+) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
+    """Return the data with what is learned as their targets, and their weights; None if all are 1."""
+    if learn == "answer":
         data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
     weights = read_weights(data)
     if weights is None:
@@ -140,7 +131,7 @@ def read_learned(
     return with_weights(data, weights), weights
 
 
-def steps_per_epoch(examples: int, settings: TrainSettings) -> int:
+def steps_per_epoch(examples: int, settings: LearningSettings) -> int:
     """Return the steps of the optimizer in a pass over that many examples, the last of them smaller."""
     batches = -(-examples // settings.batch_size)
     return -(-batches // settings.accumulation)
@@ -157,6 +148,8 @@ class Plan:
     weights: np.ndarray | None
     """float32 [example]; None if every member has weight 1."""
     steps: int
+    epochs: float
+    """The same in passes over the rows."""
     checkpoints: list[int]
 
 
@@ -186,8 +179,10 @@ def make_plan(
     if len(rows) < members.sum():
         announce(f"{members.sum() - len(rows):,} of {members.sum():,} examples to train on have no token to learn.")
     per_epoch = steps_per_epoch(len(rows), settings)
-    steps = max(1, int(settings.epochs * per_epoch + 0.5))
-    return Plan(members, rows, weights, steps, plan_steps(settings.checkpoint_epochs, per_epoch, steps))
+    steps = settings.count_steps(per_epoch)
+    epochs = settings.passes or steps / per_epoch
+    saved = plan_steps(list_epochs(settings.checkpoints, epochs), per_epoch, steps)
+    return Plan(members, rows, weights, steps, epochs, saved)
 
 
 def _tabulate_members(data: TokenizedData, members: np.ndarray) -> pa.Table:
@@ -210,6 +205,7 @@ def _identify(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData,
         "examples": len(data),
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         **{name: value for name, value in settings.record().items() if name not in _ELSEWHERE},
+        **({} if settings.passes is None else {"epochs": settings.passes}),
         "steps": plan.steps,
         "checkpoints": plan.checkpoints,
     }
@@ -248,79 +244,26 @@ def _prepare_folder(
 
 
 def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: Plan) -> None:
-    model = make_model(settings, loaded)
+    model = make_model(settings, loaded, settings.seed)
     _announce(settings, model, plan, len(data))
     done = [step for step in checkpoint_steps(settings.out) if step]
     last = done[-1] if done else 0
     remove_after(settings.out, last)
     with progress(plan.steps - last, "Training", unit="steps") as bar:
-        watcher = _Watcher(bar, settings.out, plan.steps - last)
-        eval_size = max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max())))
-        trainer = make_trainer(settings, loaded.tokenizer, model, Rows(data, plan.rows, plan.weights), plan, eval_size)
-        trainer.add_callback(watcher)
-        watcher.recorder = Recorder(
-            trainer,
-            settings.out,
-            checkpoints=settings.checkpoints,
-            alarm=_make_alarm(settings),
-            watch=Rows(data, range(len(data))) if settings.losses else None,
-            keep_optimizer=settings.keep_optimizer,
-            overwrite=True,
+        watcher = _Watcher(bar, settings, data, plan.steps - last)
+        fit(
+            model,
+            Rows(data, plan.rows, plan.weights),
+            Recipe.of(settings),
+            steps=plan.steps,
+            seed=settings.seed,
+            hooks=[watcher],
+            resume=checkpoint_folder(settings.out, last) if last else None,
+            tokenizer=loaded.tokenizer,
+            eval_size=max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max()))),
         )
-        trainer.train(resume_from_checkpoint=str(checkpoint_folder(settings.out, last)) if last else None)
     watcher.recorder.release()
     remove_step(settings.out)
-
-
-def make_model(settings: TrainSettings, loaded: LoadedModel) -> nn.Module:
-    """Return a copy of the model as it is before the first step, with new LoRA matrices where they are trained."""
-    lora = None
-    if settings.lora_rank is not None:
-        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
-    return trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
-
-
-def make_trainer(
-    settings: TrainSettings, tokenizer: Any, model: nn.Module, rows: Rows, plan: Plan, eval_size: int
-) -> Trainer:
-    """Return the Trainer that takes the steps of a plan."""
-    device = next(model.parameters()).device
-    if device.type == "cuda" and device.index:
-        raise SpecError(
-            f"--device {device}: the Trainer takes the first GPU. Type CUDA_VISIBLE_DEVICES={device.index}."
-        )
-    constant = "constant_with_warmup" if settings.warmup else "constant"
-    arguments = TrainingArguments(
-        output_dir=str(settings.out),
-        max_steps=plan.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=eval_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        optim=_OPTIMIZERS[settings.optimizer],
-        weight_decay=settings.weight_decay,
-        lr_scheduler_type=constant if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=settings.warmup,
-        max_grad_norm=settings.clip,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-    # Other GPUs that are visible would be trained on too, on parts of each batch.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    make = Trainer if plan.weights is None else WeightedTrainer
-    trainer = make(model=model, args=arguments, train_dataset=rows, data_collator=pad, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _make_alarm(settings: TrainSettings) -> Alarm | None:
@@ -337,10 +280,24 @@ class _Watcher(TrainerCallback):
 
     recorder: Recorder
 
-    def __init__(self, bar: Progress, folder: Path, steps: int) -> None:
-        self._bar, self._folder, self._steps = bar, folder, steps
+    def __init__(self, bar: Progress, settings: TrainSettings, data: TokenizedData, steps: int) -> None:
+        self._bar, self._settings, self._data, self._steps = bar, settings, data, steps
         self._begun = self._written = time.monotonic()
         self._done = 0
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Begin with this Trainer, and record it."""
+        trainer.add_callback(self)
+        settings = self._settings
+        self.recorder = Recorder(
+            trainer,
+            settings.out,
+            checkpoints=settings.checkpoints,
+            alarm=_make_alarm(settings),
+            watch=Rows(self._data, range(len(self._data))) if settings.losses else None,
+            keep_optimizer=settings.keep_optimizer,
+            overwrite=True,
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         ids, losses = self.recorder.last_step
@@ -356,7 +313,8 @@ class _Watcher(TrainerCallback):
         if now - self._written >= _SECONDS_BETWEEN_NOTES and self._done < self._steps:
             self._written = now
             rate = self._done / (now - self._begun)
-            write_step(self._folder, CurrentStep(state.global_step, state.max_steps, float(np.mean(losses)), rate))
+            step = CurrentStep(state.global_step, state.max_steps, float(np.mean(losses)), rate)
+            write_step(self._settings.out, step)
 
 
 def _announce(settings: TrainSettings, model: nn.Module, plan: Plan, examples: int) -> None:

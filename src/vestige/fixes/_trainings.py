@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vestige.banks import measure
 from vestige.data import Example, TokenizedData, tokenize
 from vestige.errors import IndexMismatch, SpecError, differences
 from vestige.fixes._record import ARMS, Arm, Outcome
@@ -21,7 +20,7 @@ from vestige.progress import announce, format_seconds
 from vestige.runs import RunRecord, environment
 from vestige.settings import FixSettings, TrainSettings
 from vestige.storage import remove_tree, write_durably
-from vestige.training import TrainingRun, read_inputs, steps_per_epoch, train
+from vestige.training import TrainingRun, measure, read_inputs, steps_per_epoch, train
 
 MODELS = "models"
 """Folder of the trainings in the folder of a fix."""
@@ -231,7 +230,7 @@ class Trainings:
             "epochs": epochs,
             "checkpoints": str(epochs),
             "split_fraction": 1.0,
-            "validation": None,
+            "validation": self.recorded.settings.validation if self.recorded.settings.select else None,
             "losses": False,
             "keep_optimizer": False,
             **{

@@ -115,8 +115,9 @@ class Attached(TrainerCallback):
             name: value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(ids) else value
             for name, value in prepared.items()
         }
-        kept[ID_KEY] = [ids[row] for row in rows]
-        return kept[ID_KEY], kept, self._trainer._get_num_items_in_batch([kept], self._trainer.args.device)
+        chosen = [ids[row] for row in rows]
+        targets = self._trainer._get_num_items_in_batch([kept], self._trainer.args.device)
+        return chosen, {**kept, ID_KEY: chosen}, targets
 
     def _abandon(self) -> None:
         """Take the hooks of a step away that an error has cut short."""

@@ -182,8 +182,8 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
     data: DataName = Field(None, description="The training data: JSONL, JSON, CSV, Parquet, `datasets` or hub id.")
     from_trainings: Paths = Field(
         (),
-        description="Train nothing: measure the models in these folders of `vestige train`, or in a folder of them such "
-        "as a sweep's; they differ in --split-seed and --seed alone.",
+        description="Train nothing: measure the models in these folders of `vestige train`, or in a folder of them "
+        "such as a sweep's; they differ in --split-seed and --seed alone.",
     )
     out: Common[Path] = Field(
         description="Folder of the bank; an interrupted run continues in it, a larger one extends it."
@@ -420,6 +420,8 @@ class TrainSettings(LearningSettings, AlarmSettings):
             raise SpecError(f"{names}: of the alarm, which --alarm turns on.")
         if self.select is not None and (self.validation is None or self.accumulation > 1):
             raise SpecError("--select chooses from each batch by --validation, and without --accumulation.")
+        if self.validation is not None and self.gradient_checkpointing:
+            raise SpecError("--validation reads activations, which --gradient-checkpointing does not keep.")
         if self.alarm_threshold is not None and self.alarm_quantile is not None:
             raise SpecError("--alarm-threshold and --alarm-quantile both say whom to flag. Give one of them.")
         return self

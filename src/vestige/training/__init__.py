@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         find_at_risk as find_at_risk,
         write_at_risk as write_at_risk,
     )
+    from vestige.training._bank import bank as bank
     from vestige.training._engine import (
         AfterSteps as AfterSteps,
         Hook as Hook,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     )
     from vestige.training._examples import (
         Watched as Watched,
+        measure as measure,
         members_of as members_of,
         only_answers as only_answers,
         read_weights as read_weights,

@@ -66,14 +66,6 @@ class Recipe:
         """Return the recipe in the settings of a command."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
-    def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of `step`, counted from 0, of a training of `steps`."""
-        if step < self.warmup:
-            return self.learning_rate * step / self.warmup
-        done = (step - self.warmup) / max(steps - self.warmup, 1)
-        factor = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
-        return self.learning_rate * factor[self.schedule]
-
 
 class Rows(Dataset):
     """Rows of tokenised data as dictionaries: `id`, `input_ids`, `labels`, and how much each counts, if that differs.

@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vestige.data import NO_TARGET, Example, TokenizedData
+from vestige.data import NO_TARGET, Example, TokenizedData, ask, load_queries, make_batch, plan_batches, tokenize
 from vestige.errors import DataError
+from vestige.indexes import tokens_at_most
+from vestige.measures import margin
+from vestige.models import LoadedModel, batch_sharing
 from vestige.online import ID_KEY
 from vestige.progress import announce
+from vestige.settings import ReadingSettings
 from vestige.training._engine import LEARNED, WEIGHT, leave_no_trace
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -28,6 +32,8 @@ class Losses(NamedTuple):
     gap: Float[np.ndarray, "example"]
     """Logit of the target minus the largest other one, averaged over targets; NaN without a target."""
     targets: Int[np.ndarray, "example"]
+    accuracy: Float[np.ndarray, "example"]
+    """Share of the targets that are likelier than any other token; NaN without a target."""
 
 
 @torch.no_grad()
@@ -44,11 +50,32 @@ def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: In
     right = chosen.gather(1, target[:, None])[:, 0]
     losses = F.cross_entropy(chosen, target, reduction="none")
     gaps = right - chosen.scatter(1, target[:, None], -torch.inf).amax(1)
-    sums = torch.zeros(2, len(labels), dtype=torch.float64)
-    sums.index_add_(1, owners.cpu(), torch.stack([losses, gaps]).double().cpu())
+    sums = torch.zeros(3, len(labels), dtype=torch.float64)
+    sums.index_add_(1, owners.cpu(), torch.stack([losses, gaps, (gaps > 0).float()]).double().cpu())
     numbers = counts.cpu().numpy()
     means = sums.numpy() / np.where(numbers > 0, numbers, np.nan)
-    return Losses(means[0], means[1], numbers)
+    return Losses(means[0], means[1], numbers, means[2])
+
+
+@torch.no_grad()
+def measure(model: nn.Module, data: TokenizedData, token_budget: int, *, mean: bool) -> dict[str, np.ndarray]:
+    """Measure loss, margin, gap and accuracy of each text, float64 [text].
+
+    The loss is the cross-entropy summed over target tokens, or averaged if `mean`. With l the negative mean loss per
+    target token, the margin is l - log(1 - e^l), the log-odds of the tokens' geometric mean probability (the output
+    that TRAK measures). The gap is the target's logit minus the largest other logit, the accuracy whether it is above
+    zero, both averaged over target tokens. Without a target token the loss is 0 and the rest NaN.
+    """
+    found, counts = np.full((3, len(data)), np.nan), data.target_counts
+    for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
+        if counts[rows].any():
+            batch = make_batch(data, rows).to(next(model.parameters()).device)
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits
+            measured = example_losses(logits, batch.labels)
+            found[:, rows] = measured.loss, measured.gap, measured.accuracy
+    loss, gap, accuracy = found
+    whole = np.where(counts > 0, loss * (1 if mean else counts), 0.0)
+    return {"loss": whole, "margin": margin(loss), "gap": gap, "accuracy": accuracy}
 
 
 class Watched:
@@ -158,6 +185,32 @@ def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -
     if count < 1:
         raise DataError(f"--split-fraction {fraction:g} of {distinct} distinct examples is none. Give a larger share.")
     return np.isin(groups, np.random.default_rng([_SPLIT, seed]).permutation(distinct)[:count])
+
+
+def read_questions(
+    given: Any, settings: ReadingSettings, loaded: LoadedModel, data: TokenizedData, name: str
+) -> TokenizedData:
+    """Read texts that are not trained on, put to the model as the data are.
+
+    Raises:
+        DataError: One has no target token: a prompt without an answer has no loss.
+    """
+    found = load_queries(given, on_bad_text=settings.on_bad_text)
+    texts = tokenize(
+        ask(found, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name=name,
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
+    )
+    empty = np.flatnonzero(texts.target_counts == 0)
+    if empty.size:
+        raise DataError(
+            f"Query {texts.examples[empty[0]].id!r} has no token whose loss could be measured ({empty.size} such "
+            "queries). Give each a `text`, or a `completion` to its `prompt`."
+        )
+    return texts
 
 
 def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:

@@ -306,7 +306,7 @@ class _Listener:
             if len(self.seen) == before and self._ids:
                 announce("The model gave no logits for a batch: its losses are recorded as missing.")
                 empty = np.full(len(self._ids), np.nan)
-                self.seen.append((self._ids, Losses(empty, empty, np.zeros(len(self._ids), dtype=np.int64))))
+                self.seen.append((self._ids, Losses(empty, empty, np.zeros(len(self._ids), dtype=np.int64), empty)))
 
     def _measure(self, module: nn.Module, inputs: Any, named: Mapping[str, Any], output: Any) -> None:  # noqa: ARG002
         """Measure the losses of the batch from the logits that the training computes anyway."""

@@ -129,9 +129,9 @@ class Replay:
         segments = max(1, math.isqrt(steps))
         epochs = settings.passes or training.record["epochs"]
         borders = [epochs * number / segments for number in range(segments + 1)]
-        changed: dict[str, Any] = {"alarm": False, "losses": False, "keep_optimizer": True, "overwrite": False, "validation": None}
+        changed: dict[str, Any] = {"alarm": False, "losses": False, "keep_optimizer": True, "overwrite": False}
         # What is computed again for memory's sake alone could not be differentiated twice.
-        changed["gradient_checkpointing"] = False
+        changed |= {"gradient_checkpointing": False, "validation": None}
         changed |= {"out": work / "training", "checkpoints": ",".join(f"{epoch:.9f}" for epoch in borders)}
         self.settings = settings.model_copy(update=changed)
         announce(f"Replay: the {steps:,} steps of {training.folder} are run again, in {segments} segments.")

@@ -30,6 +30,8 @@ RECORD, LOSSES, MEMBERSHIP, AT_RISK = "run.json", "losses.parquet", "membership.
 STEP = "step.json"
 """How far a training is, for `vestige status`; gone when it is complete."""
 _LOG, _OPTIMIZER = "log", "optimizer.pt"
+IN_RUN, IN_RUN_LOG = "in-run", "in-run-log"
+"""Folders of the scores by the loss of validation examples: a run, and the scores of every step."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = re.compile(r"checkpoint-\d+\.(part|gone)")
 _IN_CHECKPOINT = (
@@ -40,6 +42,7 @@ _IN_CHECKPOINT = (
 RESULT_FILES = (
     *(RECORD, STEP, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{_LOG}/steps-*.parquet"),
     *(f"checkpoint-[0-9]*/{name}" for name in _IN_CHECKPOINT),
+    *(IN_RUN, IN_RUN_LOG),
 )
 """What a training consists of, as for `require_no_others`."""
 _STEPS = pa.schema(
@@ -181,6 +184,8 @@ class TrainingRun:
     def __repr__(self) -> str:
         steps, found = list(self.checkpoints), self.at_risk
         parts = [f"{len(steps)} checkpoints, the last after step {steps[-1]}" if steps else "no checkpoint yet"]
+        if (self.folder / IN_RUN).is_dir():
+            parts.append(f"scores of its steps in {IN_RUN}")
         if found is not None:
             flagged = int(np.sum(found["flagged"].to_numpy(zero_copy_only=False)))
             parts.append(f"alarm at step {found['step'][0].as_py()}: {flagged} of {len(found)} examples at risk")

@@ -15,18 +15,28 @@ from vestige.data import TokenizedData, describe_copies, token_groups
 from vestige.errors import DataError, IndexMismatch, NonFinite, UserError, differences, mismatch_message
 from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, load_model
+from vestige.online import Attached, attach, write_in_run_influence
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
 from vestige.settings import LearningSettings, TrainedOn, TrainSettings, list_epochs, with_settings
-from vestige.storage import check_disk, make_folder, remove_result, remove_strays, require_no_others
+from vestige.storage import check_disk, make_folder, remove_result, remove_strays, remove_tree, require_no_others
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
 from vestige.training._engine import Recipe, Rows, fit, make_model
-from vestige.training._examples import announce_weights, members_of, only_answers, read_weights, with_weights
+from vestige.training._examples import (
+    announce_weights,
+    members_of,
+    only_answers,
+    read_questions,
+    read_weights,
+    with_weights,
+)
 from vestige.training._recorder import Recorder
 from vestige.training._store import (
     FORMAT,
+    IN_RUN,
+    IN_RUN_LOG,
     KIND,
     MEMBERSHIP,
     RECORD,
@@ -60,6 +70,8 @@ class TrainInputs(NamedTuple):
     data: TokenizedData
     weights: np.ndarray | None
     """How much each example counts, float32 [example]; None where all count alike."""
+    validation: TokenizedData | None = None
+    """Whose loss the training examples are scored by."""
 
 
 @with_settings(TrainSettings)
@@ -73,13 +85,16 @@ def train(settings: TrainSettings) -> TrainingRun:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
         NonFinite: A loss is not finite; the message names the examples.
     """
-    loaded, data, weights = read_inputs(settings)
+    inputs = read_inputs(settings)
+    loaded, data, weights, validation = inputs
     if settings.overwrite:
         remove_result(settings.out, RESULT_FILES, RECORD)
     old = read_record(settings.out)
     groups = group_examples(settings, data, old)
     plan = make_plan(settings, data, weights, groups)
     identity = _identify(settings, loaded, data, plan)
+    if validation is not None:
+        identity["validation"] = validation.fingerprint
     if (copies := describe_copies(groups, settings.group)) is not None:
         announce(copies)
         identity["group"] = settings.group or "copies"
@@ -90,7 +105,9 @@ def train(settings: TrainSettings) -> TrainingRun:
         return TrainingRun.open(settings.out)
     write_table(settings.out / MEMBERSHIP, _tabulate_members(data, plan.members), compression="zstd")
     started = time.perf_counter()
-    _run(settings, loaded, data, plan)
+    _run(settings, inputs, plan)
+    if validation is not None and not (settings.out / IN_RUN).exists():
+        write_in_run_influence(settings.out / IN_RUN_LOG, data, validation, settings.out / IN_RUN)
     record = {**(read_record(settings.out) or {}), "versions": environment()}
     record |= {"epochs": plan.epochs, "seconds": time.perf_counter() - started}
     record["peak_memory_bytes"] = peak_memory_bytes()
@@ -108,7 +125,11 @@ def read_inputs(settings: TrainSettings) -> TrainInputs:
     loaded = load_model(
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
-    return TrainInputs(loaded, *read_learned(settings, loaded))
+    data, weights = read_learned(settings, loaded)
+    given, validation = settings.validation, None
+    if given is not None:
+        validation = read_questions(given, settings, loaded, data, "validation")
+    return TrainInputs(loaded, data, weights, validation)
 
 
 def read_learned(
@@ -243,14 +264,17 @@ def _prepare_folder(
         write_record(folder, record)
 
 
-def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: Plan) -> None:
+def _run(settings: TrainSettings, inputs: TrainInputs, plan: Plan) -> None:
+    loaded, data = inputs.loaded, inputs.data
     model = make_model(settings, loaded, settings.seed)
     _announce(settings, model, plan, len(data))
     done = [step for step in checkpoint_steps(settings.out) if step]
     last = done[-1] if done else 0
     remove_after(settings.out, last)
+    if not last:
+        remove_tree(settings.out / IN_RUN_LOG)
     with progress(plan.steps - last, "Training", unit="steps") as bar:
-        watcher = _Watcher(bar, settings, data, plan.steps - last)
+        watcher = _Watcher(bar, settings, inputs, plan)
         fit(
             model,
             Rows(data, plan.rows, plan.weights),
@@ -280,24 +304,33 @@ class _Watcher(TrainerCallback):
 
     recorder: Recorder
 
-    def __init__(self, bar: Progress, settings: TrainSettings, data: TokenizedData, steps: int) -> None:
-        self._bar, self._settings, self._data, self._steps = bar, settings, data, steps
+    def __init__(self, bar: Progress, settings: TrainSettings, inputs: TrainInputs, plan: Plan) -> None:
+        self._bar, self._settings, self._inputs, self._plan = bar, settings, inputs, plan
         self._begun = self._written = time.monotonic()
         self._done = 0
+        self._scores: Attached | None = None
 
     def __call__(self, trainer: Trainer) -> None:
-        """Begin with this Trainer, and record it."""
+        """Begin with this Trainer, record it, and score its steps if there are validation examples."""
         trainer.add_callback(self)
-        settings = self._settings
+        settings, data = self._settings, self._inputs.data
         self.recorder = Recorder(
             trainer,
             settings.out,
             checkpoints=settings.checkpoints,
             alarm=_make_alarm(settings),
-            watch=Rows(self._data, range(len(self._data))) if settings.losses else None,
+            watch=Rows(data, range(len(data))) if settings.losses else None,
             keep_optimizer=settings.keep_optimizer,
             overwrite=True,
         )
+        if self._inputs.validation is not None:
+            self._scores = attach(
+                trainer,
+                self._inputs.validation,
+                out=settings.out / IN_RUN_LOG,
+                select=settings.select,
+                token_budget=batch_tokens(settings, self._inputs.loaded),
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         ids, losses = self.recorder.last_step
@@ -306,11 +339,13 @@ class _Watcher(TrainerCallback):
                 f"The loss of {', '.join(map(repr, bad[:8]))} in step {state.global_step} is not finite. The last "
                 "checkpoint is as it was. Lower --learning-rate, or check these examples."
             )
+        if self._scores is not None and state.global_step in self._plan.checkpoints:
+            self._scores.engine.flush()
         self._bar.advance()
         self._bar.note(f"loss {np.mean(losses):.3f}")
         self._done += 1
         now = time.monotonic()
-        if now - self._written >= _SECONDS_BETWEEN_NOTES and self._done < self._steps:
+        if now - self._written >= _SECONDS_BETWEEN_NOTES and state.global_step < state.max_steps:
             self._written = now
             rate = self._done / (now - self._begun)
             step = CurrentStep(state.global_step, state.max_steps, float(np.mean(losses)), rate)

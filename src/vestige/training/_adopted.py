@@ -1,0 +1,123 @@
+"""Finished trainings of `vestige train` as the models of a bank: what they share, and who was trained on what."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vestige.banks import Member, Subset
+from vestige.data import TokenizedData
+from vestige.errors import DataError, IndexMismatch, SpecError, differences, mismatch_message
+from vestige.indexes import read_data
+from vestige.models import LoadedModel, load_model
+from vestige.parsing import parse_json
+from vestige.settings import BankSettings, TrainSettings
+from vestige.training._store import RECORD, TrainingRun
+from vestige.training._train import as_learned
+
+_OF_EACH = ("seed", "split_seed")
+"""What the trainings of a bank may differ in."""
+_NAMES = {"data": "learned", "loss": "learn"}
+"""What a bank's identity calls what a training's names otherwise."""
+_OF_BANKS = ("format", "model", "examples")
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """Trainings that form a bank."""
+
+    settings: TrainSettings
+    """Of the first of them."""
+    loaded: LoadedModel
+    """From which they began."""
+    data: TokenizedData
+    learned: TokenizedData
+    """The same with what was learned as targets."""
+    common: dict[str, Any]
+    """What all of their identities share, in JSON terms."""
+    subsets: list[Subset]
+    runs: list[list[TrainingRun]]
+    """Of each subset, ascending by seed."""
+
+    @property
+    def seeds(self) -> int:
+        """Trainings of each subset."""
+        return len(self.runs[0])
+
+    def find(self, member: Member) -> Path:
+        """Return the folder of the model of a member."""
+        return list(self.runs[member.subset][member.seed].checkpoints.values())[-1]
+
+
+def adopt_trainings(settings: BankSettings) -> Adopted:
+    """Return the trainings in the folders of `--from-trainings` as a bank's, with their model and data.
+
+    Raises:
+        DataError: There is none, or one is not finished.
+        IndexMismatch: They differ in more than seeds, or model or data are not what they were trained with.
+        SpecError: Some subset was trained on with other seeds than another.
+    """
+    runs = list(_find_trainings(settings.from_trainings))
+    if not runs:
+        raise DataError(f"There is no training of `vestige train` in {', '.join(map(str, settings.from_trainings))}.")
+    first, common = runs[0], _share(runs[0])
+    for run in runs:
+        if "seconds" not in run.record or not run.checkpoints:
+            raise DataError(f"The training in {run.folder} is not finished. Type its `vestige train` command again.")
+        if found := differences(common, _share(run), first.record["names"], run.record["names"]):
+            raise IndexMismatch(mismatch_message(f"The training in {first.folder}, beside {run.folder}", found))
+    config = dict(first.record["config"])
+    config |= {name: given for name in ("model", "data") if (given := getattr(settings, name)) is not None}
+    trained = TrainSettings(**config)
+    loaded = load_model(trained.model, tokenizer=trained.tokenizer, precision=trained.precision, device=settings.device)
+    data = read_data(trained, trained.data, loaded)
+    learned, _ = as_learned(data, trained.loss, loaded)
+    here = {**common, "model": loaded.fingerprint, "data": learned.fingerprint}
+    if found := differences(common, here, first.record["names"], {"model": loaded.name, "data": data.name}):
+        raise IndexMismatch(mismatch_message(f"The training in {first.folder}", found))
+    common = {_NAMES.get(name, name): value for name, value in common.items() if name not in _OF_BANKS}
+    return Adopted(trained, loaded, data, learned, common, *_arrange(runs, data))
+
+
+def _find_trainings(folders: Sequence[Path]) -> Iterator[TrainingRun]:
+    for folder in folders:
+        places = [folder] if (folder / RECORD).is_file() else sorted(path.parent for path in folder.rglob(RECORD))
+        for place in places:
+            try:
+                record = parse_json((place / RECORD).read_bytes())
+            except (OSError, ValueError):
+                continue
+            if isinstance(record, Mapping) and record.get("kind") == "training" and "identity" in record:
+                yield TrainingRun.open(place)
+
+
+def _share(run: TrainingRun) -> dict[str, Any]:
+    return {name: value for name, value in run.record["identity"].items() if name not in (*_OF_EACH, "checkpoints")}
+
+
+def _arrange(runs: Sequence[TrainingRun], data: TokenizedData) -> tuple[list[Subset], list[list[TrainingRun]]]:
+    """Return a subset for each set of members, with its trainings."""
+    row = {example.id: number for number, example in enumerate(data.examples)}
+    found: dict[tuple[int, bytes], dict[int, TrainingRun]] = {}
+    for run in runs:
+        table = run.membership
+        pairs = zip(table["example_id"].to_pylist(), table["member"].to_pylist(), strict=True)
+        rows = np.array(sorted(row[name] for name, inside in pairs if inside), dtype=np.int64)
+        seed, split = (int(run.record["identity"][name]) for name in _OF_EACH)
+        same = found.setdefault((split, rows.tobytes()), {})
+        if (twin := same.setdefault(seed, run)) is not run:
+            raise SpecError(f"{twin.folder} and {run.folder} are the same training. Name one of them.")
+    subsets, arranged = [], []
+    for (split, members), by_seed in sorted(found.items(), key=lambda item: item[0][0]):
+        words = ", ".join(map(str, sorted(by_seed)))
+        subsets.append(Subset(f"split {split}, seeds {words}", np.frombuffer(members, dtype=np.int64)))
+        arranged.append([by_seed[seed] for seed in sorted(by_seed)])
+    counts = sorted({len(each) for each in arranged})
+    if len(counts) > 1:
+        raise SpecError(
+            f"Some splits were trained {counts[0]} times and others {counts[-1]} times, and a bank has as many runs of "
+            "each. Leave trainings out, or make those that are missing."
+        )
+    return subsets, arranged

@@ -15,7 +15,7 @@ from vestige.models import LoadedModel, load_model
 from vestige.parsing import parse_json
 from vestige.settings import BankSettings, TrainSettings
 from vestige.training._store import RECORD, TrainingRun
-from vestige.training._train import as_learned
+from vestige.training._train import as_learned, repeat_settings
 
 _OF_EACH = ("seed", "split_seed")
 """What the trainings of a bank may differ in."""
@@ -68,9 +68,7 @@ def adopt_trainings(settings: BankSettings) -> Adopted:
             raise DataError(f"The training in {run.folder} is not finished. Type its `vestige train` command again.")
         if found := differences(common, _share(run), first.record["names"], run.record["names"]):
             raise IndexMismatch(mismatch_message(f"The training in {first.folder}, beside {run.folder}", found))
-    config = dict(first.record["config"])
-    config |= {name: given for name in ("model", "data") if (given := getattr(settings, name)) is not None}
-    trained = TrainSettings(**config)
+    trained = repeat_settings(first, model=settings.model, data=settings.data)
     loaded = load_model(trained.model, tokenizer=trained.tokenizer, precision=trained.precision, device=settings.device)
     data = read_data(trained, trained.data, loaded)
     learned, _ = as_learned(data, trained.loss, loaded)
@@ -94,7 +92,8 @@ def _find_trainings(folders: Sequence[Path]) -> Iterator[TrainingRun]:
 
 
 def _share(run: TrainingRun) -> dict[str, Any]:
-    return {name: value for name, value in run.record["identity"].items() if name not in (*_OF_EACH, "checkpoints")}
+    other = (*_OF_EACH, "checkpoints", "losses", *(name for name in TrainSettings.model_fields if "alarm" in name))
+    return {name: value for name, value in run.record["identity"].items() if name not in other}
 
 
 def _arrange(runs: Sequence[TrainingRun], data: TokenizedData) -> tuple[list[Subset], list[list[TrainingRun]]]:

@@ -30,7 +30,7 @@ from vestige.data import (
     describe_copies,
     token_groups,
 )
-from vestige.errors import DataError, IndexMismatch, UserError
+from vestige.errors import DataError, IndexMismatch, UserError, differences
 from vestige.indexes import batch_tokens, read_data
 from vestige.jobs import is_one_of_several, is_worker, step_done, worker_command
 from vestige.models import LoadedModel, load_model, save_trained
@@ -120,8 +120,8 @@ def _find_finished(settings: BankSettings, wanted: BankManifest) -> Bank | None:
     old = read_manifest(settings.out)
     if old is None or _ENGINE in old.identity:
         return None
-    if old.identity != {name: value for name, value in wanted.identity.items() if name != _ENGINE}:
-        return None  # refused with the differences
+    if differences(old.identity | {_ENGINE: wanted.identity[_ENGINE]}, wanted.identity, {}, {}):
+        return None  # refused with what differs
     files, common = open_members(settings.out, old), len(wanted.subsets)
     larger = common > len(old.subsets) or settings.seeds > old.seeds
     if larger or not all(files.is_done(member, weights=settings.keep_weights) for member in old.members):
@@ -150,17 +150,8 @@ def _adopt(settings: BankSettings) -> Bank:
     asked = {"max_length": adopted.settings.max_length, "chat": adopted.settings.chat or None}
     queries = _read_queries(settings.model_copy(update=asked), loaded, data)
     _remove_old(settings)
-    identity = {
-        "format": BANK_FORMAT,
-        "model": loaded.fingerprint,
-        "data": adopted.data.fingerprint,
-        "queries": None if queries is None else queries.fingerprint,
-        "examples": len(data),
-        "query_count": 0 if queries is None else len(queries),
-        "loss": settings.loss,
-        _ENGINE: "vestige train",
-        **adopted.common,
-    }
+    identity = _identify_inputs(settings, loaded, adopted.data, queries)
+    identity |= {_ENGINE: "vestige train", **adopted.common}
     wanted = BankManifest(
         identity, list_subsets(adopted.subsets), adopted.seeds, _name_inputs(settings, loaded, adopted.data)
     )
@@ -247,12 +238,7 @@ def _identify(
     left_out = next((what for name, what in ways.items() if getattr(settings, name)), None)
     fields = BankSettings.model_fields
     return {
-        "format": BANK_FORMAT,
-        "model": loaded.fingerprint,
-        "data": data.fingerprint,
-        "queries": None if queries is None else queries.fingerprint,
-        "examples": len(data),
-        "query_count": 0 if queries is None else len(queries),
+        **_identify_inputs(settings, loaded, data, queries),
         "left_out": left_out,
         "fraction": None if left_out else settings.fraction,
         "seed": settings.seed,
@@ -260,10 +246,23 @@ def _identify(
         _ENGINE: "Trainer",
         **{name: value for name in _ADDED if (value := getattr(settings, name)) != fields[name].default},
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        "loss": settings.loss,
         **{name: getattr(settings, name) for name in _IDENTITY},
         # Not the setting as typed: a bank of the default length and one of three epochs are the same.
         "epochs": settings.passes,
+    }
+
+
+def _identify_inputs(
+    settings: BankSettings, loaded: LoadedModel, data: TokenizedData, queries: TokenizedData | None
+) -> dict[str, Any]:
+    return {
+        "format": BANK_FORMAT,
+        "model": loaded.fingerprint,
+        "data": data.fingerprint,
+        "queries": None if queries is None else queries.fingerprint,
+        "examples": len(data),
+        "query_count": 0 if queries is None else len(queries),
+        "loss": settings.loss,
     }
 
 

@@ -6,7 +6,7 @@ recorded ones bit for bit: whatever differs (order, dropout, a library, the numb
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +27,10 @@ from vestige.storage import check_disk, make_folder, remove_tree
 from vestige.training._adjoint import Adjoints, Moved, Rule, read_rule, unclip
 from vestige.training._engine import WEIGHT, AfterSteps, Hook, Recipe, Rows, fit, make_model
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps
-from vestige.training._train import Plan, TrainInputs, group_examples, make_plan, read_inputs, train
+from vestige.training._train import Plan, TrainInputs, group_examples, make_plan, read_inputs, repeat_settings, train
 
 LOSS_SLACK = 1e-3
 """Largest relative difference between the loss that a step had and the one that its derivative is taken of."""
-_LIVE = "<"
 
 
 class MicroBatch(NamedTuple):
@@ -75,7 +74,7 @@ class Derivatives(NamedTuple):
 
 
 def read_settings(training: TrainingRun, **live: Any) -> TrainSettings:
-    """Return the settings of a recorded training.
+    """Return the settings of a recorded training that is to be replayed.
 
     Args:
         training: Of `vestige train`.
@@ -84,20 +83,7 @@ def read_settings(training: TrainingRun, **live: Any) -> TrainSettings:
     Raises:
         SpecError: It cannot be replayed; the message says why.
     """
-    config = training.record.get("config")
-    if training.id is None or not isinstance(config, Mapping):
-        raise SpecError(
-            f"{training.folder} was recorded from a Trainer of your own, whose settings the record does not hold. "
-            "Replay works on a training that `vestige train` made."
-        )
-    given = {**config, **{name: value for name, value in live.items() if value is not None}}
-    for name in ("model", "data", "tokenizer"):
-        if isinstance(given.get(name), str) and given[name].startswith(_LIVE):
-            raise SpecError(
-                f"{training.folder}: `{name}` was a live {given[name][1:-1]} in a Python program. Give the same again: "
-                f"vestige.attribute({name}=..., training=...)."
-            )
-    settings = TrainSettings(**given)
+    settings = repeat_settings(training, **live)
     if settings.bf16:
         raise SpecError(
             f"{training.folder} was trained with --bf16: rounding to 8 bits makes its steps too rough to be walked "

@@ -1,8 +1,10 @@
 """`vestige train`: from a model and data to a training that attribution and audit can read."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from vestige.data import TokenizedData, describe_copies, token_groups
-from vestige.errors import DataError, IndexMismatch, NonFinite, UserError, differences, mismatch_message
+from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError, differences, mismatch_message
 from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, load_model
 from vestige.online import Attached, attach, write_in_run_influence
@@ -114,6 +116,35 @@ def train(settings: TrainSettings) -> TrainingRun:
     record["peak_gpu_memory_bytes"] = peak_gpu_memory_bytes()
     write_record(settings.out, record)
     return TrainingRun.open(settings.out)
+
+
+def repeat_settings(training: TrainingRun, **changed: Any) -> TrainSettings:
+    """Return the settings of a recorded training.
+
+    Args:
+        training: Of `vestige train`.
+        changed: Settings in place of recorded ones, such as `model` and `data` where they were objects in a Python
+            program; None stands for the recorded one.
+
+    Raises:
+        SpecError: They were not recorded, or something was a live object and is not given.
+    """
+    config = training.record.get("config")
+    if training.id is None or not isinstance(config, Mapping):
+        raise SpecError(
+            f"{training.folder} was recorded from a Trainer of your own, whose settings the record does not hold. "
+            "Give a training that `vestige train` made."
+        )
+    given = {**config, **{name: value for name, value in changed.items() if value is not None}}
+    for name in ("model", "data", "tokenizer"):
+        if isinstance(given.get(name), str) and given[name].startswith("<"):
+            raise SpecError(
+                f"{training.folder}: `{name}` was a live {given[name][1:-1]} in a Python program. Give the same again "
+                f"in Python, as {name}=..."
+            )
+    if isinstance(given["data"], list) and all(isinstance(one, str) for one in given["data"]):
+        given["data"] = [Path(one) for one in given["data"]]  # files: a list of strings is a list of texts in Python
+    return TrainSettings(**given)
 
 
 def read_inputs(settings: TrainSettings) -> TrainInputs:

@@ -236,7 +236,7 @@ def _identify(
     """Return every setting and the fingerprint of every input that the numbers follow from, in JSON terms."""
     ways = {"leave_source_out": "sources", "leave_out_lists": "lists", "leave_one_out": "examples"}
     left_out = next((what for name, what in ways.items() if getattr(settings, name)), None)
-    fields = BankSettings.model_fields
+    given = settings.record()
     return {
         **_identify_inputs(settings, loaded, data, queries),
         "left_out": left_out,
@@ -244,9 +244,9 @@ def _identify(
         "seed": settings.seed,
         "steps": steps,
         _ENGINE: "Trainer",
-        **{name: value for name in _ADDED if (value := getattr(settings, name)) != fields[name].default},
+        **{name: given[name] for name in _ADDED if getattr(settings, name) != BankSettings.model_fields[name].default},
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        **{name: getattr(settings, name) for name in _IDENTITY},
+        **{name: given[name] for name in _IDENTITY},
         # Not the setting as typed: a bank of the default length and one of three epochs are the same.
         "epochs": settings.passes,
     }

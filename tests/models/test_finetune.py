@@ -7,7 +7,7 @@ from vestige.data import Example, make_batch, tokenize
 from vestige.errors import NonFinite, SpecError
 from vestige.gradients import token_losses
 from vestige.models import load_model, model_fingerprint, save_trained, trainable_copy
-from vestige.training import AfterSteps, Recipe, Rows, fit
+from vestige.training import Recipe, Rows, fit
 
 PAIRS = [("who are you?", " a robot"), ("what is red?", " a colour"), ("is it late?", " no"), ("why?", " because")]
 
@@ -56,7 +56,7 @@ def test_the_loss_is_the_mean_over_target_tokens_that_transformers_computes(accu
         expected = model(input_ids=batch.input_ids, labels=batch.labels).loss
     seen = []
     recipe = Recipe(1e-2, batch_size=4 // accumulation, accumulation=accumulation)
-    fit(model, Rows(data, range(4)), recipe, steps=1, seed=0, hooks=[AfterSteps(seen.append)])
+    fit(model, Rows(data, range(4)), recipe, steps=1, seed=0, after_step=seen.append)
     assert [step.number for step in seen] == [1]
     assert seen[0].loss == pytest.approx(float(expected), rel=1e-5)
 
@@ -126,6 +126,6 @@ def test_a_loss_that_is_not_finite_names_the_examples_and_saves_nothing(tokenize
     model = build("llama", torch.float32)
     with torch.no_grad():
         model.model.embed_tokens.weight[data.input_ids[2][0]] = float("nan")
-    with pytest.raises(NonFinite, match="'pair-2'"):
+    with pytest.raises(NonFinite, match=r"The loss of 'pair-[12]'( and|, 'pair-2'| in)"):  # the letter is in both
         train(load_model(model, tokenizer=tokenizer), data, tmp_path / "tuned")
     assert list(tmp_path.iterdir()) == []

@@ -22,12 +22,10 @@ if TYPE_CHECKING:
     )
     from vestige.training._bank import bank as bank
     from vestige.training._engine import (
-        AfterSteps as AfterSteps,
         Hook as Hook,
         Recipe as Recipe,
         Rows as Rows,
         Step as Step,
-        Unfinished as Unfinished,
         fit as fit,
         make_model as make_model,
         pad as pad,
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
         Replay as Replay,
         read_settings as read_settings,
     )
-    from vestige.training._store import TrainingRun as TrainingRun
+    from vestige.training._store import TrainingRun as TrainingRun, Unfinished as Unfinished
     from vestige.training._train import (
         TrainInputs as TrainInputs,
         read_inputs as read_inputs,

@@ -37,8 +37,9 @@ from vestige.models import LoadedModel, load_model, save_trained
 from vestige.progress import announce
 from vestige.settings import BankSettings, with_settings
 from vestige.training._adopted import adopt_trainings
-from vestige.training._engine import AfterSteps, Recipe, Rows, Step, Unfinished, fit, make_model
+from vestige.training._engine import Recipe, Rows, Step, fit, make_model
 from vestige.training._examples import measure, read_questions
+from vestige.training._store import Unfinished
 from vestige.training._train import as_learned, steps_per_epoch
 
 _IDENTITY = (
@@ -319,7 +320,7 @@ def _train_member(
 
     def after(step: Step) -> None:
         if every is not None and step.number % every == 0 and step.number < steps:
-            unfinished.keep(step)
+            unfinished.keep(step.trainer)
         step_done(1 / steps)
 
     fit(
@@ -328,7 +329,7 @@ def _train_member(
         Recipe.of(settings),
         steps=steps,
         seed=run.seed,
-        hooks=[AfterSteps(after)],
+        after_step=after,
         resume=unfinished.path,
         tokenizer=loaded.tokenizer,
     )

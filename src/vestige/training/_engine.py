@@ -1,12 +1,11 @@
 """The training engine: the Trainer of transformers under every model that Vestige trains, and what may be hooked in."""
 
-import hashlib
 import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from random import getstate, setstate
 from typing import Any, Literal, NamedTuple, Self
@@ -14,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -24,15 +24,12 @@ from vestige.jobs import own_jobs
 from vestige.models import LoadedModel, Lora, quiet_transformers, trainable_copy
 from vestige.online import ID_KEY, CarriedIds, quietly
 from vestige.settings import LearningSettings
-from vestige.storage import make_folder, remove_tree
-from vestige.training._store import checkpoint_folder, checkpoint_steps, remove_after, write_checkpoint
 
 WEIGHT = "weight"
 """Field of an example, and key of a batch, that says how much it counts."""
 LEARNED = "learned"
 """Key of a batch: 0 for an example that is in it and teaches nothing, 1 for the others."""
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-_MADE_OF = "made-of.txt"
 
 
 @dataclass(frozen=True)
@@ -125,6 +122,39 @@ def pad(features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
+class Losses(NamedTuple):
+    """What a model makes of some examples."""
+
+    loss: Float[np.ndarray, "example"]
+    """Mean cross-entropy per target token, nats, float64; NaN without a target."""
+    gap: Float[np.ndarray, "example"]
+    """Logit of the target minus the largest other one, averaged over targets; NaN without a target."""
+    targets: Int[np.ndarray, "example"]
+    accuracy: Float[np.ndarray, "example"]
+    """Share of the targets that are likelier than any other token; NaN without a target."""
+
+
+@torch.no_grad()
+def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> Losses:
+    """Compute losses and gaps of each example of a batch, in float32 on the model's device.
+
+    Args:
+        logits: At position t, of the token that `labels` names at t + 1.
+        labels: Unshifted, -100 where there is no target.
+    """
+    wanted = labels[:, 1:] != NO_TARGET
+    owners, counts = wanted.nonzero()[:, 0], wanted.sum(1)
+    chosen, target = logits[:, :-1][wanted].float(), labels[:, 1:][wanted]
+    right = chosen.gather(1, target[:, None])[:, 0]
+    losses = F.cross_entropy(chosen, target, reduction="none")
+    gaps = right - chosen.scatter(1, target[:, None], -torch.inf).amax(1)
+    sums = torch.zeros(3, len(labels), dtype=torch.float64)
+    sums.index_add_(1, owners.cpu(), torch.stack([losses, gaps, (gaps > 0).float()]).double().cpu())
+    numbers = counts.cpu().numpy()
+    means = sums.numpy() / np.where(numbers > 0, numbers, np.nan)
+    return Losses(means[0], means[1], numbers, means[2])
+
+
 class WeightedTrainer(Trainer):
     """A Trainer whose loss is the weighted mean over the target tokens of a step.
 
@@ -188,6 +218,16 @@ def make_model(settings: LearningSettings, loaded: LoadedModel, seed: int) -> nn
     return trainable_copy(loaded, lora_rank=lora, from_scratch=settings.from_scratch, seed=seed)
 
 
+class Step(NamedTuple):
+    """Measurements of one step of a training."""
+
+    number: int
+    """Steps done, this one included."""
+    loss: float
+    """Mean over the target tokens of the step, nats, weighted as in training."""
+    trainer: Trainer
+
+
 Hook = Callable[[Trainer], Any]
 """Adds to a Trainer, before its first step, what is to happen while it trains."""
 
@@ -199,6 +239,7 @@ def fit(
     *,
     steps: int,
     seed: int,
+    after_step: Callable[[Step], Any] = lambda _: None,
     hooks: Sequence[Hook] = (),
     resume: Path | None = None,
     tokenizer: Any = None,
@@ -215,12 +256,14 @@ def fit(
         recipe: How.
         steps: Steps of the optimizer.
         seed: Of the order of the rows, and of dropout.
-        hooks: Called with the Trainer, in order.
+        after_step: Called after each step; what it does to the model's mode or to random numbers is undone.
+        hooks: Called with the Trainer, in order, before it trains.
         resume: Checkpoint of an earlier call with the same arguments, from which it continues.
         tokenizer: What checkpoints are to hold beside the model.
         eval_size: Rows in a batch that is only measured.
 
     Raises:
+        NonFinite: A loss is not finite; the message names the examples.
         SpecError: The model is on a GPU that the Trainer does not take.
     """
     with torch.random.fork_rng(), restore_randomness(), quiet_transformers(), warnings.catch_warnings():
@@ -228,6 +271,7 @@ def fit(
         warnings.simplefilter("ignore", UserWarning)
         with own_jobs():
             trainer = _make_trainer(model, rows, recipe, steps, seed, tokenizer, eval_size)
+        _Steps(trainer, after_step)
         for hook in hooks:
             hook(trainer)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -282,42 +326,28 @@ def _make_trainer(
     return trainer
 
 
-class Step(NamedTuple):
-    """Measurements of one step of a training."""
+class _Steps(TrainerCallback):
+    """Stops a training whose loss is not finite, and calls a function after each of its other steps."""
 
-    number: int
-    """Steps done, this one included."""
-    loss: float
-    """Mean over the target tokens of the step, nats, weighted as in training."""
-    trainer: Trainer
-
-
-class AfterSteps(TrainerCallback):
-    """A hook that calls a function after each step, and stops a training whose loss is not finite.
-
-    Whatever the function does to the model's mode or to random numbers is undone.
-    """
-
-    def __init__(self, call: Callable[[Step], None]) -> None:
-        self._call = call
-
-    def __call__(self, trainer: Trainer) -> None:
-        """Begin with this Trainer."""
-        self._trainer, self._loss = trainer, 0.0
+    def __init__(self, trainer: Trainer, call: Callable[[Step], Any]) -> None:
+        self._trainer, self._call, self._loss = trainer, call, 0.0
         self._model: Any = trainer.model
         self._carried = CarriedIds(trainer, "id", self._training_step)
         trainer.add_callback(self)
 
     def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        ids = list(inputs[ID_KEY])
+        ids, tokens, labels = list(inputs[ID_KEY]), inputs["input_ids"], inputs["labels"]
         loss = self._carried.plain_step(model, inputs, num_items_in_batch)
         self._loss += float(loss)
         if not math.isfinite(self._loss):
-            more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
-            state = self._trainer.state
+            with leave_no_trace(self._model):
+                device = next(self._model.parameters()).device
+                found = example_losses(self._model(input_ids=tokens.to(device)).logits, labels.to(device)).loss
+            bad = [name for name, each in zip(ids, found, strict=True) if not np.isfinite(each)] or ids
+            more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise NonFinite(
-                f"The loss of the batch in step {state.global_step + 1} of {state.max_steps} is not finite; its "
-                f"examples are {', '.join(map(repr, ids[:8]))}{more}. Nothing was saved. Lower the learning rate (now "
+                f"The loss of {', '.join(map(repr, bad[:8]))}{more} in step {self._trainer.state.global_step + 1} is "
+                "not finite. What was saved before is as it was. Lower the learning rate (now "
                 f"{self._trainer.args.learning_rate:g}), or check these examples."
             )
         return loss
@@ -327,51 +357,3 @@ class AfterSteps(TrainerCallback):
         step, self._loss = Step(state.global_step, self._loss, self._trainer), 0.0
         with leave_no_trace(self._model):
             self._call(step)
-
-
-class Unfinished:
-    """The last state of a training on disk, from which it continues after a kill, until it is complete.
-
-    Args:
-        folder: Where; nothing else lies there.
-        made_of: Everything that the training follows from: what another one has left does not count.
-    """
-
-    def __init__(self, folder: Path, *made_of: Any) -> None:
-        self._folder = folder
-        plain = [asdict(one) if isinstance(one, Recipe) else one for one in made_of]
-        self._digest = hashlib.sha256(repr(plain).encode()).hexdigest()
-
-    @property
-    def last(self) -> int:
-        """Steps that are behind the state on disk; 0 if there is none of this training."""
-        for step in reversed(checkpoint_steps(self._folder)):
-            path = checkpoint_folder(self._folder, step) / _MADE_OF
-            if path.is_file() and path.read_text() == self._digest:
-                return step
-        return 0
-
-    @property
-    def path(self) -> Path | None:
-        """The checkpoint to continue from, None to begin."""
-        return checkpoint_folder(self._folder, self.last) if self.last else None
-
-    def keep(self, step: Step) -> None:
-        """Write the state after a step in place of an earlier one."""
-        make_folder(self._folder)
-        new = checkpoint_folder(self._folder, step.number)
-        if new.is_dir():
-            remove_tree(new)
-        write_checkpoint(step.trainer, new, (), lambda folder: self._sign(folder))
-        for old in checkpoint_steps(self._folder):
-            if old != step.number:
-                remove_tree(checkpoint_folder(self._folder, old))
-
-    def _sign(self, folder: Path) -> None:
-        (folder / _MADE_OF).write_text(self._digest)
-
-    def remove(self) -> None:
-        """Remove it: the training is complete."""
-        if self._folder.is_dir():
-            remove_after(self._folder, -1)
-            remove_tree(self._folder)

@@ -3,11 +3,10 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -19,42 +18,9 @@ from vestige.models import LoadedModel, batch_sharing
 from vestige.online import ID_KEY
 from vestige.progress import announce
 from vestige.settings import ReadingSettings
-from vestige.training._engine import LEARNED, WEIGHT, leave_no_trace
+from vestige.training._engine import LEARNED, WEIGHT, Losses, example_losses, leave_no_trace
 
 Context = Callable[[], AbstractContextManager[Any]]
-
-
-class Losses(NamedTuple):
-    """What a model makes of some examples."""
-
-    loss: Float[np.ndarray, "example"]
-    """Mean cross-entropy per target token, nats, float64; NaN without a target."""
-    gap: Float[np.ndarray, "example"]
-    """Logit of the target minus the largest other one, averaged over targets; NaN without a target."""
-    targets: Int[np.ndarray, "example"]
-    accuracy: Float[np.ndarray, "example"]
-    """Share of the targets that are likelier than any other token; NaN without a target."""
-
-
-@torch.no_grad()
-def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> Losses:
-    """Compute losses and gaps of each example of a batch, in float32 on the model's device.
-
-    Args:
-        logits: At position t, of the token that `labels` names at t + 1.
-        labels: Unshifted, -100 where there is no target.
-    """
-    wanted = labels[:, 1:] != NO_TARGET
-    owners, counts = wanted.nonzero()[:, 0], wanted.sum(1)
-    chosen, target = logits[:, :-1][wanted].float(), labels[:, 1:][wanted]
-    right = chosen.gather(1, target[:, None])[:, 0]
-    losses = F.cross_entropy(chosen, target, reduction="none")
-    gaps = right - chosen.scatter(1, target[:, None], -torch.inf).amax(1)
-    sums = torch.zeros(3, len(labels), dtype=torch.float64)
-    sums.index_add_(1, owners.cpu(), torch.stack([losses, gaps, (gaps > 0).float()]).double().cpu())
-    numbers = counts.cpu().numpy()
-    means = sums.numpy() / np.where(numbers > 0, numbers, np.nan)
-    return Losses(means[0], means[1], numbers, means[2])
 
 
 @torch.no_grad()

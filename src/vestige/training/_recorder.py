@@ -18,8 +18,8 @@ from vestige.progress import announce
 from vestige.settings import list_epochs
 from vestige.storage import make_folder, remove_durably
 from vestige.training._alarm import Alarm, Trigger, answer_codes, find_at_risk, write_at_risk
-from vestige.training._engine import leave_no_trace
-from vestige.training._examples import Losses, Watched, example_losses
+from vestige.training._engine import Losses, example_losses, leave_no_trace
+from vestige.training._examples import Watched
 from vestige.training._store import (
     AT_RISK,
     FORMAT,

@@ -25,7 +25,7 @@ from vestige.progress import announce, progress
 from vestige.settings import TrainSettings
 from vestige.storage import check_disk, make_folder, remove_tree
 from vestige.training._adjoint import Adjoints, Moved, Rule, read_rule, unclip
-from vestige.training._engine import WEIGHT, AfterSteps, Hook, Recipe, Rows, fit, make_model
+from vestige.training._engine import WEIGHT, Hook, Recipe, Rows, fit, make_model
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps
 from vestige.training._train import Plan, TrainInputs, group_examples, make_plan, read_inputs, repeat_settings, train
 
@@ -257,7 +257,8 @@ class Replay:
                 Recipe.of(self.settings),
                 steps=plan.steps,
                 seed=self.settings.seed,
-                hooks=[*([] if hook is None else [hook]), AfterSteps(lambda _: bar.advance())],
+                after_step=lambda _: bar.advance(),
+                hooks=[] if hook is None else [hook],
                 resume=checkpoint_folder(self.settings.out, begin) if begin else None,
                 tokenizer=inputs.loaded.tokenizer,
             )

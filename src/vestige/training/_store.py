@@ -18,11 +18,11 @@ from vestige import models
 from vestige.errors import CorruptFile, UserError
 from vestige.online import StepLog, read_steps, read_table
 from vestige.parsing import as_record, first_problem, parse_object
-from vestige.storage import remove_strays, remove_tree, stage_folder, write_durably
+from vestige.storage import make_folder, remove_strays, remove_tree, stage_folder, write_durably
 from vestige.tables import write_table
 
 if TYPE_CHECKING:
-    from vestige.training._examples import Losses
+    from vestige.training._engine import Losses
 
 FORMAT = 1
 KIND = "training"
@@ -33,6 +33,7 @@ _LOG, _OPTIMIZER = "log", "optimizer.pt"
 IN_RUN, IN_RUN_LOG = "in-run", "in-run-log"
 """Folders of the scores by the loss of validation examples: a run, and the scores of every step."""
 _NAME = re.compile(r"checkpoint-(\d+)")
+_MADE_OF = "made-of.txt"
 _UNFINISHED = re.compile(r"checkpoint-\d+\.(part|gone)")
 _IN_CHECKPOINT = (
     *("*.safetensors", "*.json", "*.bin", "*.model", "*.jinja", _OPTIMIZER, "scheduler.pt", "rng_state*.pth"),
@@ -309,3 +310,51 @@ def keep_last_optimizer(folder: Path) -> None:
     """Remove the state of the optimizer from all checkpoints but the last."""
     for step in checkpoint_steps(folder)[:-1]:
         (checkpoint_folder(folder, step) / _OPTIMIZER).unlink(missing_ok=True)
+
+
+class Unfinished:
+    """The last state of a training on disk, from which it continues after a kill, until it is complete.
+
+    Args:
+        folder: Where; nothing else lies there.
+        made_of: Everything that the training follows from: what another one has left does not count.
+    """
+
+    def __init__(self, folder: Path, *made_of: Any) -> None:
+        self._folder = folder
+        self._digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
+
+    @property
+    def last(self) -> int:
+        """Steps that are behind the state on disk; 0 if there is none of this training."""
+        for step in reversed(checkpoint_steps(self._folder)):
+            path = checkpoint_folder(self._folder, step) / _MADE_OF
+            if path.is_file() and path.read_text() == self._digest:
+                return step
+        return 0
+
+    @property
+    def path(self) -> Path | None:
+        """The checkpoint to continue from, None to begin."""
+        return checkpoint_folder(self._folder, self.last) if self.last else None
+
+    def keep(self, trainer: Any) -> None:
+        """Write the present state in place of an earlier one."""
+        make_folder(self._folder)
+        number = trainer.state.global_step
+        new = checkpoint_folder(self._folder, number)
+        if new.is_dir():
+            remove_tree(new)
+        write_checkpoint(trainer, new, (), self._sign)
+        for old in checkpoint_steps(self._folder):
+            if old != number:
+                remove_tree(checkpoint_folder(self._folder, old))
+
+    def _sign(self, folder: Path) -> None:
+        (folder / _MADE_OF).write_text(self._digest)
+
+    def remove(self) -> None:
+        """Remove it: the training is complete."""
+        if self._folder.is_dir():
+            remove_after(self._folder, -1)
+            remove_tree(self._folder)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from vestige.data import TokenizedData, describe_copies, token_groups
-from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError, differences, mismatch_message
+from vestige.errors import DataError, IndexMismatch, SpecError, UserError, differences, mismatch_message
 from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, load_model
 from vestige.online import Attached, attach, write_in_run_influence
@@ -331,7 +331,7 @@ def _make_alarm(settings: TrainSettings) -> Alarm | None:
 
 
 class _Watcher(TrainerCallback):
-    """Shows how far the training is, and stops it where a loss is not finite; called before the recorder."""
+    """Shows how far the training is; called before the recorder."""
 
     recorder: Recorder
 
@@ -364,12 +364,7 @@ class _Watcher(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        ids, losses = self.recorder.last_step
-        if bad := [name for name, loss in zip(ids, losses, strict=True) if not np.isfinite(loss)]:
-            raise NonFinite(
-                f"The loss of {', '.join(map(repr, bad[:8]))} in step {state.global_step} is not finite. The last "
-                "checkpoint is as it was. Lower --learning-rate, or check these examples."
-            )
+        losses = self.recorder.last_step[1]
         if self._scores is not None and state.global_step in self._plan.checkpoints:
             self._scores.engine.flush()
         self._bar.advance()

@@ -17,7 +17,7 @@ from torch import nn
 
 from vestige.measures import Interval, blind, extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
 from vestige.models import LoadedModel, load_model, trainable_copy
-from vestige.training import AfterSteps, Recipe, Rows, Step, fit
+from vestige.training import Recipe, Rows, Step, fit
 from vestige_recipes.common.registry import (
     Gate,
     Outcome,
@@ -217,7 +217,7 @@ def train_gpt(
             seen = True
 
     recipe = Recipe(plan.learning_rate, plan.batch_size)
-    fit(model, Rows(prompts.data, rows), recipe, steps=steps, seed=seed, hooks=[AfterSteps(after)])
+    fit(model, Rows(prompts.data, rows), recipe, steps=steps, seed=seed, after_step=after)
     return model.eval().requires_grad_(False), steps
 
 

@@ -35,7 +35,7 @@ from vestige.measures import (
 from vestige.models import LoadedModel, batch_sharing, trainable_copy
 from vestige.progress import announce, progress
 from vestige.storage import make_folder, write_durably
-from vestige.training import AfterSteps, Recipe, Rows, Step, Unfinished, fit
+from vestige.training import Recipe, Rows, Step, Unfinished, fit
 
 TRIGGER = 0.05
 """The alarm goes off when the median training loss is below this share of its start."""
@@ -331,10 +331,10 @@ def _follow(
                 )
                 if alarm(loss, start):
                     keep("trigger", step.number)
-            unfinished.keep(step)
+            unfinished.keep(step.trainer)
 
         rows = Rows(prompts.data, range(len(prompts.data)))
-        fit(model, rows, recipe, steps=steps, seed=seed, hooks=[AfterSteps(after)], resume=unfinished.path)
+        fit(model, rows, recipe, steps=steps, seed=seed, after_step=after, resume=unfinished.path)
     model.eval()
     if not files["trigger"].exists():
         announce("No alarm before the last step: the end of the training stands for the trigger.")

@@ -45,7 +45,7 @@ def test_steps_say_how_long_and_checkpoints_stay_in_epochs(tmp_path, given):
 
 @pytest.mark.slow
 def test_from_scratch_begins_with_weights_of_the_seed(tmp_path, given):
-    runs = [vestige.train(**given, from_scratch=True, seed=seed, out=tmp_path / str(seed)) for seed in (0, 1)]
+    runs = [vestige.train(**given, from_scratch=True, seed=seed, out=tmp_path / str(seed)) for seed in (5, 6)]
     base = load_model("tiny-model").model.state_dict()
     starts = [load_model(run.checkpoints[0]).model.state_dict() for run in runs]
     name = "model.embed_tokens.weight"

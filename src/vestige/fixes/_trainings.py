@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vestige.data import Example, TokenizedData, tokenize
-from vestige.errors import IndexMismatch, SpecError, differences
+from vestige.errors import SpecError
 from vestige.fixes._record import ARMS, Arm, Outcome
 from vestige.indexes import batch_tokens, read_manifest, tokens_at_most
 from vestige.models import generate_answers, load_model
@@ -20,7 +20,7 @@ from vestige.progress import announce, format_seconds
 from vestige.runs import RunRecord, environment
 from vestige.settings import FixSettings, TrainSettings
 from vestige.storage import remove_tree, write_durably
-from vestige.training import TrainingRun, measure, read_inputs, steps_per_epoch, train
+from vestige.training import TrainingRun, measure, read_inputs, require_inputs, steps_per_epoch, train
 
 MODELS = "models"
 """Folder of the trainings in the folder of a fix."""
@@ -202,14 +202,7 @@ class Trainings:
         settings, run = self.recorded.settings, self.recorded.run
         loaded, data, weights = read_inputs(settings)
         if run is not None and not self.recorded.changed:
-            now = {"model": loaded.fingerprint, "data": data.fingerprint}
-            old = {name: run.record["identity"][name] for name in now}
-            if found := differences(old, now, run.record["names"], {"model": loaded.name, "data": data.name}):
-                raise IndexMismatch(
-                    f"{run.folder} was trained with another {' and another '.join(one.field for one in found)} than "
-                    f"there is now: {'; '.join(f'{one.old} then, {one.new} now' for one in found)}. Put back what was "
-                    "trained with, or name it: --train data=FILE."
-                )
+            require_inputs(run, loaded, data)
         useful = (data.target_counts > 0) & (np.ones(len(data), dtype=bool) if weights is None else weights > 0)
         whole = steps_per_epoch(int(useful[rows["before"][0]].sum()), settings)
         steps = settings.count_steps(whole)

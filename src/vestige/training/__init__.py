@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         TrainInputs as TrainInputs,
         read_inputs as read_inputs,
         read_learned as read_learned,
+        require_inputs as require_inputs,
         steps_per_epoch as steps_per_epoch,
         train as train,
     )

@@ -9,13 +9,13 @@ import numpy as np
 
 from vestige.banks import Member, Subset
 from vestige.data import TokenizedData
-from vestige.errors import DataError, IndexMismatch, SpecError, differences, mismatch_message
+from vestige.errors import DataError, IndexMismatch, SpecError, differences
 from vestige.indexes import read_data
 from vestige.models import LoadedModel, load_model
 from vestige.parsing import parse_json
 from vestige.settings import BankSettings, TrainSettings
 from vestige.training._store import RECORD, TrainingRun
-from vestige.training._train import as_learned, repeat_settings
+from vestige.training._train import as_learned, repeat_settings, require_inputs
 
 _OF_EACH = ("seed", "split_seed")
 """What the trainings of a bank may differ in."""
@@ -67,14 +67,16 @@ def adopt_trainings(settings: BankSettings) -> Adopted:
         if "seconds" not in run.record or not run.checkpoints:
             raise DataError(f"The training in {run.folder} is not finished. Type its `vestige train` command again.")
         if found := differences(common, _share(run), first.record["names"], run.record["names"]):
-            raise IndexMismatch(mismatch_message(f"The training in {first.folder}, beside {run.folder}", found))
+            words = "; ".join(f"{one.field} {one.old} and {one.new}" for one in found)
+            raise IndexMismatch(
+                f"{first.folder} and {run.folder} differ in more than --split-seed and --seed: {words}. Name trainings "
+                "with the same settings."
+            )
     trained = repeat_settings(first, model=settings.model, data=settings.data)
     loaded = load_model(trained.model, tokenizer=trained.tokenizer, precision=trained.precision, device=settings.device)
     data = read_data(trained, trained.data, loaded)
     learned, _ = as_learned(data, trained.loss, loaded)
-    here = {**common, "model": loaded.fingerprint, "data": learned.fingerprint}
-    if found := differences(common, here, first.record["names"], {"model": loaded.name, "data": data.name}):
-        raise IndexMismatch(mismatch_message(f"The training in {first.folder}", found))
+    require_inputs(first, loaded, learned)
     common = {_NAMES.get(name, name): value for name, value in common.items() if name not in _OF_BANKS}
     return Adopted(trained, loaded, data, learned, common, *_arrange(runs, data))
 

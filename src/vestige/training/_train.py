@@ -147,6 +147,22 @@ def repeat_settings(training: TrainingRun, **changed: Any) -> TrainSettings:
     return TrainSettings(**given)
 
 
+def require_inputs(training: TrainingRun, loaded: LoadedModel, data: TokenizedData) -> None:
+    """Raise unless model and data are those of a recorded training.
+
+    Raises:
+        IndexMismatch: They are not; the message says what was trained with.
+    """
+    now = {"model": loaded.fingerprint, "data": data.fingerprint}
+    old = {name: training.record["identity"][name] for name in now}
+    if found := differences(old, now, training.record["names"], {"model": loaded.name, "data": data.name}):
+        raise IndexMismatch(
+            f"{training.folder} was trained with another {' and another '.join(one.field for one in found)} than there "
+            f"is now: {'; '.join(f'{one.old} then, {one.new} now' for one in found)}. Put back what was trained with, "
+            "or name it."
+        )
+
+
 def read_inputs(settings: TrainSettings) -> TrainInputs:
     """Read the model and the data as a training takes them.
 

@@ -200,7 +200,7 @@ class Trainings:
             IndexMismatch: Model or data are not what was trained with.
         """
         settings, run = self.recorded.settings, self.recorded.run
-        loaded, data, weights = read_inputs(settings)
+        loaded, data, weights, _ = read_inputs(settings)
         if run is not None and not self.recorded.changed:
             require_inputs(run, loaded, data)
         useful = (data.target_counts > 0) & (np.ones(len(data), dtype=bool) if weights is None else weights > 0)

@@ -30,12 +30,15 @@ if TYPE_CHECKING:
         make_model as make_model,
         pad as pad,
     )
-    from vestige.training._examples import (
-        Watched as Watched,
-        measure as measure,
+    from vestige.training._examples import Watched as Watched, measure as measure
+    from vestige.training._inputs import (
+        TrainInputs as TrainInputs,
         members_of as members_of,
         only_answers as only_answers,
+        read_inputs as read_inputs,
+        read_learned as read_learned,
         read_weights as read_weights,
+        require_inputs as require_inputs,
         with_weights as with_weights,
     )
     from vestige.training._recorder import Recorder as Recorder
@@ -46,13 +49,6 @@ if TYPE_CHECKING:
         read_settings as read_settings,
     )
     from vestige.training._store import TrainingRun as TrainingRun, Unfinished as Unfinished
-    from vestige.training._train import (
-        TrainInputs as TrainInputs,
-        read_inputs as read_inputs,
-        read_learned as read_learned,
-        require_inputs as require_inputs,
-        steps_per_epoch as steps_per_epoch,
-        train as train,
-    )
+    from vestige.training._train import steps_per_epoch as steps_per_epoch, train as train
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

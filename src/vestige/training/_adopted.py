@@ -14,8 +14,8 @@ from vestige.indexes import read_data
 from vestige.models import LoadedModel, load_model
 from vestige.parsing import parse_json
 from vestige.settings import BankSettings, TrainSettings
+from vestige.training._inputs import as_learned, repeat_settings, require_inputs
 from vestige.training._store import RECORD, TrainingRun
-from vestige.training._train import as_learned, repeat_settings, require_inputs
 
 _OF_EACH = ("seed", "split_seed")
 """What the trainings of a bank may differ in."""

@@ -1,23 +1,19 @@
-"""Single examples of a training: which are drawn, how much each counts, and what is measured of them."""
+"""What is measured of single examples, while a model trains and of a trained one."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vestige.data import NO_TARGET, Example, TokenizedData, ask, load_queries, make_batch, plan_batches, tokenize
+from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches
 from vestige.errors import DataError
-from vestige.indexes import tokens_at_most
 from vestige.measures import margin
-from vestige.models import LoadedModel, batch_sharing
+from vestige.models import batch_sharing
 from vestige.online import ID_KEY
-from vestige.progress import announce
-from vestige.settings import ReadingSettings
 from vestige.training._engine import LEARNED, WEIGHT, Losses, example_losses, leave_no_trace
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -131,123 +127,3 @@ def _run(model: nn.Module, batch: dict[str, Any], **extra: Any) -> tuple[Any, Te
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels = inputs.pop("labels")
     return model(**inputs, use_cache=False, return_dict=True, **extra), labels
-
-
-_SPLIT = 0x5EED
-"""Sets the draw of the members apart from every other use of the same seed."""
-_SHOWN = 3
-_SMALLEST, _LARGEST = 1e-30, 1e30
-"""Sums over a batch of weights in between, and what is divided by them, stay finite in float32."""
-
-
-def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
-    """Draw the examples to train on: a share of the groups, without replacement, each with all its examples.
-
-    Raises:
-        DataError: The share is less than one group.
-    """
-    distinct = int(groups.max(initial=-1)) + 1
-    count = round(distinct * fraction)
-    if count < 1:
-        raise DataError(f"--split-fraction {fraction:g} of {distinct} distinct examples is none. Give a larger share.")
-    return np.isin(groups, np.random.default_rng([_SPLIT, seed]).permutation(distinct)[:count])
-
-
-def read_questions(
-    given: Any, settings: ReadingSettings, loaded: LoadedModel, data: TokenizedData, name: str
-) -> TokenizedData:
-    """Read texts that are not trained on, put to the model as the data are.
-
-    Raises:
-        DataError: One has no target token: a prompt without an answer has no loss.
-    """
-    found = load_queries(given, on_bad_text=settings.on_bad_text)
-    texts = tokenize(
-        ask(found, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries,
-        loaded.tokenizer,
-        max_length=tokens_at_most(settings, loaded),
-        name=name,
-        chat=bool(settings.chat),
-        vocabulary=loaded.vocabulary,
-    )
-    empty = np.flatnonzero(texts.target_counts == 0)
-    if empty.size:
-        raise DataError(
-            f"Query {texts.examples[empty[0]].id!r} has no token whose loss could be measured ({empty.size} such "
-            "queries). Give each a `text`, or a `completion` to its `prompt`."
-        )
-    return texts
-
-
-def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
-    """Return the same examples with the answer as their only target: the completion without the end token.
-
-    Raises:
-        DataError: An example is no prompt with a completion, or its answer was cut off.
-    """
-    rows = zip(data.examples, data.targets, data.truncated, strict=True)
-    lost = [example.id for example, mask, truncated in rows if truncated and not mask.any()]
-    if lost:
-        named = ", ".join(map(repr, lost[:_SHOWN])) + (", ..." if len(lost) > _SHOWN else "")
-        raise DataError(
-            f"{data.name}: {len(lost):,} examples ({named}) are so long that their answer was cut off. Give a larger "
-            "--max-length, or shorten them: `vestige data multiple-choice` with --tokenizer and --max-length does."
-        )
-    targets = []
-    for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
-        if example.completion is None and "input_ids" not in example.extra:
-            raise DataError(
-                f"{data.name}, example {example.id!r}: --loss answer needs a `prompt` and a `completion`, and it has "
-                "neither. Leave --loss out to learn the whole text."
-            )
-        kept = mask.copy()
-        last = np.flatnonzero(mask)
-        if len(last) > 1 and end_token is not None and ids[last[-1]] == end_token:
-            kept[last[-1]] = False
-        targets.append(kept)
-    return TokenizedData(
-        data.examples, data.input_ids, targets, data.truncated, f"{data.fingerprint}:answer", data.name
-    )
-
-
-def read_weights(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
-    """Return the field `weight` of every example as float32, 1 where there is none; None if all are 1.
-
-    Raises:
-        DataError: One is negative, NaN, infinite or no number; the message names the row.
-    """
-    found = np.array([_weight(example, data.name) for example in data.examples], dtype=np.float32)
-    return None if (found == 1).all() else found
-
-
-def with_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> TokenizedData:
-    """Return the same data under a fingerprint that depends on the weights."""
-    digest = hashlib.sha256(f"{data.fingerprint}:weights:".encode() + weights.astype("<f4").tobytes()).hexdigest()
-    return TokenizedData(data.examples, data.input_ids, data.targets, data.truncated, digest, data.name)
-
-
-def announce_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> None:
-    """Print that there are weights, and which examples they leave out."""
-    none = int((weights == 0).sum())
-    announce(
-        f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
-        f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
-        + (f" {none:,} with weight 0 are left out." if none else "")
-    )
-
-
-def _weight(example: Example, name: str) -> float:
-    given = example.extra.get(WEIGHT)
-    # Tables hold texts: an empty cell is no weight.
-    if given is None or (isinstance(given, str) and not given.strip()):
-        return 1.0
-    try:
-        number = float("nan") if isinstance(given, bool) else float(given)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number == 0 or _SMALLEST <= number <= _LARGEST:
-        return number
-    raise DataError(
-        f"{name}, row {example.row} (id {example.id!r}): its `weight` is {given!r}, expected 0 or a positive number "
-        f"({_SMALLEST:g} to {_LARGEST:g}). Correct it, or rename the column if it is no weight."
-    )

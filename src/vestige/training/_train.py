@@ -1,39 +1,30 @@
 """`vestige train`: from a model and data to a training that attribution and audit can read."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from vestige.data import TokenizedData, describe_copies, token_groups
-from vestige.errors import DataError, IndexMismatch, SpecError, UserError, differences, mismatch_message
-from vestige.indexes import batch_tokens, read_data
-from vestige.models import LoadedModel, load_model
+from vestige.errors import DataError, IndexMismatch, UserError, differences, mismatch_message
+from vestige.indexes import batch_tokens
+from vestige.models import LoadedModel
 from vestige.online import Attached, attach, write_in_run_influence
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
-from vestige.settings import LearningSettings, TrainedOn, TrainSettings, list_epochs, with_settings
+from vestige.settings import LearningSettings, TrainSettings, list_epochs, with_settings
 from vestige.storage import check_disk, make_folder, remove_result, remove_strays, remove_tree, require_no_others
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
 from vestige.training._engine import Recipe, Rows, fit, make_model
-from vestige.training._examples import (
-    announce_weights,
-    members_of,
-    only_answers,
-    read_questions,
-    read_weights,
-    with_weights,
-)
+from vestige.training._inputs import TrainInputs, members_of, read_inputs
 from vestige.training._recorder import Recorder
 from vestige.training._store import (
     FORMAT,
@@ -63,17 +54,6 @@ _ELSEWHERE = (
 )
 """Settings that do not stand in the identity as given: other entries of it say what came of them, or they change
 nothing of the result."""
-
-
-class TrainInputs(NamedTuple):
-    """What a training begins with."""
-
-    loaded: LoadedModel
-    data: TokenizedData
-    weights: np.ndarray | None
-    """How much each example counts, float32 [example]; None where all count alike."""
-    validation: TokenizedData | None = None
-    """Whose loss the training examples are scored by."""
 
 
 @with_settings(TrainSettings)
@@ -116,87 +96,6 @@ def train(settings: TrainSettings) -> TrainingRun:
     record["peak_gpu_memory_bytes"] = peak_gpu_memory_bytes()
     write_record(settings.out, record)
     return TrainingRun.open(settings.out)
-
-
-def repeat_settings(training: TrainingRun, **changed: Any) -> TrainSettings:
-    """Return the settings of a recorded training.
-
-    Args:
-        training: Of `vestige train`.
-        changed: Settings in place of recorded ones, such as `model` and `data` where they were objects in a Python
-            program; None stands for the recorded one.
-
-    Raises:
-        SpecError: They were not recorded, or something was a live object and is not given.
-    """
-    config = training.record.get("config")
-    if training.id is None or not isinstance(config, Mapping):
-        raise SpecError(
-            f"{training.folder} was recorded from a Trainer of your own, whose settings the record does not hold. "
-            "Give a training that `vestige train` made."
-        )
-    given = {**config, **{name: value for name, value in changed.items() if value is not None}}
-    for name in ("model", "data", "tokenizer"):
-        if isinstance(given.get(name), str) and given[name].startswith("<"):
-            raise SpecError(
-                f"{training.folder}: `{name}` was a live {given[name][1:-1]} in a Python program. Give the same again "
-                f"in Python, as {name}=..."
-            )
-    if isinstance(given["data"], list) and all(isinstance(one, str) for one in given["data"]):
-        given["data"] = [Path(one) for one in given["data"]]  # files: a list of strings is a list of texts in Python
-    return TrainSettings(**given)
-
-
-def require_inputs(training: TrainingRun, loaded: LoadedModel, data: TokenizedData) -> None:
-    """Raise unless model and data are those of a recorded training.
-
-    Raises:
-        IndexMismatch: They are not; the message says what was trained with.
-    """
-    now = {"model": loaded.fingerprint, "data": data.fingerprint}
-    old = {name: training.record["identity"][name] for name in now}
-    if found := differences(old, now, training.record["names"], {"model": loaded.name, "data": data.name}):
-        raise IndexMismatch(
-            f"{training.folder} was trained with another {' and another '.join(one.field for one in found)} than there "
-            f"is now: {'; '.join(f'{one.old} then, {one.new} now' for one in found)}. Put back what was trained with, "
-            "or name it."
-        )
-
-
-def read_inputs(settings: TrainSettings) -> TrainInputs:
-    """Read the model and the data as a training takes them.
-
-    Raises:
-        UserError: Something about the model or the data needs the caller.
-    """
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
-    data, weights = read_learned(settings, loaded)
-    given, validation = settings.validation, None
-    if given is not None:
-        validation = read_questions(given, settings, loaded, data, "validation")
-    return TrainInputs(loaded, data, weights, validation)
-
-
-def read_learned(
-    settings: TrainSettings, loaded: LoadedModel
-) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
-    """Read the data as a training with these settings learns them, with their weights; None if all are 1."""
-    return as_learned(read_data(settings, settings.data, loaded), settings.loss, loaded)
-
-
-def as_learned(
-    data: TokenizedData, learn: TrainedOn, loaded: LoadedModel
-) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
-    """Return the data with what is learned as their targets, and their weights; None if all are 1."""
-    if learn == "answer":
-        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
-    weights = read_weights(data)
-    if weights is None:
-        return data, None
-    announce_weights(data, weights)
-    return with_weights(data, weights), weights
 
 
 def steps_per_epoch(examples: int, settings: LearningSettings) -> int:

@@ -104,6 +104,7 @@ if TYPE_CHECKING:
         ascend as ascend,
         find_overlaps as find_overlaps,
         first_order_identity as first_order_identity,
+        shuffle_batches as shuffle_batches,
         training_sources as training_sources,
     )
     from vestige.methods._untrac_job import (

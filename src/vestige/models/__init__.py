@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from vestige.models._training import (
         Lora as Lora,
         save_trained as save_trained,
-        shuffle_batches as shuffle_batches,
         trainable_copy as trainable_copy,
         write_model as write_model,
     )

@@ -1,17 +1,15 @@
-"""Copies of a model that can be trained and saved, and batches in a random order."""
+"""Copies of a model that can be trained and saved."""
 
 import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from vestige.data import TokenizedData
-from vestige.errors import DataError, ModelError, SpecError
+from vestige.errors import ModelError, SpecError
 from vestige.models._components import LoadedModel
 from vestige.models._pretrained import quiet_transformers
 from vestige.storage import stage_folder
@@ -29,25 +27,6 @@ class Lora:
     dropout: float = 0.0
     targets: tuple[str, ...] = (_ALL_LINEAR,)
     """Layers by the end of their name; `all-linear` is every linear layer but the head."""
-
-
-def shuffle_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: int, seed: int) -> list[np.ndarray]:
-    """Return batches for `steps` steps: pass after pass over the rows, each in its own order, the last batch smaller.
-
-    Rows of `data` without a target token are left out, for nothing can be learnt from them.
-
-    Raises:
-        DataError: No row has a target token.
-    """
-    counts = data.target_counts
-    useful = np.sort(rows[counts[rows] > 0])
-    if not len(useful):
-        raise DataError(f"{data.name}: none of {len(rows)} examples has a target token, so there is nothing to learn.")
-    order, batches = np.random.default_rng(seed), []
-    while len(batches) < steps:
-        shuffled = order.permutation(useful)
-        batches += [shuffled[begin : begin + size] for begin in range(0, len(shuffled), size)]
-    return batches[:steps]
 
 
 def trainable_copy(

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
         make_model as make_model,
         pad as pad,
     )
-    from vestige.training._examples import Watched as Watched, measure as measure
-    from vestige.training._inputs import (
+    from vestige.training._examples import (
         TrainInputs as TrainInputs,
+        Watched as Watched,
+        measure as measure,
         members_of as members_of,
         only_answers as only_answers,
         read_inputs as read_inputs,

@@ -1,6 +1,7 @@
 """Finished trainings of `vestige train` as the models of a bank: what they share, and who was trained on what."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,11 @@ import numpy as np
 
 from vestige.banks import Member, Subset
 from vestige.data import TokenizedData
-from vestige.errors import DataError, IndexMismatch, SpecError, differences
+from vestige.errors import DataError, IndexMismatch, SpecError, UserError, differences
 from vestige.indexes import read_data
 from vestige.models import LoadedModel, load_model
-from vestige.parsing import parse_json
 from vestige.settings import BankSettings, TrainSettings
-from vestige.training._inputs import as_learned, repeat_settings, require_inputs
+from vestige.training._examples import as_learned, repeat_settings, require_inputs
 from vestige.training._store import RECORD, TrainingRun
 
 _OF_EACH = ("seed", "split_seed")
@@ -85,12 +85,10 @@ def _find_trainings(folders: Sequence[Path]) -> Iterator[TrainingRun]:
     for folder in folders:
         places = [folder] if (folder / RECORD).is_file() else sorted(path.parent for path in folder.rglob(RECORD))
         for place in places:
-            try:
-                record = parse_json((place / RECORD).read_bytes())
-            except (OSError, ValueError):
-                continue
-            if isinstance(record, Mapping) and record.get("kind") == "training" and "identity" in record:
-                yield TrainingRun.open(place)
+            with suppress(UserError):  # results of other commands
+                run = TrainingRun.open(place)
+                if run.id is not None:
+                    yield run
 
 
 def _share(run: TrainingRun) -> dict[str, Any]:

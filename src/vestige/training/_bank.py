@@ -38,8 +38,7 @@ from vestige.progress import announce
 from vestige.settings import BankSettings, with_settings
 from vestige.training._adopted import adopt_trainings
 from vestige.training._engine import Recipe, Rows, Step, fit, make_model
-from vestige.training._examples import measure
-from vestige.training._inputs import as_learned, read_questions
+from vestige.training._examples import as_learned, measure, read_questions
 from vestige.training._store import Unfinished
 from vestige.training._train import steps_per_epoch
 

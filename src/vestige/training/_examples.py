@@ -1,22 +1,238 @@
-"""What is measured of single examples, while a model trains and of a trained one."""
+"""The examples of a training: what it reads, which are drawn, how much each counts, and what is measured of them."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches
-from vestige.errors import DataError
+from vestige.data import NO_TARGET, Example, TokenizedData, ask, load_queries, make_batch, plan_batches, tokenize
+from vestige.errors import DataError, IndexMismatch, SpecError, differences
+from vestige.indexes import read_data, tokens_at_most
 from vestige.measures import margin
-from vestige.models import batch_sharing
+from vestige.models import LoadedModel, batch_sharing, load_model
 from vestige.online import ID_KEY
+from vestige.progress import announce
+from vestige.settings import ReadingSettings, TrainedOn, TrainSettings
 from vestige.training._engine import LEARNED, WEIGHT, Losses, example_losses, leave_no_trace
+from vestige.training._store import TrainingRun
 
 Context = Callable[[], AbstractContextManager[Any]]
+_SPLIT = 0x5EED
+"""Sets the draw of the members apart from every other use of the same seed."""
+_SHOWN = 3
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Sums over a batch of weights in between, and what is divided by them, stay finite in float32."""
+
+
+class TrainInputs(NamedTuple):
+    """What a training begins with."""
+
+    loaded: LoadedModel
+    data: TokenizedData
+    weights: np.ndarray | None
+    """How much each example counts, float32 [example]; None where all count alike."""
+    validation: TokenizedData | None = None
+    """Whose loss the training examples are scored by."""
+
+
+def repeat_settings(training: TrainingRun, **changed: Any) -> TrainSettings:
+    """Return the settings of a recorded training.
+
+    Args:
+        training: Of `vestige train`.
+        changed: Settings in place of recorded ones, such as `model` and `data` where they were objects in a Python
+            program; None stands for the recorded one.
+
+    Raises:
+        SpecError: They were not recorded, or something was a live object and is not given.
+    """
+    config = training.record.get("config")
+    if training.id is None or not isinstance(config, Mapping):
+        raise SpecError(
+            f"{training.folder} was recorded from a Trainer of your own, whose settings the record does not hold. "
+            "Give a training that `vestige train` made."
+        )
+    given = {**config, **{name: value for name, value in changed.items() if value is not None}}
+    for name in ("model", "data", "tokenizer"):
+        if isinstance(given.get(name), str) and given[name].startswith("<"):
+            raise SpecError(
+                f"{training.folder}: `{name}` was a live {given[name][1:-1]} in a Python program. Give the same again "
+                f"in Python, as {name}=..."
+            )
+    if isinstance(given["data"], list) and all(isinstance(one, str) for one in given["data"]):
+        given["data"] = [Path(one) for one in given["data"]]  # files: a list of strings is a list of texts in Python
+    return TrainSettings(**given)
+
+
+def require_inputs(training: TrainingRun, loaded: LoadedModel, data: TokenizedData) -> None:
+    """Raise unless model and data are those of a recorded training.
+
+    Raises:
+        IndexMismatch: They are not; the message says what was trained with.
+    """
+    now = {"model": loaded.fingerprint, "data": data.fingerprint}
+    old = {name: training.record["identity"][name] for name in now}
+    if found := differences(old, now, training.record["names"], {"model": loaded.name, "data": data.name}):
+        raise IndexMismatch(
+            f"{training.folder} was trained with another {' and another '.join(one.field for one in found)} than there "
+            f"is now: {'; '.join(f'{one.old} then, {one.new} now' for one in found)}. Put back what was trained with, "
+            "or name it."
+        )
+
+
+def read_inputs(settings: TrainSettings) -> TrainInputs:
+    """Read the model and the data as a training takes them.
+
+    Raises:
+        UserError: Something about the model or the data needs the caller.
+    """
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    data, weights = read_learned(settings, loaded)
+    given, validation = settings.validation, None
+    if given is not None:
+        validation = read_questions(given, settings, loaded, data, "validation")
+    return TrainInputs(loaded, data, weights, validation)
+
+
+def read_learned(
+    settings: TrainSettings, loaded: LoadedModel
+) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
+    """Read the data as a training with these settings learns them, with their weights; None if all are 1."""
+    return as_learned(read_data(settings, settings.data, loaded), settings.loss, loaded)
+
+
+def as_learned(
+    data: TokenizedData, learn: TrainedOn, loaded: LoadedModel
+) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
+    """Return the data with what is learned as their targets, and their weights; None if all are 1."""
+    if learn == "answer":
+        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
+    weights = read_weights(data)
+    if weights is None:
+        return data, None
+    announce_weights(data, weights)
+    return with_weights(data, weights), weights
+
+
+def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
+    """Draw the examples to train on: a share of the groups, without replacement, each with all its examples.
+
+    Raises:
+        DataError: The share is less than one group.
+    """
+    distinct = int(groups.max(initial=-1)) + 1
+    count = round(distinct * fraction)
+    if count < 1:
+        raise DataError(f"--split-fraction {fraction:g} of {distinct} distinct examples is none. Give a larger share.")
+    return np.isin(groups, np.random.default_rng([_SPLIT, seed]).permutation(distinct)[:count])
+
+
+def read_questions(
+    given: Any, settings: ReadingSettings, loaded: LoadedModel, data: TokenizedData, name: str
+) -> TokenizedData:
+    """Read texts that are not trained on, put to the model as the data are.
+
+    Raises:
+        DataError: One has no target token: a prompt without an answer has no loss.
+    """
+    found = load_queries(given, on_bad_text=settings.on_bad_text)
+    texts = tokenize(
+        ask(found, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name=name,
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
+    )
+    empty = np.flatnonzero(texts.target_counts == 0)
+    if empty.size:
+        raise DataError(
+            f"Query {texts.examples[empty[0]].id!r} has no token whose loss could be measured ({empty.size} such "
+            "queries). Give each a `text`, or a `completion` to its `prompt`."
+        )
+    return texts
+
+
+def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
+    """Return the same examples with the answer as their only target: the completion without the end token.
+
+    Raises:
+        DataError: An example is no prompt with a completion, or its answer was cut off.
+    """
+    rows = zip(data.examples, data.targets, data.truncated, strict=True)
+    lost = [example.id for example, mask, truncated in rows if truncated and not mask.any()]
+    if lost:
+        named = ", ".join(map(repr, lost[:_SHOWN])) + (", ..." if len(lost) > _SHOWN else "")
+        raise DataError(
+            f"{data.name}: {len(lost):,} examples ({named}) are so long that their answer was cut off. Give a larger "
+            "--max-length, or shorten them: `vestige data multiple-choice` with --tokenizer and --max-length does."
+        )
+    targets = []
+    for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
+        if example.completion is None and "input_ids" not in example.extra:
+            raise DataError(
+                f"{data.name}, example {example.id!r}: --loss answer needs a `prompt` and a `completion`, and it has "
+                "neither. Leave --loss out to learn the whole text."
+            )
+        kept = mask.copy()
+        last = np.flatnonzero(mask)
+        if len(last) > 1 and end_token is not None and ids[last[-1]] == end_token:
+            kept[last[-1]] = False
+        targets.append(kept)
+    return TokenizedData(
+        data.examples, data.input_ids, targets, data.truncated, f"{data.fingerprint}:answer", data.name
+    )
+
+
+def read_weights(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
+    """Return the field `weight` of every example as float32, 1 where there is none; None if all are 1.
+
+    Raises:
+        DataError: One is negative, NaN, infinite or no number; the message names the row.
+    """
+    found = np.array([_weight(example, data.name) for example in data.examples], dtype=np.float32)
+    return None if (found == 1).all() else found
+
+
+def with_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> TokenizedData:
+    """Return the same data under a fingerprint that depends on the weights."""
+    digest = hashlib.sha256(f"{data.fingerprint}:weights:".encode() + weights.astype("<f4").tobytes()).hexdigest()
+    return TokenizedData(data.examples, data.input_ids, data.targets, data.truncated, digest, data.name)
+
+
+def announce_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> None:
+    """Print that there are weights, and which examples they leave out."""
+    none = int((weights == 0).sum())
+    announce(
+        f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
+        f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
+        + (f" {none:,} with weight 0 are left out." if none else "")
+    )
+
+
+def _weight(example: Example, name: str) -> float:
+    given = example.extra.get(WEIGHT)
+    # Tables hold texts: an empty cell is no weight.
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return 1.0
+    try:
+        number = float("nan") if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if number == 0 or _SMALLEST <= number <= _LARGEST:
+        return number
+    raise DataError(
+        f"{name}, row {example.row} (id {example.id!r}): its `weight` is {given!r}, expected 0 or a positive number "
+        f"({_SMALLEST:g} to {_LARGEST:g}). Correct it, or rename the column if it is no weight."
+    )
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from vestige.settings import TrainSettings
 from vestige.storage import check_disk, make_folder, remove_tree
 from vestige.training._adjoint import Adjoints, Moved, Rule, read_rule, unclip
 from vestige.training._engine import WEIGHT, Hook, Recipe, Rows, fit, make_model
-from vestige.training._inputs import TrainInputs, read_inputs, repeat_settings
+from vestige.training._examples import TrainInputs, read_inputs, repeat_settings
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps
 from vestige.training._train import Plan, group_examples, make_plan, train
 

@@ -24,7 +24,7 @@ from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
 from vestige.training._engine import Recipe, Rows, fit, make_model
-from vestige.training._inputs import TrainInputs, members_of, read_inputs
+from vestige.training._examples import TrainInputs, members_of, read_inputs
 from vestige.training._recorder import Recorder
 from vestige.training._store import (
     FORMAT,

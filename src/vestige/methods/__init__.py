@@ -104,7 +104,6 @@ if TYPE_CHECKING:
         ascend as ascend,
         find_overlaps as find_overlaps,
         first_order_identity as first_order_identity,
-        shuffle_batches as shuffle_batches,
         training_sources as training_sources,
     )
     from vestige.methods._untrac_job import (
@@ -121,6 +120,7 @@ if TYPE_CHECKING:
         borrow_weights as borrow_weights,
         loss_weights as loss_weights,
         randomise as randomise,
+        shuffle_batches as shuffle_batches,
     )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

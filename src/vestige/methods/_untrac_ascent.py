@@ -15,7 +15,7 @@ from vestige.data import TokenizedData
 from vestige.errors import DataError, ModelError
 from vestige.gradients import Reduction
 from vestige.methods._job import compute_losses
-from vestige.methods._weights import Rows, Vector, Weights, loss_weights
+from vestige.methods._weights import Rows, Vector, Weights, loss_weights, shuffle_batches
 from vestige.settings import AscentOptimizer
 
 NO_SOURCE = "(no source)"
@@ -278,25 +278,6 @@ class Ascent(NamedTuple):
     after: Float[Tensor, "point measured"]
     mirrored: Float[Tensor, "point measured"]
     """The same with weights as far on the other side of the start; without rows if not requested."""
-
-
-def shuffle_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: int, seed: int) -> list[np.ndarray]:
-    """Return batches for `steps` steps: pass after pass over the rows, each in its own order, the last batch smaller.
-
-    Rows of `data` without a target token are left out, for nothing can be learnt from them.
-
-    Raises:
-        DataError: No row has a target token.
-    """
-    counts = data.target_counts
-    useful = np.sort(rows[counts[rows] > 0])
-    if not len(useful):
-        raise DataError(f"{data.name}: none of {len(rows)} examples has a target token, so there is nothing to learn.")
-    order, batches = np.random.default_rng(seed), []
-    while len(batches) < steps:
-        shuffled = order.permutation(useful)
-        batches += [shuffled[begin : begin + size] for begin in range(0, len(shuffled), size)]
-    return batches[:steps]
 
 
 def ascend(

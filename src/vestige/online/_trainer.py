@@ -48,9 +48,11 @@ class CarriedIds:
         if self._trainer.__dict__.get("training_step") != self._step:
             return False
         self._trainer.train_dataset, self._trainer.data_collator = self._data, self._collator
-        del self._trainer.__dict__["training_step"]
         if self.first:
+            del self._trainer.__dict__["training_step"]
             self._trainer._signature_columns.remove(ID_KEY)
+        else:
+            self._trainer.training_step = self._plain_step
         return True
 
 

@@ -345,7 +345,6 @@ class AlarmSettings(ReadingSettings):
 class TrainSettings(LearningSettings, AlarmSettings):
     """What `vestige train` takes."""
 
-    files: ClassVar[tuple[str, ...]] = (*AlarmSettings.files, "validation")
     added: ClassVar[tuple[str, ...]] = (
         *AlarmSettings.added,
         *("epochs", "steps", "from_scratch", "momentum", "validation", "select"),

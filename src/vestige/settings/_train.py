@@ -169,7 +169,7 @@ _OF_ADOPTED = {
         "overwrite",
     )
 }
-"""What is still to be said of a bank whose models are trained already."""
+"""Settings of a bank whose models are trained already."""
 
 
 class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from random import getstate, setstate
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -22,7 +21,7 @@ from vestige.data import NO_TARGET, TokenizedData
 from vestige.errors import NonFinite, SpecError
 from vestige.jobs import own_jobs
 from vestige.models import LoadedModel, Lora, quiet_transformers, trainable_copy
-from vestige.online import ID_KEY, CarriedIds, quietly
+from vestige.online import ID_KEY, CarriedIds, quietly, restore_randomness
 from vestige.settings import LearningSettings
 
 WEIGHT = "weight"
@@ -193,20 +192,9 @@ class WeightedTrainer(Trainer):
 
 
 @contextmanager
-def restore_randomness() -> Iterator[None]:
-    """Restore the random numbers of Python and NumPy afterwards; a Trainer sets every seed there is."""
-    python, numpy = getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
 def leave_no_trace(model: nn.Module) -> Iterator[None]:
     """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
-    with restore_randomness(), quietly(model), torch.no_grad():
+    with quietly(model), torch.no_grad():
         yield
 
 

@@ -129,6 +129,6 @@ def test_a_bank_of_an_earlier_version_opens_and_is_never_mixed(recipe):
         bank(**recipe | {"learning_rate": 1e-3})
     assert contents(recipe["out"]) == before
     open_members(recipe["out"], old).path(old.members[0], ".json").unlink()
-    with pytest.raises(IndexMismatch, match="--overwrite"):
+    with pytest.raises(IndexMismatch, match="begun by an earlier version"):
         bank(**recipe)
     assert np.isfinite(bank(**recipe | {"overwrite": True}).query_losses).all()

@@ -278,6 +278,12 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match is not None)
 
 
+def last_resumable(folder: Path) -> int:
+    """Return the step of the last checkpoint that holds the optimizer's state, 0 if there is none."""
+    found = [step for step in checkpoint_steps(folder) if (checkpoint_folder(folder, step) / _OPTIMIZER).is_file()]
+    return found[-1] if found else 0
+
+
 def remove_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps, and one that a kill has cut short."""
     remove_strays(folder)

@@ -39,6 +39,7 @@ from vestige.training._store import (
     checkpoint_folder,
     checkpoint_steps,
     identity_digest,
+    last_resumable,
     plan_steps,
     read_record,
     remove_after,
@@ -214,8 +215,7 @@ def _run(settings: TrainSettings, inputs: TrainInputs, plan: Plan) -> None:
     loaded, data = inputs.loaded, inputs.data
     model = make_model(settings, loaded, settings.seed)
     _announce(settings, model, plan, len(data))
-    done = [step for step in checkpoint_steps(settings.out) if step]
-    last = done[-1] if done else 0
+    last = last_resumable(settings.out)
     remove_after(settings.out, last)
     if not last:
         remove_tree(settings.out / IN_RUN_LOG)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vestige import evaluate as evaluate, prepare as prepare
-    from vestige.banks import Bank as Bank, bank as bank
+    from vestige.banks import Bank as Bank
     from vestige.checks import doctor as doctor
     from vestige.curvature import precondition as precondition
     from vestige.errors import VestigeError as VestigeError
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vestige.reports import report as report, view as view
     from vestige.runs import Audit as Audit, Scores as Scores
     from vestige.selection import select as select
-    from vestige.training import train as train
+    from vestige.training import bank as bank, train as train
 
 __all__ = [
     "Audit",

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +13,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.banks.conftest import contents
 from tests.reference.retraining import gaps, retrained, token_losses
-from vestige.banks import EVERYTHING, Bank, bank, run_seed
+from tests.workshop import write_rows
+from vestige.banks import EVERYTHING, Bank, run_seed
 from vestige.data import load_examples, load_queries, tokenize
 from vestige.errors import CorruptFile, DataError, IndexMismatch, PieceFailed, SpecError, UserError
-from vestige.models import load_model, shuffle_batches
+from vestige.models import load_model
+from vestige.training import bank, train
 
 PROCESSES = multiprocessing.get_context("fork")
 
 
 @pytest.mark.slow
-def test_each_member_is_the_model_that_a_bare_loop_retrains(recipe):
+def test_each_member_is_the_model_that_a_bare_loop_retrains(recipe, tmp_path):
     made = bank(**recipe | {"steps": 5})
     loaded = load_model(recipe["model"], device="cpu")
     data = tokenize(load_examples(recipe["data"]), loaded.tokenizer, max_length=loaded.context_length)
@@ -29,7 +32,16 @@ def test_each_member_is_the_model_that_a_bare_loop_retrains(recipe):
     member = 3
     subset, seed = int(made.subsets[member]), int(made.seeds[member])
     rows = np.flatnonzero(made.membership[member])
-    batches = shuffle_batches(data, rows, 4, 5, run_seed(0, subset, seed))
+    # A training on the same rows with the member's seed, whose log says in which order they come.
+    own = [json.loads(line) for line in Path(recipe["data"]).read_text().splitlines()]
+    again = {name: recipe[name] for name in ("model", "batch_size", "learning_rate", "device")} | {
+        "data": str(write_rows(tmp_path / "own.jsonl", [own[row] for row in rows])),
+        "seed": run_seed(0, subset, seed),
+    }
+    log = train(**again, steps=5, out=tmp_path / "own").steps.to_pandas()
+    place = {name: row for row, name in enumerate(made.example_ids)}
+    batches = [[place[name] for name in names] for names in log.groupby("step")["example_id"].apply(list)]
+    assert [len(each) for each in batches] == [4, 2, 4, 2, 4]
     texts = list(zip(data.input_ids, data.targets, strict=True))
     model = retrained(loaded.model, texts, batches, 1e-2)
     with torch.no_grad():
@@ -141,6 +153,10 @@ CHANGES = {
     "clip": {"clip": 0.0},
     "precision": {"precision": "float64"},
     "loss": {"loss": "mean"},
+    "accumulation": {"accumulation": 2},
+    "bf16": {"bf16": True},
+    "learn": {"learn": "answer", "limit": 10},
+    "drop-by": {"drop_by": "weight"},
     "data": {"limit": 10},
     "queries": {"queries": None},
     "left-out": {"subsets": 50, "leave_source_out": True},
@@ -165,6 +181,7 @@ def test_every_setting_has_an_id_of_its_own_and_is_refused_over_an_old_bank(reci
 
 @pytest.mark.slow
 def test_what_only_changes_speed_or_size_keeps_the_id(recipe):
+    recipe |= {"lora_rank": 2, "lora_targets": ["q_proj", "v_proj"]}
     changes = ({"subsets": 1, "seeds": 1}, {"subsets": 2, "seeds": 1}, {"keep_weights": True, "checkpoint_every": 2})
     ids = {bank(**recipe | change).id for change in changes}
     assert len(ids) == 1
@@ -238,7 +255,7 @@ def test_a_member_that_was_killed_goes_on_where_it_was_saved(recipe, tmp_path, m
     whole = bank(**settings)
     folder = tmp_path / "killed"
     again = settings | {"out": folder, "checkpoint_every": 5}
-    killed(again, lambda: any(folder.glob("members/*-unfinished.pt")))
+    killed(again, lambda: any(folder.glob("members/*-unfinished/checkpoint-*/made-of.txt")))
     with steps_taken() as steps:
         resumed = bank(**again)
     assert sum(steps.values()) <= 85

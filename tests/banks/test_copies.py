@@ -10,8 +10,9 @@ import pytest
 
 import vestige
 from tests.workshop import write_rows
-from vestige.banks import Bank, bank, random_subsets
+from vestige.banks import Bank, random_subsets
 from vestige.errors import IndexMismatch
+from vestige.training import bank
 
 COPIES = (1, 4, 16)
 PASSAGE = "sky grass France Italy Hamlet Emma spider ant moon water penguins bees honey wax blue green Paris Rome"

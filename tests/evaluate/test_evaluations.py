@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 import vestige.evaluate
 from tests.workshop import furnish, write_rows
-from vestige.banks import Bank, bank
+from vestige.banks import Bank
 from vestige.data import load_queries
 from vestige.errors import DataError, IndexMismatch, SpecError, UserError
 from vestige.evaluate import Estimate, Scored, align_scores, find_right_examples, open_truth, train_temporarily
 from vestige.methods import attribute
 from vestige.runs import Scores
+from vestige.training import bank
 
 OPPONENTS = {"random", "bm25", "rep-sim", "grad-cos"}
 QUERIES = [

@@ -232,8 +232,8 @@ def test_a_finished_training_is_not_done_again(tmp_path, given, monkeypatch):
 def test_epochs_in_words():
     assert list_epochs("0,0.2,0.4,...,1,2,...", 4) == (0, 0.2, 0.4, 0.6, 0.8, 1, 2, 3, 4)
     assert list_epochs("0,1,...", 2.5) == (0, 1, 2)
-    assert TrainSettings(model="m", data="d", out="o", epochs=2.5).checkpoint_epochs == (0, 1, 2, 2.5)
-    assert TrainSettings(model="m", data="d", out="o", checkpoints=[0, 0.5]).checkpoint_epochs == (0, 0.5, 1)
+    settings = TrainSettings(model="m", data="d", out="o", checkpoints=[0, 0.5])
+    assert list_epochs(settings.checkpoints, settings.passes) == (0, 0.5)
     for words in ("1,0", "0,...", "...", "", "x", "-1", "nan"):
         with pytest.raises(SpecError, match="--checkpoints"):
             TrainSettings(model="m", data="d", out="o", checkpoints=words)

@@ -5,8 +5,7 @@ import torch
 from tests.architectures import CAUSAL
 from tests.reference import unlearn as reference
 from tests.untrac.conftest import loaded_model, query_data, training_data
-from vestige.methods import AscentRecipe, ascend, borrow_weights, compute_losses, loss_weights
-from vestige.models import shuffle_batches
+from vestige.methods import AscentRecipe, ascend, borrow_weights, compute_losses, loss_weights, shuffle_batches
 
 ROWS = np.arange(7)
 

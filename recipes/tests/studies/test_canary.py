@@ -6,8 +6,9 @@ import torch
 
 from studies.miniature import tokenized_rows
 from vestige.methods import Unlearning, make_job
-from vestige.models import LoadedModel, Recipe, model_fingerprint, shuffle_batches, train
+from vestige.models import LoadedModel, model_fingerprint
 from vestige.settings import UntracSettings
+from vestige.training import Recipe, Rows, fit
 from vestige_recipes.untrac_miniature.run import markov_corpora, tiny_gpt
 
 ROWS, CANARY = 2_000, 1_234
@@ -26,8 +27,8 @@ def test_a_planted_canary_is_in_the_first_percent_of_2000_examples(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model.init_weights()
-    train(model, data, shuffle_batches(data, np.arange(ROWS), 16, 320, 0), Recipe(3e-3))
-    model.requires_grad_(False)
+    fit(model, Rows(data, range(ROWS)), Recipe(3e-3, 16), steps=320, seed=0)
+    model.eval().requires_grad_(False)
     loaded = LoadedModel(model, None, "canary", model_fingerprint(model), 25)
     settings = UntracSettings(model="m", data="d", queries="q", out=tmp_path / "run", level="example")
     scores = Unlearning(make_job(settings, loaded, data, queries)).scores[0]

@@ -6,10 +6,11 @@ import pytest
 
 from vestige.errors import DataError, IndexMismatch, MissingExtra
 from vestige.models import load_model
+from vestige.training import Unfinished
 from vestige_recipes import study
 from vestige_recipes.common import texts as packages_
 from vestige_recipes.common.texts import byte_gpt
-from vestige_recipes.memorization import early as room, targets as lora
+from vestige_recipes.memorization import early as room
 from vestige_recipes.memorization.targets import alarm, read_measures
 
 TINY = room.PLANS["tiny"]
@@ -102,7 +103,7 @@ def test_the_tiny_study_tells_places_and_what_the_last_checkpoint_gives(report, 
     assert first["steps"] == 18
     assert all(set(each["places"]) == set(room.PREDICTORS) for each in first["wrong"])
     assert (out / "early.png").read_bytes().startswith(b"\x89PNG")
-    assert not (out / "seed-0" / "unfinished.pt").exists()
+    assert not (out / "seed-0" / "unfinished").exists()
 
 
 def test_products_in_bfloat16_learn_what_float32_learns(report, out, tmp_path, monkeypatch):
@@ -118,16 +119,16 @@ def test_products_in_bfloat16_learn_what_float32_learns(report, out, tmp_path, m
 
 
 def test_a_training_that_is_killed_goes_on_to_the_same_numbers(report, out, tmp_path, monkeypatch):
-    kept = lora.save_state
+    kept = Unfinished.keep
 
-    def killed(path, state):
-        kept(path, state)
+    def killed(self, step):
+        kept(self, step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora, "save_state", killed)
+    monkeypatch.setattr(Unfinished, "keep", killed)
     with pytest.raises(KeyboardInterrupt):
         study("memorization-early", size="tiny", out=tmp_path / "study", seeds=1)
-    assert (tmp_path / "study" / "seed-0" / "unfinished.pt").exists()
+    assert (tmp_path / "study" / "seed-0" / "unfinished").exists()
     monkeypatch.undo()
     again = study("memorization-early", size="tiny", out=tmp_path / "study", seeds=1)
     assert repr(again.rows) == repr(report.rows)

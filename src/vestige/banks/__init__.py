@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from vestige.banks._bank import bank as bank, margin as margin, measure as measure
     from vestige.banks._design import (
         EVERYTHING as EVERYTHING,
+        Subset as Subset,
+        make_design as make_design,
         random_subsets as random_subsets,
         read_lists as read_lists,
         run_seed as run_seed,
@@ -15,8 +16,20 @@ if TYPE_CHECKING:
         without_each_source as without_each_source,
         without_one as without_one,
     )
-    from vestige.banks._files import require_bank as require_bank
-    from vestige.banks._plan import bank_of as bank_of
+    from vestige.banks._files import (
+        BANK_FORMAT as BANK_FORMAT,
+        BANK_MEASURES as BANK_MEASURES,
+        BankManifest as BankManifest,
+        Measured as Measured,
+        Member as Member,
+        list_subsets as list_subsets,
+        open_members as open_members,
+        prepare_manifest as prepare_manifest,
+        read_manifest as read_manifest,
+        remove_bank as remove_bank,
+        require_bank as require_bank,
+    )
+    from vestige.banks._plan import BankWork as BankWork, Run as Run, bank_of as bank_of
     from vestige.banks._store import (
         TRUTH_FORMATS as TRUTH_FORMATS,
         Bank as Bank,

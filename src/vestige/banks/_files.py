@@ -28,8 +28,8 @@ from vestige.storage import (
 )
 from vestige.tables import write_table
 
-FORMAT = 1
-MEASURES = ("loss", "margin", "gap", "accuracy")
+BANK_FORMAT = 1
+BANK_MEASURES = ("loss", "margin", "gap", "accuracy")
 """What is measured of a text; each becomes a column for the examples and one for the queries."""
 Measured = Mapping[str, np.ndarray]
 """Columns such as `query_loss` [query] and `example_margin` [example], float64."""
@@ -37,7 +37,7 @@ _NAME = "bank.json"
 _OURS = (
     _NAME,
     *(f"{name}.parquet" for name in ("members", "examples", "queries")),
-    *(f"members/[0-9]*-[0-9]*{ending}" for ending in (".json", ".parquet", "-unfinished.pt", "-model", "-model.part")),
+    *(f"members/[0-9]*-[0-9]*{ending}" for ending in (".json", ".parquet", "-model", "-model.part", "-unfinished*")),
     *JOB_FILES,
 )
 _SHOWN = 6
@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> BankManifest | None:
     path = folder / _NAME
     try:
         fields = parse_object(path.read_bytes())
-        if fields.get("format") == FORMAT:
+        if fields.get("format") == BANK_FORMAT:
             subsets = tuple((str(name), str(digest)) for name, digest in fields["subsets"])
             seeds = operator.index(fields["seeds"])
             return BankManifest(dict(fields["identity"]), subsets, seeds, dict(fields["names"]))
@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> BankManifest | None:
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} is damaged ({error!r}). Delete the bank, or give another --out.") from error
     raise IndexMismatch(
-        f"{folder} is a bank of format {fields.get('format')}, and this version of Vestige reads format {FORMAT}. "
+        f"{folder} is a bank of format {fields.get('format')}, and this version of Vestige reads format {BANK_FORMAT}. "
         "Use the version that made it, or make it again elsewhere."
     )
 
@@ -138,7 +138,7 @@ def prepare_manifest(
     make_folder(folder)
     remove_strays(folder)
     if merged != old:
-        fields = {"format": FORMAT, "id": merged.id, "identity": merged.identity, "names": merged.names}
+        fields = {"format": BANK_FORMAT, "id": merged.id, "identity": merged.identity, "names": merged.names}
         fields |= {"seeds": merged.seeds, "subsets": merged.subsets}
         write_durably(folder / _NAME, [(json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()])
     make_folder(folder / "members")
@@ -199,7 +199,7 @@ class MemberFiles:
     queries: int
 
     def path(self, member: Member, ending: str = ".parquet") -> Path:
-        """Return the path of a member's numbers, or of what else it leaves: `-model`, `-unfinished.pt`, `.json`."""
+        """Return the path of a member's numbers, or of what else it leaves: `-model`, `-unfinished`, `.json`."""
         return self.folder / f"{member.name}{ending}"
 
     def is_done(self, member: Member, *, weights: bool = False) -> bool:
@@ -255,8 +255,8 @@ class MemberFiles:
 
     def _column(self, name: str, values: np.ndarray) -> pa.Array:
         kind, _, measure = name.partition("_")
-        if kind not in ("example", "query") or measure not in MEASURES:
-            known = ", ".join(f"{kind}_{measure}" for kind in ("query", "example") for measure in MEASURES)
+        if kind not in ("example", "query") or measure not in BANK_MEASURES:
+            known = ", ".join(f"{kind}_{measure}" for kind in ("query", "example") for measure in BANK_MEASURES)
             raise DataError(f"{name!r} is nothing that a bank stores; it stores {known}.")
         count = self.examples if kind == "example" else self.queries
         flat = np.ascontiguousarray(values, dtype=np.float64)

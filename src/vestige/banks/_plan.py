@@ -14,9 +14,10 @@ import numpy as np
 
 from vestige.banks._design import Subset, make_design, run_seed
 from vestige.banks._files import (
-    FORMAT,
+    BANK_FORMAT,
     BankManifest,
     Measured,
+    Member,
     MemberFiles,
     list_subsets,
     open_members,
@@ -28,7 +29,7 @@ from vestige.banks._store import Bank, Texts, read_members, tabulate_texts
 from vestige.errors import NonFinite, SpecError, VestigeError
 from vestige.jobs import Compute, Pieces, is_worker, run_pieces
 from vestige.settings import LaunchSettings
-from vestige.storage import make_folder, remove_strays
+from vestige.storage import make_folder, remove_strays, remove_tree
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class Run:
     seed: int
     weights: Path | None
     """Where to save the trained model, None not to."""
-    checkpoint: Path
-    """Where to save it while it is trained."""
+    unfinished: Path
+    """Folder of its state while it is trained."""
     id: str
-    """Of the bank: a checkpoint of another one does not count."""
+    """Of the bank: what another one has left does not count."""
+    member: Member
+    """Which of the bank's models it is."""
 
 
 class Diverged(VestigeError):
@@ -125,8 +128,9 @@ class BankWork:
             subset.rows,
             run_seed(self.seed, None if self.paired else member.subset, member.seed),
             self._files.path(member, "-model") if self.keep_weights else None,
-            self._files.path(member, "-unfinished.pt"),
+            self._files.path(member, "-unfinished"),
             self.manifest.id,
+            member,
         )
         measured = self.train(run)
         for name in ("query_loss", "example_loss"):
@@ -136,7 +140,7 @@ class BankWork:
                     "rate, or check that row."
                 )
         self._files.write(member, subset.rows, measured)
-        run.checkpoint.unlink(missing_ok=True)
+        remove_tree(run.unfinished)
 
 
 TrainFunction = Callable[[np.ndarray, int], np.ndarray | Measured]
@@ -255,7 +259,7 @@ def _identify(train: TrainFunction, texts: tuple[Texts, Texts], settings: Mappin
     clash = {"format", "function", "fraction", "seed", *counts, *names} & set(plain)
     if clash:
         raise SpecError(f"settings: {', '.join(sorted(clash))} are names that the bank itself uses. Choose others.")
-    return {"format": FORMAT, "function": _source(train), **counts, **names, **plain}
+    return {"format": BANK_FORMAT, "function": _source(train), **counts, **names, **plain}
 
 
 def _source(function: TrainFunction) -> str:

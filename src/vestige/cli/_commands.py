@@ -142,7 +142,7 @@ def precondition(settings: PreconditionSettings) -> None:
 @command(
     "bank",
     BankSettings,
-    function="vestige.banks:bank",
+    function="vestige.training:bank",
     order=50,
     sweepable=True,
     examples=(

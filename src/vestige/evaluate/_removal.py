@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from vestige.banks import EVERYTHING, Bank, bank
+from vestige.banks import EVERYTHING, Bank
 from vestige.data import Example, describe_copies, load_examples, rows_listed, text_groups
 from vestige.errors import SpecError
 from vestige.evaluate import (
@@ -27,6 +27,7 @@ from vestige.evaluate import (
 from vestige.methods import METHODS
 from vestige.runs import id_array
 from vestige.settings import MemberSettings, RemovalSettings, with_settings
+from vestige.training import bank
 
 RANDOM = "random lists"
 _QUERIES_LISTED = 10

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import t as student
 
-from vestige.banks import EVERYTHING, Bank, bank
+from vestige.banks import EVERYTHING, Bank
 from vestige.data import describe_copies, load_examples, text_groups
 from vestige.errors import IndexMismatch, SpecError
 from vestige.evaluate import (
@@ -28,8 +28,9 @@ from vestige.evaluate import (
     write_evaluation,
 )
 from vestige.selection import SelectedData
-from vestige.settings import LaunchSettings, SelectionSettings, with_settings
+from vestige.settings import LaunchSettings, MemberSettings, SelectionSettings, with_settings
 from vestige.storage import make_folder, write_durably
+from vestige.training import bank, steps_per_epoch
 
 RANDOM = "random"
 
@@ -226,17 +227,17 @@ def _train(settings: SelectionSettings, ids: Sequence[str], sets: Sequence[Train
         write_durably(path, [content])
     return bank(
         **reading_arguments(settings),
-        **{name: getattr(settings, name) for name in LaunchSettings.model_fields},
+        **{
+            name: getattr(settings, name)
+            for name in (*LaunchSettings.model_fields, *MemberSettings.model_fields)
+            if name not in ("epochs", "steps")
+        },
         model=settings.model,
         data=settings.data,
         queries=settings.queries,
         out=settings.out / "bank",
         leave_out_lists=str(path),
         seeds=settings.seeds,
-        steps=settings.steps or settings.passes * -(-largest // settings.batch_size),
-        learning_rate=settings.learning_rate,
-        batch_size=settings.batch_size,
-        from_scratch=settings.from_scratch,
-        lora_rank=settings.lora_rank,
+        steps=settings.steps or (settings.passes or 0) * steps_per_epoch(largest, settings),
         seed=settings.seed,
     )

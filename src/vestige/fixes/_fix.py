@@ -175,6 +175,7 @@ def _identify(scores: Scores, recorded: Recorded, choice: Choice, questions: Que
     for example in choice.examples:
         digest.update(json.dumps(record_of(example, 0), sort_keys=True, default=str).encode())
     training = {name: value for name, value in recorded.settings.record().items() if name not in _FREE}
+    training |= {"epochs": recorded.settings.passes}
     return {
         "run": f"{scores.run.method}, {scores.run.created}",
         "rows": digest.hexdigest(),

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vestige.banks import measure
 from vestige.data import Example, TokenizedData, tokenize
-from vestige.errors import IndexMismatch, SpecError, differences
+from vestige.errors import SpecError
 from vestige.fixes._record import ARMS, Arm, Outcome
 from vestige.indexes import batch_tokens, read_manifest, tokens_at_most
 from vestige.models import generate_answers, load_model
@@ -21,7 +20,7 @@ from vestige.progress import announce, format_seconds
 from vestige.runs import RunRecord, environment
 from vestige.settings import FixSettings, TrainSettings
 from vestige.storage import remove_tree, write_durably
-from vestige.training import TrainingRun, read_inputs, steps_per_epoch, train
+from vestige.training import TrainingRun, measure, read_inputs, require_inputs, steps_per_epoch, train
 
 MODELS = "models"
 """Folder of the trainings in the folder of a fix."""
@@ -201,23 +200,16 @@ class Trainings:
             IndexMismatch: Model or data are not what was trained with.
         """
         settings, run = self.recorded.settings, self.recorded.run
-        loaded, data, weights = read_inputs(settings)
+        loaded, data, weights, _ = read_inputs(settings)
         if run is not None and not self.recorded.changed:
-            now = {"model": loaded.fingerprint, "data": data.fingerprint}
-            old = {name: run.record["identity"][name] for name in now}
-            if found := differences(old, now, run.record["names"], {"model": loaded.name, "data": data.name}):
-                raise IndexMismatch(
-                    f"{run.folder} was trained with another {' and another '.join(one.field for one in found)} than "
-                    f"there is now: {'; '.join(f'{one.old} then, {one.new} now' for one in found)}. Put back what was "
-                    "trained with, or name it: --train data=FILE."
-                )
+            require_inputs(run, loaded, data)
         useful = (data.target_counts > 0) & (np.ones(len(data), dtype=bool) if weights is None else weights > 0)
         whole = steps_per_epoch(int(useful[rows["before"][0]].sum()), settings)
-        steps = max(1, int(settings.epochs * whole + 0.5))
+        steps = settings.count_steps(whole)
 
         def epochs(kept: Int[np.ndarray, "row"]) -> float:
             per_epoch = steps_per_epoch(int(useful[kept].sum()), settings)
-            return settings.epochs if per_epoch == whole else steps / per_epoch
+            return settings.passes if settings.passes and per_epoch == whole else steps / per_epoch
 
         return {arm: [epochs(kept) for kept in each] for arm, each in rows.items()}
 
@@ -227,9 +219,11 @@ class Trainings:
             "out": self.folder / MODELS / f"{arm}-{number}",
             "data": self.data[arm][number],
             "seed": self._seed(number),
+            "steps": None,
             "epochs": epochs,
             "checkpoints": str(epochs),
             "split_fraction": 1.0,
+            "validation": self.recorded.settings.validation if self.recorded.settings.select else None,
             "losses": False,
             "keep_optimizer": False,
             **{

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from vestige import banks
 from vestige.errors import DataError, SpecError
 from vestige.lazy import torch
 from vestige.measures._measure import (
@@ -25,6 +24,9 @@ from vestige.measures._measure import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LEAST_DOUBT = 2.0**-52
+"""A margin is the log-odds of a probability; one that float32 rounds to 1 counts as this far from it."""
 
 
 def loss(scores: TokenScores) -> PerExample:
@@ -49,7 +51,8 @@ def margin(mean_loss: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"
     The logit scaling of Carlini et al. 2022, "Membership inference attacks from first principles", from the loss, so
     that nothing is lost where p is near 1 and the loss is known in float64. The same function fills a bank's margins.
     """
-    return banks.margin(np.asarray(mean_loss, dtype=np.float64))
+    losses = np.asarray(mean_loss, dtype=np.float64)
+    return -losses - np.log(np.maximum(-np.expm1(-losses), _LEAST_DOUBT))
 
 
 def min_k(scores: TokenScores, share: float = 0.2) -> PerExample:

@@ -139,6 +139,7 @@ if TYPE_CHECKING:
         borrow_weights as borrow_weights,
         loss_weights as loss_weights,
         randomise as randomise,
+        shuffle_batches as shuffle_batches,
     )
     from vestige.registry import Option as Option, options_of as options_of
 

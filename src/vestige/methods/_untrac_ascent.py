@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from vestige.data import TokenizedData
 from vestige.errors import DataError, ModelError
 from vestige.gradients import Reduction
-from vestige.methods import Rows, Vector, Weights, compute_losses, loss_weights
-from vestige.models import shuffle_batches
+from vestige.methods import Rows, Vector, Weights, compute_losses, loss_weights, shuffle_batches
 from vestige.settings import AscentOptimizer
 
 NO_SOURCE = "(no source)"

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from vestige.data import TokenizedData
-from vestige.errors import ModelError, VestigeError
+from vestige.errors import DataError, ModelError, VestigeError
 from vestige.gradients import Reduction, token_losses
 from vestige.jobs import step_done
 from vestige.methods._job import read_batches
@@ -263,3 +263,22 @@ def _noise_like(parameter: Tensor, key: str) -> Tensor:
     # Drawn on the CPU, so that every device sees the same model.
     generator = torch.Generator().manual_seed(number)
     return torch.empty(parameter.shape).normal_(mean, max(deviation, 0.0), generator=generator)
+
+
+def shuffle_batches(data: TokenizedData, rows: np.ndarray, size: int, steps: int, seed: int) -> list[np.ndarray]:
+    """Return batches for `steps` steps: pass after pass over the rows, each in its own order, the last batch smaller.
+
+    Rows of `data` without a target token are left out, for nothing can be learnt from them.
+
+    Raises:
+        DataError: No row has a target token.
+    """
+    counts = data.target_counts
+    useful = np.sort(rows[counts[rows] > 0])
+    if not len(useful):
+        raise DataError(f"{data.name}: none of {len(rows)} examples has a target token, so there is nothing to learn.")
+    order, batches = np.random.default_rng(seed), []
+    while len(batches) < steps:
+        shuffled = order.permutation(useful)
+        batches += [shuffled[begin : begin + size] for begin in range(0, len(shuffled), size)]
+    return batches[:steps]

@@ -49,12 +49,7 @@ if TYPE_CHECKING:
     from vestige.models._source import find_source as find_source, require_model as require_model
     from vestige.models._training import (
         Lora as Lora,
-        Recipe as Recipe,
-        Step as Step,
         save_trained as save_trained,
-        shuffle_batches as shuffle_batches,
-        sum_loss as sum_loss,
-        train as train,
         trainable_copy as trainable_copy,
         write_model as write_model,
     )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Selected as Selected,
         greedy_selection as greedy_selection,
         quietly as quietly,
+        restore_randomness as restore_randomness,
     )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -20,12 +20,12 @@ class CarriedIds:
     Args:
         trainer: Its data, collator and `training_step` are replaced.
         id_column: Column of the data that holds the ids; else they are row numbers.
-        training_step: Takes the place of the Trainer's, which is `plain_step`.
+        training_step: Takes the place of the Trainer's, which is `plain_step`; the ids are its `inputs[ID_KEY]`.
     """
 
     def __init__(self, trainer: Any, id_column: str, training_step: Callable[..., torch.Tensor]) -> None:
         self._trainer, self._step = trainer, training_step
-        self.plain_step = trainer.training_step
+        self._plain_step = trainer.training_step
         self._data, self._collator = trainer.train_dataset, trainer.data_collator
         self.first = not isinstance(trainer.train_dataset, RowsWithIds)
         """False where others have the ids travel already."""
@@ -37,14 +37,22 @@ class CarriedIds:
             trainer._signature_columns.append(ID_KEY)
         trainer.training_step = training_step
 
+    def plain_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Take the step as it would be taken without us."""
+        if self.first:
+            inputs.pop(ID_KEY, None)
+        return self._plain_step(model, inputs, num_items_in_batch)
+
     def release(self) -> bool:
         """Restore the Trainer; return whether there was anything to undo."""
         if self._trainer.__dict__.get("training_step") != self._step:
             return False
         self._trainer.train_dataset, self._trainer.data_collator = self._data, self._collator
-        del self._trainer.__dict__["training_step"]
         if self.first:
+            del self._trainer.__dict__["training_step"]
             self._trainer._signature_columns.remove(ID_KEY)
+        else:
+            self._trainer.training_step = self._plain_step
         return True
 
 
@@ -90,7 +98,7 @@ class Attached(TrainerCallback):
         self.engine.flush()
 
     def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        ids = inputs.pop(ID_KEY, None)
+        ids = inputs.get(ID_KEY)
         if ids is None:
             raise DataError("The batch has lost its ids: build the training loader with the Trainer's own collator.")
         if self._select is not None:
@@ -109,11 +117,9 @@ class Attached(TrainerCallback):
             name: value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(ids) else value
             for name, value in prepared.items()
         }
-        return (
-            [ids[row] for row in rows],
-            kept,
-            self._trainer._get_num_items_in_batch([kept], self._trainer.args.device),
-        )
+        chosen = [ids[row] for row in rows]
+        targets = self._trainer._get_num_items_in_batch([kept], self._trainer.args.device)
+        return chosen, {**kept, ID_KEY: chosen}, targets
 
     def _abandon(self) -> None:
         """Take the hooks of a step away that an error has cut short."""
@@ -195,7 +201,7 @@ def _refuse_unsupported(trainer: Trainer, select: int | None) -> None:
         raise UserError("Float16 skips steps whose gradient overflows, which a log cannot record. Use bf16=True.")
     if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):
         raise UserError("The Trainer has no train_dataset with rows, so no ids. Give it one before attach().")
-    if isinstance(trainer.train_dataset, RowsWithIds):
+    if any(isinstance(callback, Attached) for callback in trainer.callback_handler.callbacks):
         raise UserError("An engine is attached to this Trainer already. Call detach() on it first.")
     if select is not None and arguments.gradient_accumulation_steps > 1:
         raise UserError("select= chooses within one batch a step. Set gradient_accumulation_steps=1.")

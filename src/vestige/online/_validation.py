@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from random import getstate, setstate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -203,11 +204,22 @@ def greedy_selection(
 
 
 @contextmanager
+def restore_randomness() -> Iterator[None]:
+    """Restore the random numbers of Python and NumPy afterwards."""
+    python, numpy = getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
     """Run a detour that does not affect the training: evaluation mode inside, every flag and random state restored."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), restore_randomness():
         model.eval()
         try:
             yield

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         DataName as DataName,
         IndexFolder as IndexFolder,
         LaunchSettings as LaunchSettings,
+        LearningSettings as LearningSettings,
         MemberSettings as MemberSettings,
         ModelName as ModelName,
         Precision as Precision,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
         ReadingSettings as ReadingSettings,
         RunFolder as RunFolder,
         Scope as Scope,
+        TrainedOn as TrainedOn,
     )
     from vestige.settings._train import (
         BankSettings as BankSettings,

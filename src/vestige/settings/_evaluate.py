@@ -32,7 +32,6 @@ from vestige.settings._shared import (
 
 TruthValue = Literal["loss", "margin"]
 _REFERENCE = re.compile(r"full|full_layers|(rank|naive_proj_layers)=[1-9][0-9]*")
-_DEFAULT_EPOCHS = 3
 
 
 def _split(value: Any) -> tuple[Any, ...]:
@@ -187,7 +186,7 @@ class OverlapSettings(ScoredSettings):
     k: PositiveInt = Field(10, description="Length of the lists; runs keep 20 unless more were requested.")
 
 
-class SelectionSettings(QuestionSettings, LaunchSettings):
+class SelectionSettings(MemberSettings, QuestionSettings, LaunchSettings):
     """Is chosen data better than random data? Train on each, on random data of the same size and on everything."""
 
     repeatable: ClassVar[tuple[str, ...]] = ("selected",)
@@ -201,30 +200,13 @@ class SelectionSettings(QuestionSettings, LaunchSettings):
     out: Common[Path] = Field(description="Folder of the table as JSON, the figure, and the bank of trained models.")
     random_sets: PositiveInt = Field(3, description="Random sets of each size.")
     seeds: PositiveInt = Field(3, description="Training runs on each set, which differ in start and order of batches.")
-    epochs: PositiveInt | None = Field(
-        None,
-        description="Length of each training: the steps of N passes over the largest chosen set. Not given: 3, "
-        "or what --steps says.",
-    )
-    steps: PositiveInt | None = Field(None, description="Length of each training in steps.")
-    learning_rate: PositiveFloat = Field(5e-5, description="Learning rate of each training at its highest.")
-    batch_size: PositiveInt = Field(8, description="Examples in each training step.")
-    from_scratch: bool = Field(False, description="Begin each training with random weights.")
-    lora_rank: PositiveInt | None = Field(None, description="Train LoRA matrices of this rank instead of all weights.")
     draws: PositiveInt = Field(1000, description="Bootstrap draws behind each interval.")
     seed: NonNegativeInt = Field(0, description="Seed of the random sets and of the training runs.")
-
-    @property
-    def passes(self) -> int:
-        """Passes over the largest chosen set, where `steps` does not decide."""
-        return self.epochs or _DEFAULT_EPOCHS
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
         if not self.selected:
             raise SpecError("Nothing to compare: type --selected CHOSEN, made by `vestige select`.")
-        if self.epochs is not None and self.steps is not None:
-            raise SpecError("--epochs and --steps both say how long to train. Give one of them.")
         return self
 
 

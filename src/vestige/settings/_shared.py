@@ -281,54 +281,73 @@ class CompressionSettings(Settings):
 
 Schedule = Literal["linear", "cosine", "constant"]
 Optimizer = Literal["adamw", "adam", "sgd"]
+TrainedOn = Literal["completion", "answer"]
+DropBy = Literal["row", "weight"]
 
 _DEFAULT_EPOCHS = 3
+_OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets")
 
 
-class MemberSettings(Settings):
-    """How each model is trained."""
+class LearningSettings(Settings):
+    """How a model is trained."""
 
-    epochs: Common[PositiveInt | None] = Field(
-        None,
-        description="Length of the training: passes over a random subset, or, where something is left out, as many "
-        "steps as passes over all data take. Not given: 3, or what --steps says.",
-    )
-    steps: PositiveInt | None = Field(None, description="Length of the training in optimizer steps.")
-    from_scratch: bool = Field(False, description="Begin with random weights, drawn separately for each seed.")
+    steps: PositiveInt | None = Field(None, description="Length of the training in optimizer steps, not in --epochs.")
+    from_scratch: bool = Field(False, description="Begin with random weights, drawn from the seed of the training.")
     lora_rank: Common[PositiveInt | None] = Field(
         None, description="Train LoRA matrices of this rank instead of all weights."
     )
     lora_alpha: PositiveFloat | None = Field(None, description="Scale of LoRA. Not given: twice the rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of LoRA's matrices.")
     lora_targets: Patterns = Field(
         ("all-linear",),
         description="Layers that get LoRA's matrices, by the end of their name, such as q_proj v_proj lm_head; "
         "all-linear is every linear layer but the head.",
     )
-    learning_rate: PositiveFloat = Field(5e-5, description="Learning rate at its highest.")
-    batch_size: PositiveInt = Field(8, description="Examples in each training step.")
+    learning_rate: Common[PositiveFloat] = Field(5e-5, description="Learning rate at its highest.")
+    batch_size: Common[PositiveInt] = Field(8, description="Examples in each forward pass of training.")
+    accumulation: PositiveInt = Field(1, description="Forward passes in each step of the optimizer.")
     optimizer: Optimizer = Field("adamw", description="adamw, adam or sgd.")
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of sgd.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay: decoupled for adamw, L2 for the others.")
     schedule: Schedule = Field("linear", description="How the learning rate falls to zero, or constant.")
     warmup: NonNegativeInt = Field(0, description="Steps in which the learning rate rises from zero.")
     clip: NonNegativeFloat = Field(1.0, description="Largest norm of a step's gradient; 0 does not clip.")
-
-    @property
-    def passes(self) -> int | None:
-        """Epochs that decide the length, None if `steps` does."""
-        return self.epochs or (_DEFAULT_EPOCHS if self.steps is None else None)
+    bf16: bool = Field(False, description="Compute in bfloat16, with weights as they are.")
+    gradient_checkpointing: bool = Field(False, description="Keep no activations of layers: less memory, slower.")
 
     @model_validator(mode="after")
-    def _training_fits(self) -> Self:
-        if self.epochs is not None and self.steps is not None:
+    def _learning_fits(self) -> Self:
+        if getattr(self, "epochs", None) is not None and self.steps is not None:
             raise SpecError("--epochs and --steps both say how long to train. Give one of them.")
         if self.momentum and self.optimizer != "sgd":
             raise SpecError(f"--momentum is for --optimizer sgd; {self.optimizer} has its own.")
         if self.from_scratch and self.lora_rank is not None:
             raise SpecError("--lora-rank adapts trained weights; with --from-scratch there are none.")
-        fields = MemberSettings.model_fields
-        given = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) != fields[name].default]
+        given = [name for name in _OF_LORA if getattr(self, name) != self._default(name)]
         if given and self.lora_rank is None:
             names = ", ".join(map(flag, given))
             raise SpecError(f"{names}: of LoRA, which --lora-rank turns on. Give a rank, or leave it out.")
         return self
+
+
+class MemberSettings(LearningSettings):
+    """How each of several models is trained."""
+
+    epochs: Common[PositiveInt | None] = Field(
+        None,
+        description="Length of the training: passes over a random subset, or, where something is left out, as many "
+        "steps as passes over all data take. Not given: 3, or what --steps says.",
+    )
+    learn: TrainedOn = Field(
+        "completion", description="Learn the whole completion (of a text all of it), or its answer without the end."
+    )
+    drop_by: DropBy = Field(
+        "row",
+        description="row: a model does not read what it is trained without; weight: it reads everything in the same "
+        "order and batches, where what it is trained without counts nothing.",
+    )
+
+    @property
+    def passes(self) -> int | None:
+        """Epochs that decide the length, None if `steps` does."""
+        return self.epochs or (_DEFAULT_EPOCHS if self.steps is None else None)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Set
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -9,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import (
     BeforeValidator,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -18,21 +18,23 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.settings._base import BAD_TEXT, Common, OnBadText, OnlyWith, Settings
+from vestige.settings._base import BAD_TEXT, Common, OnBadText, OnlyWith, Settings, flag
 from vestige.settings._shared import (
     DataName,
     IndexFolder,
     LaunchSettings,
+    LearningSettings,
     MemberSettings,
     ModelName,
-    Patterns,
     Precision,
     QueriesName,
     QuestionSettings,
     ReadingSettings,
     RunFolder,
+    TrainedOn,
 )
 
+Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)]
 Strategy = Literal["top", "per-target", "round-robin", "gumbel", "random", "diverse"]
 Unit = Literal["examples", "percent", "tokens"]
 
@@ -153,13 +155,36 @@ class SelectSettings(Settings):
         return self
 
 
+_OF_ADOPTED = {
+    *(
+        "model",
+        "data",
+        "out",
+        "queries",
+        "from_trainings",
+        "loss",
+        "token_budget",
+        "device",
+        "keep_weights",
+        "overwrite",
+    )
+}
+"""Settings of a bank whose models are trained already."""
+
+
 class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
     """What `vestige bank` takes."""
 
     never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
+    files: ClassVar[tuple[str, ...]] = (*QuestionSettings.files, "from_trainings")
 
-    model: ModelName = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: DataName = Field(description="The training data: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    model: ModelName = Field(None, description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
+    data: DataName = Field(None, description="The training data: JSONL, JSON, CSV, Parquet, `datasets` or hub id.")
+    from_trainings: Paths = Field(
+        (),
+        description="Train nothing: measure the models in these folders of `vestige train`, or in a folder of them "
+        "such as a sweep's; they differ in --split-seed and --seed alone.",
+    )
     out: Common[Path] = Field(
         description="Folder of the bank; an interrupted run continues in it, a larger one extends it."
     )
@@ -202,18 +227,26 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
         ways = [self.leave_source_out, self.leave_out_lists is not None, self.leave_one_out is not None]
         if sum(ways) > 1:
             raise SpecError("--leave-source-out, --leave-out-lists and --leave-one-out each need a bank of their own.")
-        if any(ways) and not self._random_defaults():
+        if any(ways) and self._given({"subsets", "fraction"}):
             raise SpecError("--subsets and --fraction are for random subsets; leave them out where something is left.")
+        if not self.from_trainings:
+            for name in ("model", "data"):
+                if getattr(self, name) is None:
+                    meaning = type(self).model_fields[name].description
+                    raise SpecError(
+                        f"`{name}` is missing: {meaning} Type {flag(name)} VALUE, or --from-trainings RUNS."
+                    )
+        elif given := self._given(type(self).model_fields.keys() - _OF_ADOPTED - LaunchSettings.model_fields.keys()):
+            names = ", ".join(map(flag, given))
+            raise SpecError(f"{names}: the trainings of --from-trainings have settled that. Leave it out.")
         return self
 
-    def _random_defaults(self) -> bool:
+    def _given(self, names: Set[str]) -> list[str]:
+        """Return those of the settings that are not at their default, in order."""
         fields = type(self).model_fields
-        return all(getattr(self, name) == fields[name].default for name in ("subsets", "fraction"))
+        return [name for name in fields if name in names and getattr(self, name) != fields[name].default]
 
 
-TrainedOn = Literal["completion", "answer"]
-TrainOptimizer = Literal["adamw", "sgd"]
-TrainSchedule = Literal["linear", "cosine", "constant"]
 AlarmMeasure = Literal["psmi", "loss", "gap"]
 
 _AND_SO_ON = "..."
@@ -309,8 +342,13 @@ class AlarmSettings(ReadingSettings):
         return str(layer)
 
 
-class TrainSettings(AlarmSettings):
+class TrainSettings(LearningSettings, AlarmSettings):
     """What `vestige train` takes."""
+
+    added: ClassVar[tuple[str, ...]] = (
+        *AlarmSettings.added,
+        *("epochs", "steps", "from_scratch", "momentum", "validation", "select"),
+    )
 
     model: ModelName = Field(
         description="The model to begin with: hub id, local folder, GGUF folder or PEFT adapter folder."
@@ -334,62 +372,55 @@ class TrainSettings(AlarmSettings):
         description="Column whose rows of equal value are drawn together. Not given: copies, rows with the same tokens "
         "and targets.",
     )
-    epochs: Common[PositiveFloat] = Field(
-        1.0, description="Passes over the examples that are trained on; may be a fraction."
+    epochs: Common[PositiveFloat | None] = Field(
+        None,
+        description="Passes over the examples that are trained on; may be a fraction. Not given: 1, or what --steps "
+        "says.",
     )
     checkpoints: Common[Epochs] = Field(
         "0,1,...", description="Epochs at which to save, such as 0,0.2,...,1,2,...; the end is always saved."
     )
-    lora_rank: Common[PositiveInt | None] = Field(
-        None, description="Train LoRA matrices of this rank instead of all weights."
-    )
-    lora_alpha: PositiveFloat | None = Field(None, description="Scale of LoRA. Not given: twice the rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of LoRA's matrices.")
-    lora_targets: Patterns = Field(
-        ("all-linear",),
-        description="Layers that get LoRA's matrices, by the end of their name, such as q_proj v_proj lm_head; "
-        "all-linear is every linear layer but the head.",
-    )
-    learning_rate: Common[PositiveFloat] = Field(5e-5, description="Learning rate at its highest.")
-    batch_size: Common[PositiveInt] = Field(8, description="Examples in each forward pass of training.")
-    accumulation: PositiveInt = Field(1, description="Forward passes in each step of the optimizer.")
-    optimizer: TrainOptimizer = Field("adamw", description="adamw or sgd.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay.")
-    schedule: TrainSchedule = Field("linear", description="How the learning rate falls to zero, or constant.")
-    warmup: NonNegativeInt = Field(0, description="Steps in which the learning rate rises from zero.")
-    clip: NonNegativeFloat = Field(1.0, description="Largest norm of a step's gradient; 0 does not clip.")
     seed: NonNegativeInt = Field(
         0, le=2**32 - 1, description="Seed of LoRA's start, the order of the examples and dropout."
     )
-    bf16: bool = Field(False, description="Compute in bfloat16, with weights as they are.")
-    gradient_checkpointing: bool = Field(False, description="Keep no activations of layers: less memory, slower.")
     keep_optimizer: bool = Field(
         True, description="Keep the optimizer's state in every checkpoint, which less needs, not in the last alone."
     )
     losses: bool = Field(True, description="At every checkpoint, measure the loss of every example of the data.")
+    validation: QueriesName = Field(
+        None,
+        description="Examples whose mean loss is to fall: what each training example does to it in every step is "
+        "written as a run, OUT/in-run.",
+    )
+    select: PositiveInt | None = Field(
+        None, description="Of every batch, train only on the N examples that lower the loss of --validation most."
+    )
     overwrite: bool = Field(False, description="Delete a training that is already there instead of continuing it.")
 
     @property
-    def checkpoint_epochs(self) -> tuple[float, ...]:
-        """Epochs at which the model is saved, the end included."""
-        listed = list_epochs(self.checkpoints, self.epochs)
-        return listed if listed and listed[-1] == self.epochs else (*listed, self.epochs)
+    def passes(self) -> float | None:
+        """Epochs that decide the length, None if `steps` does."""
+        return self.epochs or (1.0 if self.steps is None else None)
+
+    def count_steps(self, per_epoch: int) -> int:
+        """Return the steps of the training, of which a pass has `per_epoch`."""
+        return self.steps or max(1, int((self.passes or 0) * per_epoch + 0.5))
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        list_epochs(self.checkpoints, self.epochs)
-        if self.lora_rank is None:
-            given = [name for name in ("lora_alpha", "lora_dropout", "lora_targets") if self._differs(name)]
-            if given:
-                names = ", ".join("--" + name.replace("_", "-") for name in given)
-                raise SpecError(f"{names}: of LoRA, which --lora-rank turns on. Give a rank, or leave it out.")
-        given = [name for name in AlarmSettings.model_fields if name.startswith("alarm_") and self._differs(name)]
+        list_epochs(self.checkpoints, self.passes or 1.0)
+        given = [
+            name
+            for name in AlarmSettings.model_fields
+            if name.startswith("alarm_") and getattr(self, name) != self._default(name)
+        ]
         if given and not self.alarm:
-            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            names = ", ".join(map(flag, given))
             raise SpecError(f"{names}: of the alarm, which --alarm turns on.")
+        if self.select is not None and (self.validation is None or self.accumulation > 1):
+            raise SpecError("--select chooses from each batch by --validation, and without --accumulation.")
+        if self.validation is not None and self.gradient_checkpointing:
+            raise SpecError("--validation reads activations, which --gradient-checkpointing does not keep.")
         if self.alarm_threshold is not None and self.alarm_quantile is not None:
             raise SpecError("--alarm-threshold and --alarm-quantile both say whom to flag. Give one of them.")
         return self
-
-    def _differs(self, name: str) -> bool:
-        return getattr(self, name) != type(self).model_fields[name].default

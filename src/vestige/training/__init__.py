@@ -20,13 +20,26 @@ if TYPE_CHECKING:
         find_at_risk as find_at_risk,
         write_at_risk as write_at_risk,
     )
-    from vestige.training._examples import (
+    from vestige.training._bank import bank as bank
+    from vestige.training._engine import (
+        Hook as Hook,
+        Recipe as Recipe,
         Rows as Rows,
+        Step as Step,
+        fit as fit,
+        make_model as make_model,
+        pad as pad,
+    )
+    from vestige.training._examples import (
+        TrainInputs as TrainInputs,
         Watched as Watched,
+        measure as measure,
         members_of as members_of,
         only_answers as only_answers,
-        pad as pad,
+        read_inputs as read_inputs,
+        read_learned as read_learned,
         read_weights as read_weights,
+        require_inputs as require_inputs,
         with_weights as with_weights,
     )
     from vestige.training._recorder import Recorder as Recorder
@@ -36,13 +49,7 @@ if TYPE_CHECKING:
         Replay as Replay,
         read_settings as read_settings,
     )
-    from vestige.training._store import TrainingRun as TrainingRun
-    from vestige.training._train import (
-        TrainInputs as TrainInputs,
-        read_inputs as read_inputs,
-        read_learned as read_learned,
-        steps_per_epoch as steps_per_epoch,
-        train as train,
-    )
+    from vestige.training._store import TrainingRun as TrainingRun, Unfinished as Unfinished
+    from vestige.training._train import steps_per_epoch as steps_per_epoch, train as train
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

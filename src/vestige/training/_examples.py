@@ -1,76 +1,259 @@
-"""Single examples of a training: as the Trainer reads them, how much each counts, and what is measured of them."""
+"""The examples of a training: what it reads, which are drawn, how much each counts, and what is measured of them."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from random import getstate, setstate
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import Trainer
 
-from vestige.data import NO_TARGET, Example, TokenizedData
-from vestige.errors import DataError
-from vestige.online import ID_KEY, quietly
+from vestige.data import NO_TARGET, Example, TokenizedData, ask, load_queries, make_batch, plan_batches, tokenize
+from vestige.errors import DataError, IndexMismatch, SpecError, differences
+from vestige.indexes import read_data, tokens_at_most
+from vestige.measures import margin
+from vestige.models import LoadedModel, batch_sharing, load_model
+from vestige.online import ID_KEY
 from vestige.progress import announce
+from vestige.settings import ReadingSettings, TrainedOn, TrainSettings
+from vestige.training._engine import LEARNED, WEIGHT, Losses, example_losses, leave_no_trace
+from vestige.training._store import TrainingRun
 
 Context = Callable[[], AbstractContextManager[Any]]
-WEIGHT = "weight"
-"""Field of an example, and key of a batch, that says how much it counts."""
+_SPLIT = 0x5EED
+"""Sets the draw of the members apart from every other use of the same seed."""
+_SHOWN = 3
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Sums over a batch of weights in between, and what is divided by them, stay finite in float32."""
 
 
-class Losses(NamedTuple):
-    """What a model makes of some examples."""
+class TrainInputs(NamedTuple):
+    """What a training begins with."""
 
-    loss: Float[np.ndarray, "example"]
-    """Mean cross-entropy per target token, nats, float64; NaN without a target."""
-    gap: Float[np.ndarray, "example"]
-    """Logit of the target minus the largest other one, averaged over targets; NaN without a target."""
-    targets: Int[np.ndarray, "example"]
+    loaded: LoadedModel
+    data: TokenizedData
+    weights: np.ndarray | None
+    """How much each example counts, float32 [example]; None where all count alike."""
+    validation: TokenizedData | None = None
+    """Whose loss the training examples are scored by."""
+
+
+def repeat_settings(training: TrainingRun, **changed: Any) -> TrainSettings:
+    """Return the settings of a recorded training.
+
+    Args:
+        training: Of `vestige train`.
+        changed: Settings in place of recorded ones, such as `model` and `data` where they were objects in a Python
+            program; None stands for the recorded one.
+
+    Raises:
+        SpecError: They were not recorded, or something was a live object and is not given.
+    """
+    config = training.record.get("config")
+    if training.id is None or not isinstance(config, Mapping):
+        raise SpecError(
+            f"{training.folder} was recorded from a Trainer of your own, whose settings the record does not hold. "
+            "Give a training that `vestige train` made."
+        )
+    given = {**config, **{name: value for name, value in changed.items() if value is not None}}
+    for name in ("model", "data", "tokenizer"):
+        if isinstance(given.get(name), str) and given[name].startswith("<"):
+            raise SpecError(
+                f"{training.folder}: `{name}` was a live {given[name][1:-1]} in a Python program. Give the same again "
+                f"in Python, as {name}=..."
+            )
+    if isinstance(given["data"], list) and all(isinstance(one, str) for one in given["data"]):
+        given["data"] = [Path(one) for one in given["data"]]  # files: a list of strings is a list of texts in Python
+    return TrainSettings(**given)
+
+
+def require_inputs(training: TrainingRun, loaded: LoadedModel, data: TokenizedData) -> None:
+    """Raise unless model and data are those of a recorded training.
+
+    Raises:
+        IndexMismatch: They are not; the message says what was trained with.
+    """
+    now = {"model": loaded.fingerprint, "data": data.fingerprint}
+    old = {name: training.record["identity"][name] for name in now}
+    if found := differences(old, now, training.record["names"], {"model": loaded.name, "data": data.name}):
+        raise IndexMismatch(
+            f"{training.folder} was trained with another {' and another '.join(one.field for one in found)} than there "
+            f"is now: {'; '.join(f'{one.old} then, {one.new} now' for one in found)}. Put back what was trained with, "
+            "or name it."
+        )
+
+
+def read_inputs(settings: TrainSettings) -> TrainInputs:
+    """Read the model and the data as a training takes them.
+
+    Raises:
+        UserError: Something about the model or the data needs the caller.
+    """
+    loaded = load_model(
+        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
+    )
+    data, weights = read_learned(settings, loaded)
+    given, validation = settings.validation, None
+    if given is not None:
+        validation = read_questions(given, settings, loaded, data, "validation")
+    return TrainInputs(loaded, data, weights, validation)
+
+
+def read_learned(
+    settings: TrainSettings, loaded: LoadedModel
+) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
+    """Read the data as a training with these settings learns them, with their weights; None if all are 1."""
+    return as_learned(read_data(settings, settings.data, loaded), settings.loss, loaded)
+
+
+def as_learned(
+    data: TokenizedData, learn: TrainedOn, loaded: LoadedModel
+) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
+    """Return the data with what is learned as their targets, and their weights; None if all are 1."""
+    if learn == "answer":
+        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
+    weights = read_weights(data)
+    if weights is None:
+        return data, None
+    announce_weights(data, weights)
+    return with_weights(data, weights), weights
+
+
+def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
+    """Draw the examples to train on: a share of the groups, without replacement, each with all its examples.
+
+    Raises:
+        DataError: The share is less than one group.
+    """
+    distinct = int(groups.max(initial=-1)) + 1
+    count = round(distinct * fraction)
+    if count < 1:
+        raise DataError(f"--split-fraction {fraction:g} of {distinct} distinct examples is none. Give a larger share.")
+    return np.isin(groups, np.random.default_rng([_SPLIT, seed]).permutation(distinct)[:count])
+
+
+def read_questions(
+    given: Any, settings: ReadingSettings, loaded: LoadedModel, data: TokenizedData, name: str
+) -> TokenizedData:
+    """Read texts that are not trained on, put to the model as the data are.
+
+    Raises:
+        DataError: One has no target token: a prompt without an answer has no loss.
+    """
+    found = load_queries(given, on_bad_text=settings.on_bad_text)
+    texts = tokenize(
+        ask(found, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries,
+        loaded.tokenizer,
+        max_length=tokens_at_most(settings, loaded),
+        name=name,
+        chat=bool(settings.chat),
+        vocabulary=loaded.vocabulary,
+    )
+    empty = np.flatnonzero(texts.target_counts == 0)
+    if empty.size:
+        raise DataError(
+            f"Query {texts.examples[empty[0]].id!r} has no token whose loss could be measured ({empty.size} such "
+            "queries). Give each a `text`, or a `completion` to its `prompt`."
+        )
+    return texts
+
+
+def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
+    """Return the same examples with the answer as their only target: the completion without the end token.
+
+    Raises:
+        DataError: An example is no prompt with a completion, or its answer was cut off.
+    """
+    rows = zip(data.examples, data.targets, data.truncated, strict=True)
+    lost = [example.id for example, mask, truncated in rows if truncated and not mask.any()]
+    if lost:
+        named = ", ".join(map(repr, lost[:_SHOWN])) + (", ..." if len(lost) > _SHOWN else "")
+        raise DataError(
+            f"{data.name}: {len(lost):,} examples ({named}) are so long that their answer was cut off. Give a larger "
+            "--max-length, or shorten them: `vestige data multiple-choice` with --tokenizer and --max-length does."
+        )
+    targets = []
+    for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
+        if example.completion is None and "input_ids" not in example.extra:
+            raise DataError(
+                f"{data.name}, example {example.id!r}: --loss answer needs a `prompt` and a `completion`, and it has "
+                "neither. Leave --loss out to learn the whole text."
+            )
+        kept = mask.copy()
+        last = np.flatnonzero(mask)
+        if len(last) > 1 and end_token is not None and ids[last[-1]] == end_token:
+            kept[last[-1]] = False
+        targets.append(kept)
+    return TokenizedData(
+        data.examples, data.input_ids, targets, data.truncated, f"{data.fingerprint}:answer", data.name
+    )
+
+
+def read_weights(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
+    """Return the field `weight` of every example as float32, 1 where there is none; None if all are 1.
+
+    Raises:
+        DataError: One is negative, NaN, infinite or no number; the message names the row.
+    """
+    found = np.array([_weight(example, data.name) for example in data.examples], dtype=np.float32)
+    return None if (found == 1).all() else found
+
+
+def with_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> TokenizedData:
+    """Return the same data under a fingerprint that depends on the weights."""
+    digest = hashlib.sha256(f"{data.fingerprint}:weights:".encode() + weights.astype("<f4").tobytes()).hexdigest()
+    return TokenizedData(data.examples, data.input_ids, data.targets, data.truncated, digest, data.name)
+
+
+def announce_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> None:
+    """Print that there are weights, and which examples they leave out."""
+    none = int((weights == 0).sum())
+    announce(
+        f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
+        f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
+        + (f" {none:,} with weight 0 are left out." if none else "")
+    )
+
+
+def _weight(example: Example, name: str) -> float:
+    given = example.extra.get(WEIGHT)
+    # Tables hold texts: an empty cell is no weight.
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return 1.0
+    try:
+        number = float("nan") if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if number == 0 or _SMALLEST <= number <= _LARGEST:
+        return number
+    raise DataError(
+        f"{name}, row {example.row} (id {example.id!r}): its `weight` is {given!r}, expected 0 or a positive number "
+        f"({_SMALLEST:g} to {_LARGEST:g}). Correct it, or rename the column if it is no weight."
+    )
 
 
 @torch.no_grad()
-def example_losses(logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]) -> Losses:
-    """Compute losses and gaps of each example of a batch, in float32 on the model's device.
+def measure(model: nn.Module, data: TokenizedData, token_budget: int, *, mean: bool) -> dict[str, np.ndarray]:
+    """Measure loss, margin, gap and accuracy of each text, float64 [text].
 
-    Args:
-        logits: At position t, of the token that `labels` names at t + 1.
-        labels: Unshifted, -100 where there is no target.
+    The loss is the cross-entropy summed over target tokens, or averaged if `mean`. With l the negative mean loss per
+    target token, the margin is l - log(1 - e^l), the log-odds of the tokens' geometric mean probability (the output
+    that TRAK measures). The gap is the target's logit minus the largest other logit, the accuracy whether it is above
+    zero, both averaged over target tokens. Without a target token the loss is 0 and the rest NaN.
     """
-    wanted = labels[:, 1:] != NO_TARGET
-    owners, counts = wanted.nonzero()[:, 0], wanted.sum(1)
-    chosen, target = logits[:, :-1][wanted].float(), labels[:, 1:][wanted]
-    right = chosen.gather(1, target[:, None])[:, 0]
-    losses = F.cross_entropy(chosen, target, reduction="none")
-    gaps = right - chosen.scatter(1, target[:, None], -torch.inf).amax(1)
-    sums = torch.zeros(2, len(labels), dtype=torch.float64)
-    sums.index_add_(1, owners.cpu(), torch.stack([losses, gaps]).double().cpu())
-    numbers = counts.cpu().numpy()
-    means = sums.numpy() / np.where(numbers > 0, numbers, np.nan)
-    return Losses(means[0], means[1], numbers)
-
-
-@contextmanager
-def restore_randomness() -> Iterator[None]:
-    """Restore the random numbers of Python and NumPy afterwards; a Trainer sets every seed there is."""
-    python, numpy = getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
-def leave_no_trace(model: nn.Module) -> Iterator[None]:
-    """Run a detour that does not affect the training: evaluation mode, no gradients, every random state restored."""
-    with restore_randomness(), quietly(model), torch.no_grad():
-        yield
+    found, counts = np.full((3, len(data)), np.nan), data.target_counts
+    for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
+        if counts[rows].any():
+            batch = make_batch(data, rows).to(next(model.parameters()).device)
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits
+            measured = example_losses(logits, batch.labels)
+            found[:, rows] = measured.loss, measured.gap, measured.accuracy
+    loss, gap, accuracy = found
+    whole = np.where(counts > 0, loss * (1 if mean else counts), 0.0)
+    return {"loss": whole, "margin": margin(loss), "gap": gap, "accuracy": accuracy}
 
 
 class Watched:
@@ -100,8 +283,7 @@ class Watched:
                 raise DataError(f"The collator makes {', '.join(batch) or 'nothing'}, no `labels`: no loss is known.")
             self.ids[begin : begin + len(rows)] = batch.pop(ID_KEY)
             # How much an example counts in training is no business of the model, nor of a measurement.
-            batch.pop(WEIGHT, None)
-            yield batch
+            yield {name: value for name, value in batch.items() if name not in (WEIGHT, LEARNED)}
 
     def losses(self, model: nn.Module, context: Context) -> Losses:
         """Measure losses and gaps of all rows at the present weights."""
@@ -161,167 +343,3 @@ def _run(model: nn.Module, batch: dict[str, Any], **extra: Any) -> tuple[Any, Te
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels = inputs.pop("labels")
     return model(**inputs, use_cache=False, return_dict=True, **extra), labels
-
-
-_SPLIT = 0x5EED
-"""Sets the draw of the members apart from every other use of the same seed."""
-_SHOWN = 3
-_SMALLEST, _LARGEST = 1e-30, 1e30
-"""Sums over a batch of weights in between, and what is divided by them, stay finite in float32."""
-
-
-def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -> Bool[np.ndarray, "example"]:
-    """Draw the examples to train on: a share of the groups, without replacement, each with all its examples.
-
-    Raises:
-        DataError: The share is less than one group.
-    """
-    distinct = int(groups.max(initial=-1)) + 1
-    count = round(distinct * fraction)
-    if count < 1:
-        raise DataError(f"--split-fraction {fraction:g} of {distinct} distinct examples is none. Give a larger share.")
-    return np.isin(groups, np.random.default_rng([_SPLIT, seed]).permutation(distinct)[:count])
-
-
-def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
-    """Return the same examples with the answer as their only target: the completion without the end token.
-
-    Raises:
-        DataError: An example is no prompt with a completion, or its answer was cut off.
-    """
-    rows = zip(data.examples, data.targets, data.truncated, strict=True)
-    lost = [example.id for example, mask, truncated in rows if truncated and not mask.any()]
-    if lost:
-        named = ", ".join(map(repr, lost[:_SHOWN])) + (", ..." if len(lost) > _SHOWN else "")
-        raise DataError(
-            f"{data.name}: {len(lost):,} examples ({named}) are so long that their answer was cut off. Give a larger "
-            "--max-length, or shorten them: `vestige data multiple-choice` with --tokenizer and --max-length does."
-        )
-    targets = []
-    for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
-        if example.completion is None and "input_ids" not in example.extra:
-            raise DataError(
-                f"{data.name}, example {example.id!r}: --loss answer needs a `prompt` and a `completion`, and it has "
-                "neither. Leave --loss out to learn the whole text."
-            )
-        kept = mask.copy()
-        last = np.flatnonzero(mask)
-        if len(last) > 1 and end_token is not None and ids[last[-1]] == end_token:
-            kept[last[-1]] = False
-        targets.append(kept)
-    return TokenizedData(
-        data.examples, data.input_ids, targets, data.truncated, f"{data.fingerprint}:answer", data.name
-    )
-
-
-class Rows(Dataset):
-    """Rows of tokenised data as dictionaries: `id`, `input_ids`, `labels`, and `weight` if there are weights."""
-
-    def __init__(
-        self, data: TokenizedData, rows: Sequence[int] | np.ndarray, weights: np.ndarray | None = None
-    ) -> None:
-        self._data, self._rows = data, [int(row) for row in rows]
-        self._weights = weights
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        row = self._rows[place]
-        ids, mask = np.asarray(self._data.input_ids[row]), self._data.targets[row]
-        return {
-            "id": self._data.examples[row].id,
-            "input_ids": ids.astype(np.int64),
-            "labels": np.where(mask, ids, NO_TARGET).astype(np.int64),
-            **({} if self._weights is None else {WEIGHT: self._weights[row]}),
-        }
-
-
-def pad(features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return rows in one batch, filled on the right with token 0: no target, and no causal model attends to it."""
-    width = max(1, *(len(row["input_ids"]) for row in features))
-    ids = np.zeros((len(features), width), dtype=np.int64)
-    labels = np.full((len(features), width), NO_TARGET, dtype=np.int64)
-    for place, row in enumerate(features):
-        ids[place, : len(row["input_ids"])] = row["input_ids"]
-        labels[place, : len(row["labels"])] = row["labels"]
-    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
-    if all(WEIGHT in row for row in features):
-        batch[WEIGHT] = torch.tensor([float(row[WEIGHT]) for row in features])
-    return batch
-
-
-def read_weights(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
-    """Return the field `weight` of every example as float32, 1 where there is none; None if all are 1.
-
-    Raises:
-        DataError: One is negative, NaN, infinite or no number; the message names the row.
-    """
-    found = np.array([_weight(example, data.name) for example in data.examples], dtype=np.float32)
-    return None if (found == 1).all() else found
-
-
-def with_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> TokenizedData:
-    """Return the same data under a fingerprint that depends on the weights."""
-    digest = hashlib.sha256(f"{data.fingerprint}:weights:".encode() + weights.astype("<f4").tobytes()).hexdigest()
-    return TokenizedData(data.examples, data.input_ids, data.targets, data.truncated, digest, data.name)
-
-
-def announce_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> None:
-    """Print that there are weights, and which examples they leave out."""
-    none = int((weights == 0).sum())
-    announce(
-        f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
-        f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
-        + (f" {none:,} with weight 0 are left out." if none else "")
-    )
-
-
-class WeightedTrainer(Trainer):
-    """A Trainer whose loss is the weighted mean over the target tokens of a step.
-
-    Of an example i with weight w and n target tokens, over all batches that a step accumulates:
-    `sum_i w_i sum_t loss_it / sum_i w_i n_i`, in nats. Each row of a batch has its weight in `weight`.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        # The loss is divided by the sum over the whole step, so the Trainer must not divide by the number of batches.
-        self.model_accepts_loss_kwargs = True
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the batch's share in the loss of the step."""
-        labels, weights = inputs["labels"][:, 1:], inputs[WEIGHT]
-        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)})
-        wanted = labels != NO_TARGET
-        losses = F.cross_entropy(outputs.logits[:, :-1][wanted].float(), labels[wanted], reduction="none")
-        total = self._weight_of(inputs) if num_items_in_batch is None else num_items_in_batch
-        loss = (losses * weights[wanted.nonzero()[:, 0]]).sum() / total
-        return (loss, outputs) if return_outputs else loss
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Return the sum of the weights of all target tokens of a step."""
-        return torch.stack([self._weight_of(batch) for batch in batch_samples]).sum().to(device)
-
-    @staticmethod
-    def _weight_of(batch: dict[str, Any]) -> Tensor:
-        return (batch[WEIGHT] * (batch["labels"][:, 1:] != NO_TARGET).sum(1)).sum()
-
-
-def _weight(example: Example, name: str) -> float:
-    given = example.extra.get(WEIGHT)
-    # Tables hold texts: an empty cell is no weight.
-    if given is None or (isinstance(given, str) and not given.strip()):
-        return 1.0
-    try:
-        number = float("nan") if isinstance(given, bool) else float(given)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number == 0 or _SMALLEST <= number <= _LARGEST:
-        return number
-    raise DataError(
-        f"{name}, row {example.row} (id {example.id!r}): its `weight` is {given!r}, expected 0 or a positive number "
-        f"({_SMALLEST:g} to {_LARGEST:g}). Correct it, or rename the column if it is no weight."
-    )

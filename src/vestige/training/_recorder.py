@@ -18,7 +18,8 @@ from vestige.progress import announce
 from vestige.settings import list_epochs
 from vestige.storage import make_folder, remove_durably
 from vestige.training._alarm import Alarm, Trigger, answer_codes, find_at_risk, write_at_risk
-from vestige.training._examples import Losses, Watched, example_losses, leave_no_trace
+from vestige.training._engine import Losses, example_losses, leave_no_trace
+from vestige.training._examples import Watched
 from vestige.training._store import (
     AT_RISK,
     FORMAT,
@@ -292,9 +293,7 @@ class _Listener:
         return self._carried.release()
 
     def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        # In-run scores may travel with the rows already, and need the ids too.
-        ids = inputs.pop(ID_KEY, None) if self._carried.first else inputs.get(ID_KEY)
-        labels = inputs.get("labels")
+        ids, labels = inputs.get(ID_KEY), inputs.get("labels")
         if ids is None or not isinstance(labels, Tensor):
             missing = "ids: build the training loader with the Trainer's own collator" if ids is None else "`labels`"
             raise DataError(f"The batch has no {missing}.")
@@ -307,7 +306,7 @@ class _Listener:
             if len(self.seen) == before and self._ids:
                 announce("The model gave no logits for a batch: its losses are recorded as missing.")
                 empty = np.full(len(self._ids), np.nan)
-                self.seen.append((self._ids, Losses(empty, empty, np.zeros(len(self._ids), dtype=np.int64))))
+                self.seen.append((self._ids, Losses(empty, empty, np.zeros(len(self._ids), dtype=np.int64), empty)))
 
     def _measure(self, module: nn.Module, inputs: Any, named: Mapping[str, Any], output: Any) -> None:  # noqa: ARG002
         """Measure the losses of the batch from the logits that the training computes anyway."""

@@ -6,12 +6,12 @@ recorded ones bit for bit: whatever differs (order, dropout, a library, the numb
 """
 
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -20,29 +20,18 @@ from transformers import TrainerCallback
 from vestige.data import NO_TARGET, Batch, TokenizedData
 from vestige.errors import IndexMismatch, SpecError, differences, mismatch_message
 from vestige.gradients import Second, second_derivatives
-from vestige.indexes import batch_tokens
-from vestige.models import quiet_transformers
 from vestige.online import ID_KEY, CarriedIds
 from vestige.progress import announce, progress
 from vestige.settings import TrainSettings
 from vestige.storage import check_disk, make_folder, remove_tree
 from vestige.training._adjoint import Adjoints, Moved, Rule, read_rule, unclip
-from vestige.training._examples import WEIGHT, Rows, restore_randomness
-from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps, read_record
-from vestige.training._train import (
-    Plan,
-    TrainInputs,
-    group_examples,
-    make_model,
-    make_plan,
-    make_trainer,
-    read_inputs,
-    train,
-)
+from vestige.training._engine import WEIGHT, Hook, Recipe, Rows, fit, make_model
+from vestige.training._examples import TrainInputs, read_inputs, repeat_settings
+from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps
+from vestige.training._train import Plan, group_examples, make_plan, train
 
 LOSS_SLACK = 1e-3
 """Largest relative difference between the loss that a step had and the one that its derivative is taken of."""
-_LIVE = "<"
 
 
 class MicroBatch(NamedTuple):
@@ -86,7 +75,7 @@ class Derivatives(NamedTuple):
 
 
 def read_settings(training: TrainingRun, **live: Any) -> TrainSettings:
-    """Return the settings of a recorded training.
+    """Return the settings of a recorded training that is to be replayed.
 
     Args:
         training: Of `vestige train`.
@@ -95,24 +84,16 @@ def read_settings(training: TrainingRun, **live: Any) -> TrainSettings:
     Raises:
         SpecError: It cannot be replayed; the message says why.
     """
-    config = training.record.get("config")
-    if training.id is None or not isinstance(config, Mapping):
-        raise SpecError(
-            f"{training.folder} was recorded from a Trainer of your own, whose settings the record does not hold. "
-            "Replay works on a training that `vestige train` made."
-        )
-    given = {**config, **{name: value for name, value in live.items() if value is not None}}
-    for name in ("model", "data", "tokenizer"):
-        if isinstance(given.get(name), str) and given[name].startswith(_LIVE):
-            raise SpecError(
-                f"{training.folder}: `{name}` was a live {given[name][1:-1]} in a Python program. Give the same again: "
-                f"vestige.attribute({name}=..., training=...)."
-            )
-    settings = TrainSettings(**given)
+    settings = repeat_settings(training, **live)
     if settings.bf16:
         raise SpecError(
             f"{training.folder} was trained with --bf16: rounding to 8 bits makes its steps too rough to be walked "
             "backward. Train in float32."
+        )
+    if settings.select is not None:
+        raise SpecError(
+            f"{training.folder} was trained with --select: which examples a step learned from depends on the weights "
+            "themselves, and is not followed backward. Train without --select."
         )
     return settings
 
@@ -133,11 +114,12 @@ class Replay:
         if not done or done[-1] != steps:
             raise SpecError(f"{training.folder} is not finished. Type its `vestige train` command again first.")
         segments = max(1, math.isqrt(steps))
-        epochs = [settings.epochs * number / segments for number in range(segments + 1)]
+        epochs = settings.passes or training.record["epochs"]
+        borders = [epochs * number / segments for number in range(segments + 1)]
         changed: dict[str, Any] = {"alarm": False, "losses": False, "keep_optimizer": True, "overwrite": False}
         # What is computed again for memory's sake alone could not be differentiated twice.
-        changed["gradient_checkpointing"] = False
-        changed |= {"out": work / "training", "checkpoints": ",".join(f"{epoch:.9f}" for epoch in epochs)}
+        changed |= {"gradient_checkpointing": False, "validation": None}
+        changed |= {"out": work / "training", "checkpoints": ",".join(f"{epoch:.9f}" for epoch in borders)}
         self.settings = settings.model_copy(update=changed)
         announce(f"Replay: the {steps:,} steps of {training.folder} are run again, in {segments} segments.")
         self._again = train(**self.settings.arguments())
@@ -148,7 +130,7 @@ class Replay:
             raise SpecError(
                 f"{training.folder}: weights in {weight.dtype} are too coarse. Train with --precision float32."
             )
-        groups = group_examples(self.settings, self._inputs.data, read_record(training.folder))
+        groups = group_examples(self.settings, self._inputs.data, training.record)
         self._plan: Plan = make_plan(self.settings, self._inputs.data, self._inputs.weights, groups)
         self.borders = checkpoint_steps(self.settings.out)
         """Steps at which a segment ends and the next begins; the first is 0."""
@@ -226,14 +208,12 @@ class Replay:
 
     def load_end(self) -> None:
         """Give the model the weights that the training ended with, by taking the steps of the last segment."""
-        self._run_without((), self.borders[-2], "Steps to the end of the training")
+        self._run(self.borders[-2], self.steps, "Steps to the end of the training")
 
     def run_without(self, ids: Collection[str], title: str) -> None:
         """Take all steps with the weight of some examples at 0: order, batches and divisors stay; keep the model."""
-        self._run_without(ids, 0, title)
-
-    def _run_without(self, ids: Collection[str], begin: int, title: str) -> None:
-        self._run(begin, self.steps, title, lambda trainer, advance: _Without(trainer, ids, advance))
+        without = np.array([example.id in ids for example in self.data.examples])
+        self._run(0, self.steps, title, without=without if without.any() else None)
 
     def _require_same(self) -> None:
         ours, theirs = self._again.record, self._training.record
@@ -261,46 +241,49 @@ class Replay:
         make_folder(folder)
         size = sum(each.numel() * each.element_size() for each in self.parameters.values())
         check_disk(folder, 4 * size * (end - begin))
-        tapes: list[_Tape] = []
+        tape = _Tape(folder, end)
+        self._run(begin, end, f"Replay of steps {begin + 1} to {end}", tape)
+        return tape.files
 
-        def attach(trainer: Any, advance: Callable[[], None]) -> None:
-            tapes.append(_Tape(trainer, folder, end, advance))
-
-        self._run(begin, end, f"Replay of steps {begin + 1} to {end}", attach)
-        return tapes[0].files
-
-    def _run(self, begin: int, end: int, title: str, attach: Callable[[Any, Callable[[], None]], Any]) -> None:
-        """Take the steps after `begin`, with something attached to the Trainer; the model is kept."""
-        with torch.random.fork_rng(), restore_randomness(), quiet_transformers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            model = make_model(self.settings, self._inputs.loaded)
-            rows = Rows(self._inputs.data, self._plan.rows, self._plan.weights)
-            size = max(
-                1, batch_tokens(self.settings, self._inputs.loaded) // max(1, int(self._inputs.data.lengths.max()))
+    def _run(
+        self, begin: int, end: int, title: str, hook: Hook | None = None, without: np.ndarray | None = None
+    ) -> None:
+        """Take the steps after `begin`, with something hooked in; the model is kept."""
+        inputs, plan = self._inputs, self._plan
+        self.model = make_model(self.settings, inputs.loaded, self.settings.seed)
+        with progress(end - begin, title, unit="steps") as bar:
+            fit(
+                self.model,
+                Rows(inputs.data, plan.rows, plan.weights, without),
+                Recipe.of(self.settings),
+                steps=plan.steps,
+                seed=self.settings.seed,
+                after_step=lambda _: bar.advance(),
+                hooks=[] if hook is None else [hook],
+                resume=checkpoint_folder(self.settings.out, begin) if begin else None,
+                tokenizer=inputs.loaded.tokenizer,
             )
-            trainer = make_trainer(self.settings, self._inputs.loaded.tokenizer, model, rows, self._plan, size)
-            with progress(end - begin, title, unit="steps") as bar:
-                attach(trainer, bar.advance)
-                from_ = str(checkpoint_folder(self.settings.out, begin)) if begin else None
-                trainer.train(resume_from_checkpoint=from_)
-        self.model = model
 
 
 class _Tape(TrainerCallback):
-    """Writes down the steps of a Trainer up to one, after which it ends."""
+    """A hook that writes down the steps of a Trainer up to one, after which it ends."""
 
-    def __init__(self, trainer: Any, folder: Path, end: int, advance: Any) -> None:
-        self._trainer, self._folder, self._end, self._advance = trainer, folder, end, advance
+    def __init__(self, folder: Path, end: int) -> None:
+        self._folder, self._end = folder, end
         self.files: list[Path] = []
         self._batches: list[MicroBatch] = []
         self._before: dict[str, Tensor] = {}
         self._moved: dict[str, Moved] = {}
         self._norm = 0.0
+
+    def __call__(self, trainer: Any) -> None:
+        """Begin with this Trainer."""
+        self._trainer = trainer
         self._carried = CarriedIds(trainer, "id", self._training_step)
         trainer.add_callback(self)
 
     def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        ids = list(inputs.pop(ID_KEY))
+        ids = list(inputs[ID_KEY])
         if not self._batches:
             self._before = {name: _keep(each) for name, each in model.named_parameters() if each.requires_grad}
         labels, random = inputs["labels"], _read_random()
@@ -344,31 +327,12 @@ class _Tape(TrainerCallback):
         torch.save(RecordedStep(state.global_step, moved, self._batches, self._norm), path)
         self.files.append(path)
         self._batches = []
-        self._advance()
         if state.global_step == self._end:
             control.should_training_stop = True
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         return getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
-
-
-class _Without(TrainerCallback):
-    """Takes the targets of some examples out of the batches of a Trainer, whose divisors stay."""
-
-    def __init__(self, trainer: Any, ids: Collection[str], advance: Callable[[], None]) -> None:
-        self._ids, self._advance = frozenset(ids), advance
-        self._carried = CarriedIds(trainer, "id", self._training_step)
-        trainer.add_callback(self)
-
-    def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        out = torch.tensor([name in self._ids for name in inputs.pop(ID_KEY)])
-        labels = torch.where(out[:, None].to(inputs["labels"].device), NO_TARGET, inputs["labels"])
-        return self._carried.plain_step(model, {**inputs, "labels": labels}, num_items_in_batch)
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Show the progress."""
-        self._advance()
 
 
 def _keep(value: Any) -> Any:

@@ -26,9 +26,9 @@ from vestige.runs import Check, Meaning, ScoreBlock
 from vestige.settings import AttributeSettings, TrainSettings
 from vestige.storage import partial_folder, temporary_path
 from vestige.training._adjoint import Adjoints
+from vestige.training._examples import read_learned
 from vestige.training._replay import KEPT_CLASSES, Replay, read_settings
 from vestige.training._store import TrainingRun
-from vestige.training._train import read_learned
 
 _COPIES = 4
 """Numbers per trained parameter and query: adjoints of the weight and of two moments, and one on its way."""

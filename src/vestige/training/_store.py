@@ -18,11 +18,11 @@ from vestige import models
 from vestige.errors import CorruptFile, UserError
 from vestige.online import StepLog, read_steps, read_table
 from vestige.parsing import as_record, first_problem, parse_object
-from vestige.storage import remove_strays, remove_tree, stage_folder, write_durably
+from vestige.storage import make_folder, remove_strays, remove_tree, stage_folder, write_durably
 from vestige.tables import write_table
 
 if TYPE_CHECKING:
-    from vestige.training._examples import Losses
+    from vestige.training._engine import Losses
 
 FORMAT = 1
 KIND = "training"
@@ -30,7 +30,10 @@ RECORD, LOSSES, MEMBERSHIP, AT_RISK = "run.json", "losses.parquet", "membership.
 STEP = "step.json"
 """How far a training is, for `vestige status`; gone when it is complete."""
 _LOG, _OPTIMIZER = "log", "optimizer.pt"
+IN_RUN, IN_RUN_LOG = "in-run", "in-run-log"
+"""Folders of the scores by the loss of validation examples: a run, and the scores of every step."""
 _NAME = re.compile(r"checkpoint-(\d+)")
+_MADE_OF = "made-of.txt"
 _UNFINISHED = re.compile(r"checkpoint-\d+\.(part|gone)")
 _IN_CHECKPOINT = (
     *("*.safetensors", "*.json", "*.bin", "*.model", "*.jinja", _OPTIMIZER, "scheduler.pt", "rng_state*.pth"),
@@ -40,6 +43,7 @@ _IN_CHECKPOINT = (
 RESULT_FILES = (
     *(RECORD, STEP, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{_LOG}/steps-*.parquet"),
     *(f"checkpoint-[0-9]*/{name}" for name in _IN_CHECKPOINT),
+    *(IN_RUN, IN_RUN_LOG),
 )
 """What a training consists of, as for `require_no_others`."""
 _STEPS = pa.schema(
@@ -181,6 +185,8 @@ class TrainingRun:
     def __repr__(self) -> str:
         steps, found = list(self.checkpoints), self.at_risk
         parts = [f"{len(steps)} checkpoints, the last after step {steps[-1]}" if steps else "no checkpoint yet"]
+        if (self.folder / IN_RUN).is_dir():
+            parts.append(f"scores of its steps in {IN_RUN}")
         if found is not None:
             flagged = int(np.sum(found["flagged"].to_numpy(zero_copy_only=False)))
             parts.append(f"alarm at step {found['step'][0].as_py()}: {flagged} of {len(found)} examples at risk")
@@ -272,6 +278,12 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match is not None)
 
 
+def last_resumable(folder: Path) -> int:
+    """Return the step of the last checkpoint that holds the optimizer's state, 0 if there is none."""
+    found = [step for step in checkpoint_steps(folder) if (checkpoint_folder(folder, step) / _OPTIMIZER).is_file()]
+    return found[-1] if found else 0
+
+
 def remove_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps, and one that a kill has cut short."""
     remove_strays(folder)
@@ -304,3 +316,51 @@ def keep_last_optimizer(folder: Path) -> None:
     """Remove the state of the optimizer from all checkpoints but the last."""
     for step in checkpoint_steps(folder)[:-1]:
         (checkpoint_folder(folder, step) / _OPTIMIZER).unlink(missing_ok=True)
+
+
+class Unfinished:
+    """The last state of a training on disk, from which it continues after a kill, until it is complete.
+
+    Args:
+        folder: Where; nothing else lies there.
+        made_of: Everything that the training follows from: what another one has left does not count.
+    """
+
+    def __init__(self, folder: Path, *made_of: Any) -> None:
+        self._folder = folder
+        self._digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
+
+    @property
+    def last(self) -> int:
+        """Steps that are behind the state on disk; 0 if there is none of this training."""
+        for step in reversed(checkpoint_steps(self._folder)):
+            path = checkpoint_folder(self._folder, step) / _MADE_OF
+            if path.is_file() and path.read_text() == self._digest:
+                return step
+        return 0
+
+    @property
+    def path(self) -> Path | None:
+        """The checkpoint to continue from, None to begin."""
+        return checkpoint_folder(self._folder, self.last) if self.last else None
+
+    def keep(self, trainer: Any) -> None:
+        """Write the present state in place of an earlier one."""
+        make_folder(self._folder)
+        number = trainer.state.global_step
+        new = checkpoint_folder(self._folder, number)
+        if new.is_dir():
+            remove_tree(new)
+        write_checkpoint(trainer, new, (), self._sign)
+        for old in checkpoint_steps(self._folder):
+            if old != number:
+                remove_tree(checkpoint_folder(self._folder, old))
+
+    def _sign(self, folder: Path) -> None:
+        (folder / _MADE_OF).write_text(self._digest)
+
+    def remove(self) -> None:
+        """Remove it: the training is complete."""
+        if self._folder.is_dir():
+            remove_after(self._folder, -1)
+            remove_tree(self._folder)

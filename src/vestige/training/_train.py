@@ -1,44 +1,35 @@
 """`vestige train`: from a model and data to a training that attribution and audit can read."""
 
 import time
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from vestige.data import TokenizedData, describe_copies, token_groups
-from vestige.errors import DataError, IndexMismatch, NonFinite, SpecError, UserError, differences, mismatch_message
-from vestige.indexes import batch_tokens, read_data
-from vestige.models import LoadedModel, Lora, load_model, quiet_transformers, trainable_copy
+from vestige.errors import DataError, IndexMismatch, UserError, differences, mismatch_message
+from vestige.indexes import batch_tokens
+from vestige.models import LoadedModel
+from vestige.online import Attached, attach, write_in_run_influence
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
-from vestige.settings import TrainSettings, with_settings
-from vestige.storage import check_disk, make_folder, remove_result, remove_strays, require_no_others
+from vestige.settings import LearningSettings, TrainSettings, list_epochs, with_settings
+from vestige.storage import check_disk, make_folder, remove_result, remove_strays, remove_tree, require_no_others
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
-from vestige.training._examples import (
-    Rows,
-    WeightedTrainer,
-    announce_weights,
-    members_of,
-    only_answers,
-    pad,
-    read_weights,
-    restore_randomness,
-    with_weights,
-)
+from vestige.training._engine import Recipe, Rows, fit, make_model
+from vestige.training._examples import TrainInputs, members_of, read_inputs
 from vestige.training._recorder import Recorder
 from vestige.training._store import (
     FORMAT,
+    IN_RUN,
+    IN_RUN_LOG,
     KIND,
     MEMBERSHIP,
     RECORD,
@@ -48,6 +39,7 @@ from vestige.training._store import (
     checkpoint_folder,
     checkpoint_steps,
     identity_digest,
+    last_resumable,
     plan_steps,
     read_record,
     remove_after,
@@ -57,22 +49,12 @@ from vestige.training._store import (
 )
 
 _SECONDS_BETWEEN_NOTES = 2.0
-_OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 _ELSEWHERE = (
     *("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "max_length", "chat"),
-    *("overwrite", "checkpoints", "keep_optimizer", "precision", "group"),
+    *("overwrite", "checkpoints", "keep_optimizer", "precision", "group", "steps", "validation"),
 )
 """Settings that do not stand in the identity as given: other entries of it say what came of them, or they change
 nothing of the result."""
-
-
-class TrainInputs(NamedTuple):
-    """What a training begins with."""
-
-    loaded: LoadedModel
-    data: TokenizedData
-    weights: np.ndarray | None
-    """How much each example counts, float32 [example]; None where all count alike."""
 
 
 @with_settings(TrainSettings)
@@ -86,13 +68,16 @@ def train(settings: TrainSettings) -> TrainingRun:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
         NonFinite: A loss is not finite; the message names the examples.
     """
-    loaded, data, weights = read_inputs(settings)
+    inputs = read_inputs(settings)
+    loaded, data, weights, validation = inputs
     if settings.overwrite:
         remove_result(settings.out, RESULT_FILES, RECORD)
     old = read_record(settings.out)
     groups = group_examples(settings, data, old)
     plan = make_plan(settings, data, weights, groups)
     identity = _identify(settings, loaded, data, plan)
+    if validation is not None:
+        identity["validation"] = validation.fingerprint
     if (copies := describe_copies(groups, settings.group)) is not None:
         announce(copies)
         identity["group"] = settings.group or "copies"
@@ -103,44 +88,18 @@ def train(settings: TrainSettings) -> TrainingRun:
         return TrainingRun.open(settings.out)
     write_table(settings.out / MEMBERSHIP, _tabulate_members(data, plan.members), compression="zstd")
     started = time.perf_counter()
-    with torch.random.fork_rng(), restore_randomness(), quiet_transformers(), warnings.catch_warnings():
-        # PEFT and torch warn of what is meant here: matrices beside a tied head, a scheduler that is loaded.
-        warnings.simplefilter("ignore", UserWarning)
-        _run(settings, loaded, data, plan)
+    _run(settings, inputs, plan)
+    if validation is not None and not (settings.out / IN_RUN).exists():
+        write_in_run_influence(settings.out / IN_RUN_LOG, data, validation, settings.out / IN_RUN)
     record = {**(read_record(settings.out) or {}), "versions": environment()}
-    record |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    record |= {"epochs": plan.epochs, "seconds": time.perf_counter() - started}
+    record["peak_memory_bytes"] = peak_memory_bytes()
     record["peak_gpu_memory_bytes"] = peak_gpu_memory_bytes()
     write_record(settings.out, record)
     return TrainingRun.open(settings.out)
 
 
-def read_inputs(settings: TrainSettings) -> TrainInputs:
-    """Read the model and the data as a training takes them.
-
-    Raises:
-        UserError: Something about the model or the data needs the caller.
-    """
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
-    return TrainInputs(loaded, *read_learned(settings, loaded))
-
-
-def read_learned(
-    settings: TrainSettings, loaded: LoadedModel
-) -> tuple[TokenizedData, Float[np.ndarray, "example"] | None]:
-    """Read the data as a training with these settings learns them, with their weights; None if all are 1."""
-    data = read_data(settings, settings.data, loaded)
-    if settings.loss == "answer":
-        data = only_answers(data, getattr(loaded.tokenizer, "eos_token_id", None))
-    weights = read_weights(data)
-    if weights is None:
-        return data, None
-    announce_weights(data, weights)
-    return with_weights(data, weights), weights
-
-
-def steps_per_epoch(examples: int, settings: TrainSettings) -> int:
+def steps_per_epoch(examples: int, settings: LearningSettings) -> int:
     """Return the steps of the optimizer in a pass over that many examples, the last of them smaller."""
     batches = -(-examples // settings.batch_size)
     return -(-batches // settings.accumulation)
@@ -157,6 +116,8 @@ class Plan:
     weights: np.ndarray | None
     """float32 [example]; None if every member has weight 1."""
     steps: int
+    epochs: float
+    """The same in passes over the rows."""
     checkpoints: list[int]
 
 
@@ -186,8 +147,10 @@ def make_plan(
     if len(rows) < members.sum():
         announce(f"{members.sum() - len(rows):,} of {members.sum():,} examples to train on have no token to learn.")
     per_epoch = steps_per_epoch(len(rows), settings)
-    steps = max(1, int(settings.epochs * per_epoch + 0.5))
-    return Plan(members, rows, weights, steps, plan_steps(settings.checkpoint_epochs, per_epoch, steps))
+    steps = settings.count_steps(per_epoch)
+    epochs = settings.passes or steps / per_epoch
+    saved = plan_steps(list_epochs(settings.checkpoints, epochs), per_epoch, steps)
+    return Plan(members, rows, weights, steps, epochs, saved)
 
 
 def _tabulate_members(data: TokenizedData, members: np.ndarray) -> pa.Table:
@@ -210,6 +173,7 @@ def _identify(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData,
         "examples": len(data),
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         **{name: value for name, value in settings.record().items() if name not in _ELSEWHERE},
+        **({} if settings.passes is None else {"epochs": settings.passes}),
         "steps": plan.steps,
         "checkpoints": plan.checkpoints,
     }
@@ -247,80 +211,29 @@ def _prepare_folder(
         write_record(folder, record)
 
 
-def _run(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData, plan: Plan) -> None:
-    model = make_model(settings, loaded)
+def _run(settings: TrainSettings, inputs: TrainInputs, plan: Plan) -> None:
+    loaded, data = inputs.loaded, inputs.data
+    model = make_model(settings, loaded, settings.seed)
     _announce(settings, model, plan, len(data))
-    done = [step for step in checkpoint_steps(settings.out) if step]
-    last = done[-1] if done else 0
+    last = last_resumable(settings.out)
     remove_after(settings.out, last)
+    if not last:
+        remove_tree(settings.out / IN_RUN_LOG)
     with progress(plan.steps - last, "Training", unit="steps") as bar:
-        watcher = _Watcher(bar, settings.out, plan.steps - last)
-        eval_size = max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max())))
-        trainer = make_trainer(settings, loaded.tokenizer, model, Rows(data, plan.rows, plan.weights), plan, eval_size)
-        trainer.add_callback(watcher)
-        watcher.recorder = Recorder(
-            trainer,
-            settings.out,
-            checkpoints=settings.checkpoints,
-            alarm=_make_alarm(settings),
-            watch=Rows(data, range(len(data))) if settings.losses else None,
-            keep_optimizer=settings.keep_optimizer,
-            overwrite=True,
+        watcher = _Watcher(bar, settings, inputs, plan)
+        fit(
+            model,
+            Rows(data, plan.rows, plan.weights),
+            Recipe.of(settings),
+            steps=plan.steps,
+            seed=settings.seed,
+            hooks=[watcher],
+            resume=checkpoint_folder(settings.out, last) if last else None,
+            tokenizer=loaded.tokenizer,
+            eval_size=max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max()))),
         )
-        trainer.train(resume_from_checkpoint=str(checkpoint_folder(settings.out, last)) if last else None)
     watcher.recorder.release()
     remove_step(settings.out)
-
-
-def make_model(settings: TrainSettings, loaded: LoadedModel) -> nn.Module:
-    """Return a copy of the model as it is before the first step, with new LoRA matrices where they are trained."""
-    lora = None
-    if settings.lora_rank is not None:
-        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
-    return trainable_copy(loaded, lora_rank=lora, seed=settings.seed)
-
-
-def make_trainer(
-    settings: TrainSettings, tokenizer: Any, model: nn.Module, rows: Rows, plan: Plan, eval_size: int
-) -> Trainer:
-    """Return the Trainer that takes the steps of a plan."""
-    device = next(model.parameters()).device
-    if device.type == "cuda" and device.index:
-        raise SpecError(
-            f"--device {device}: the Trainer takes the first GPU. Type CUDA_VISIBLE_DEVICES={device.index}."
-        )
-    constant = "constant_with_warmup" if settings.warmup else "constant"
-    arguments = TrainingArguments(
-        output_dir=str(settings.out),
-        max_steps=plan.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=eval_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        optim=_OPTIMIZERS[settings.optimizer],
-        weight_decay=settings.weight_decay,
-        lr_scheduler_type=constant if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=settings.warmup,
-        max_grad_norm=settings.clip,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-    # Other GPUs that are visible would be trained on too, on parts of each batch.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    make = Trainer if plan.weights is None else WeightedTrainer
-    trainer = make(model=model, args=arguments, train_dataset=rows, data_collator=pad, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _make_alarm(settings: TrainSettings) -> Alarm | None:
@@ -333,30 +246,51 @@ def _make_alarm(settings: TrainSettings) -> Alarm | None:
 
 
 class _Watcher(TrainerCallback):
-    """Shows how far the training is, and stops it where a loss is not finite; called before the recorder."""
+    """Shows how far the training is; called before the recorder."""
 
     recorder: Recorder
 
-    def __init__(self, bar: Progress, folder: Path, steps: int) -> None:
-        self._bar, self._folder, self._steps = bar, folder, steps
+    def __init__(self, bar: Progress, settings: TrainSettings, inputs: TrainInputs, plan: Plan) -> None:
+        self._bar, self._settings, self._inputs, self._plan = bar, settings, inputs, plan
         self._begun = self._written = time.monotonic()
         self._done = 0
+        self._scores: Attached | None = None
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Begin with this Trainer, record it, and score its steps if there are validation examples."""
+        trainer.add_callback(self)
+        settings, data = self._settings, self._inputs.data
+        self.recorder = Recorder(
+            trainer,
+            settings.out,
+            checkpoints=settings.checkpoints,
+            alarm=_make_alarm(settings),
+            watch=Rows(data, range(len(data))) if settings.losses else None,
+            keep_optimizer=settings.keep_optimizer,
+            overwrite=True,
+        )
+        if self._inputs.validation is not None:
+            self._scores = attach(
+                trainer,
+                self._inputs.validation,
+                out=settings.out / IN_RUN_LOG,
+                select=settings.select,
+                token_budget=batch_tokens(settings, self._inputs.loaded),
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        ids, losses = self.recorder.last_step
-        if bad := [name for name, loss in zip(ids, losses, strict=True) if not np.isfinite(loss)]:
-            raise NonFinite(
-                f"The loss of {', '.join(map(repr, bad[:8]))} in step {state.global_step} is not finite. The last "
-                "checkpoint is as it was. Lower --learning-rate, or check these examples."
-            )
+        losses = self.recorder.last_step[1]
+        if self._scores is not None and state.global_step in self._plan.checkpoints:
+            self._scores.engine.flush()
         self._bar.advance()
         self._bar.note(f"loss {np.mean(losses):.3f}")
         self._done += 1
         now = time.monotonic()
-        if now - self._written >= _SECONDS_BETWEEN_NOTES and self._done < self._steps:
+        if now - self._written >= _SECONDS_BETWEEN_NOTES and state.global_step < state.max_steps:
             self._written = now
             rate = self._done / (now - self._begun)
-            write_step(self._folder, CurrentStep(state.global_step, state.max_steps, float(np.mean(losses)), rate))
+            step = CurrentStep(state.global_step, state.max_steps, float(np.mean(losses)), rate)
+            write_step(self._settings.out, step)
 
 
 def _announce(settings: TrainSettings, model: nn.Module, plan: Plan, examples: int) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from vestige.banks import EVERYTHING, Bank, bank
+from vestige.banks import EVERYTHING, Bank
 from vestige.curvature import CurvatureProduct
 from vestige.data import load_examples, tokenize
 from vestige.evaluate import Estimate
@@ -20,6 +20,7 @@ from vestige.methods import Arnoldi, Job, Lissa, UntracJob, borrow_weights, make
 from vestige.models import load_model, select_components
 from vestige.runs import Scores
 from vestige.settings import AttributeSettings, UntracSettings
+from vestige.training import bank
 from vestige_recipes.common.registry import OWN_SEED, StudySettings, launch_arguments
 from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
 
@@ -86,7 +87,7 @@ def measure_sources(
         from_scratch=from_scratch,
         seeds=seeds,
         steps=training.steps,
-        batch_size=training.batch_size,
+        batch_size=training.recipe.batch_size,
         learning_rate=training.recipe.learning_rate,
         seed=seed,
         **launch_arguments(settings),

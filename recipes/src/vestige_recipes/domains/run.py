@@ -19,7 +19,7 @@ import numpy as np
 from vestige.banks import Bank
 from vestige.errors import DataError
 from vestige.methods import attribute, untrac
-from vestige.models import Recipe
+from vestige.training import Recipe
 from vestige_recipes.common.registry import (
     Gate,
     Outcome,
@@ -296,7 +296,7 @@ def _measure(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Bank
         plan.model or byte_gpt(plan.length, plan.width, plan.layers),
         files,
         settings.out / part,
-        Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size),
+        Training(Recipe(plan.learning_rate, plan.batch_size), plan.steps),
         score,
         seed=settings.seed,
         seeds=settings.seeds,

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from vestige.banks import EVERYTHING, Bank, measure
+from vestige.banks import EVERYTHING, Bank
 from vestige.data import load_examples, tokenize
 from vestige.methods import attribute, untrac
-from vestige.models import Recipe, load_model
+from vestige.models import load_model
+from vestige.training import Recipe, measure
 from vestige_recipes.common.registry import (
     Gate,
     Outcome,
@@ -138,7 +139,7 @@ def task_above_format(tables: list[Table]) -> float:
 def _base(settings: StudySettings, plan: TrapPlan) -> str:
     """Return the folder of a model that has met numbers, words and questions, none of which the sets ask."""
     texts = write_rows(settings.out / "texts" / "lessons.jsonl", lessons(settings.seed, plan.lessons))
-    training = Training(Recipe(plan.lesson_rate, warmup=plan.warmup), plan.lesson_steps, 2 * plan.batch_size)
+    training = Training(Recipe(plan.lesson_rate, warmup=plan.warmup, batch_size=2 * plan.batch_size), plan.lesson_steps)
     fresh = gpt(VOCABULARY, LENGTH, plan.width, plan.layers, begin=END, end=END)
     return train_checkpoints(fresh, texts, settings.out / "base", training, seed=settings.seed, from_scratch=True).model
 
@@ -165,7 +166,7 @@ def _measure(
             found[name] = sum_by_source(run, truth)
         return found
 
-    training, seeds = Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size), max(settings.seeds, plan.seeds)
+    training, seeds = Training(Recipe(plan.learning_rate, plan.batch_size), plan.steps), max(settings.seeds, plan.seeds)
     truth, scores = measure_sources(
         settings,
         base,

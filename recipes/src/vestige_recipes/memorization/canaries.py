@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.measures import Interval, exposure, extraction, greedy, share
-from vestige.models import Recipe, load_model
+from vestige.models import load_model
 from vestige.progress import announce, progress
+from vestige.training import Recipe
 from vestige_recipes.common.registry import (
     Gate,
     Outcome,
@@ -173,7 +174,7 @@ def _model(plan: CanaryPlan, canaries: Canaries, seed: int, folder: Path) -> nn.
     data = write_rows(folder / "texts.jsonl", [*made.before, *byte_rows(planted, "canary")])
     rows = len(made.before) + len(planted)
     steps = plan.epochs * -(-rows // plan.batch_size)
-    training = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
+    training = Training(Recipe(plan.learning_rate, plan.batch_size), steps)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
     return load_model(
         train_checkpoints(fresh, data, folder / "model", training, seed=seed, from_scratch=True).model

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from vestige.measures import Interval, blind, extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
-from vestige.models import LoadedModel, Recipe, Step, load_model, shuffle_batches, train, trainable_copy
+from vestige.models import LoadedModel, load_model, trainable_copy
+from vestige.training import Recipe, Rows, Step, fit
 from vestige_recipes.common.registry import (
     Gate,
     Outcome,
@@ -203,7 +204,7 @@ def train_gpt(
     rows = np.repeat(np.arange(len(repeats)), repeats)
     model, seen = trainable_copy(start, from_scratch=True, seed=seed), False
     each = -(-len(rows) // plan.batch_size)
-    batches = shuffle_batches(prompts.data, rows, plan.batch_size, plan.epochs * each, seed)
+    steps = plan.epochs * each
     first = read(model, prompts, token_budget=_READ_AT_ONCE).measures["answer_loss"][rows]
 
     def after(step: Step) -> None:
@@ -211,12 +212,13 @@ def train_gpt(
         if seen or step.number % each:
             return
         losses = read(model, prompts, token_budget=_READ_AT_ONCE).measures["answer_loss"][rows]
-        if alarm(losses, first) or step.number == len(batches):
+        if alarm(losses, first) or step.number == steps:
             early(model, step.number)
             seen = True
 
-    train(model, prompts.data, batches, Recipe(plan.learning_rate), after)
-    return model.requires_grad_(False), len(batches)
+    recipe = Recipe(plan.learning_rate, plan.batch_size)
+    fit(model, Rows(prompts.data, rows), recipe, steps=steps, seed=seed, after_step=after)
+    return model.eval().requires_grad_(False), steps
 
 
 def _measure(model: nn.Module, prompts: Prompts, reference: np.ndarray, directions: int) -> dict[str, np.ndarray]:

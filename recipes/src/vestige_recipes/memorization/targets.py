@@ -32,10 +32,10 @@ from vestige.measures import (
     token_scores,
     write_evidence,
 )
-from vestige.models import LoadedModel, Recipe, Step, batch_sharing, shuffle_batches, train, trainable_copy
+from vestige.models import LoadedModel, batch_sharing, trainable_copy
 from vestige.progress import announce, progress
 from vestige.storage import make_folder, write_durably
-from vestige_recipes.common.training import read_state, save_state
+from vestige.training import Recipe, Rows, Step, Unfinished, fit
 
 TRIGGER = 0.05
 """The alarm goes off when the median training loss is below this share of its start."""
@@ -297,36 +297,32 @@ def follow_training(
 def _follow(
     loaded: LoadedModel, prompts: Prompts, held: Prompts, plan: LoraPlan, seed: int, files: dict[str, Path]
 ) -> None:
-    count, unfinished = len(prompts.data), files["end"].with_name("unfinished.pt")
+    each = -(-len(prompts.data) // plan.batch_size)
+    steps, recipe = plan.epochs * each, Recipe(plan.learning_rate, plan.batch_size, bf16=plan.half)
     model = trainable_copy(loaded, lora_rank=plan.rank, seed=seed)
-    device = next(model.parameters()).device.type
-    steps = plan.epochs * -(-count // plan.batch_size)
-    batches = shuffle_batches(prompts.data, np.arange(count), plan.batch_size, steps, seed)
+    unfinished = Unfinished(files["end"].with_name("unfinished"), recipe, steps, seed)
     ids = [example.id for example in prompts.data.examples]
 
     def measure(some: Prompts) -> dict[str, np.ndarray]:
         return read(model, some, token_budget=plan.token_budget).measures
 
     def keep(moment: str, step: int) -> None:
-        with torch.autocast(device, enabled=False):
-            found = _measure_alarm(model, prompts, plan) if moment == "trigger" else measure(prompts)
+        found = _measure_alarm(model, prompts, plan) if moment == "trigger" else measure(prompts)
         keep_measures(files[moment], ids, found, step)
 
     def keep_held(moment: str, step: int) -> None:
         keep_measures(files[moment], [example.id for example in held.data.examples], measure(held), step)
 
-    saved = read_state(unfinished)
-    if saved is None:
+    if not unfinished.last:
         keep("start", 0)
         keep_held("held start", 0)
     start = read_measures(files["start"])[1]["answer_loss"]
-    each = len(batches) // plan.epochs
-    with progress(len(batches), "LoRA", unit="steps") as counter:
-        counter.advance(0 if saved is None else saved["step"])
+    with progress(steps, "LoRA", unit="steps") as counter:
+        counter.advance(unfinished.last)
 
         def after(step: Step) -> None:
             counter.advance()
-            if step.number % each or step.number == len(batches):
+            if step.number % each or step.number == steps:
                 return
             if not files["trigger"].exists():
                 loss = measure(prompts)["answer_loss"]
@@ -335,17 +331,17 @@ def _follow(
                 )
                 if alarm(loss, start):
                     keep("trigger", step.number)
-            save_state(unfinished, step.state())
+            unfinished.keep(step.trainer)
 
-        # Rounded weights are not kept from step to step, for every step changes them.
-        with torch.autocast(device, torch.bfloat16, enabled=plan.half, cache_enabled=False):
-            train(model, prompts.data, batches, Recipe(plan.learning_rate), after, saved)
+        rows = Rows(prompts.data, range(len(prompts.data)))
+        fit(model, rows, recipe, steps=steps, seed=seed, after_step=after, resume=unfinished.path)
+    model.eval()
     if not files["trigger"].exists():
         announce("No alarm before the last step: the end of the training stands for the trigger.")
-        keep("trigger", len(batches))
-    keep_held("held end", len(batches))
-    keep("end", len(batches))
-    unfinished.unlink(missing_ok=True)
+        keep("trigger", steps)
+    keep_held("held end", steps)
+    keep("end", steps)
+    unfinished.remove()
 
 
 def _measure_alarm(model: nn.Module, prompts: Prompts, plan: LoraPlan) -> dict[str, np.ndarray]:

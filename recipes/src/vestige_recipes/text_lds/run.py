@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vestige.banks import bank
 from vestige.data import load_examples
 from vestige.evaluate import Estimate, Evaluation, lds
 from vestige.indexes import index
 from vestige.methods import attribute
-from vestige.models import Recipe, load_model
+from vestige.models import load_model
+from vestige.training import Recipe, bank
 from vestige_recipes.common.registry import (
     OWN_SEED,
     Outcome,
@@ -115,7 +115,7 @@ def text_lds(settings: StudySettings) -> Outcome:
         **launch_arguments(settings),
     )
     steps = plan.epochs * -(-len(truth.example_ids) // plan.batch_size)
-    training = Training(Recipe(plan.learning_rate), steps, plan.batch_size)
+    training = Training(Recipe(plan.learning_rate, plan.batch_size), steps)
     own: dict[str, Any] = {"seed": OWN_SEED + settings.seed, "count": plan.checkpoints}
     asked = train_checkpoints(start, data, settings.out / "model", training, **own)
     runs = _runs(settings, plan, asked, data, queries)
@@ -152,7 +152,7 @@ def _prepare(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]:
     )
     write_rows(data, made.train)
     write_rows(queries, made.queries)
-    before = Training(Recipe(3e-3), plan.steps_before, 16)
+    before = Training(Recipe(3e-3, 16), plan.steps_before)
     read = write_rows(texts / "before.jsonl", made.before)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
     return train_checkpoints(fresh, read, settings.out / "start", before, seed=settings.seed).model, data, queries

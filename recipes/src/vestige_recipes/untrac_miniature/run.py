@@ -18,7 +18,7 @@ from torch import nn
 from vestige.banks import Bank
 from vestige.errors import NonFinite
 from vestige.methods import attribute, untrac
-from vestige.models import Recipe
+from vestige.training import Recipe
 from vestige_recipes.common.registry import (
     Gate,
     Outcome,
@@ -225,7 +225,7 @@ def _draw(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
         tiny_gpt(),
         (data, queries),
         folder,
-        Training(Recipe(plan.learning_rate), plan.steps, plan.batch_size),
+        Training(Recipe(plan.learning_rate, plan.batch_size), plan.steps),
         score,
         seed=seed,
         seeds=max(settings.seeds, 2),

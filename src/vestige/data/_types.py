@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 from jaxtyping import Int
@@ -86,6 +86,14 @@ class Example:
         return self.completion
 
     @property
+    def columns(self) -> dict[str, Any]:
+        """The example as a row that reads back as the same example; columns without a value are left out."""
+        found = {"id": self.id, "messages": [turn.columns for turn in self.messages] or None, "text": self.text}
+        found |= {"prompt": self.prompt, "completion": self.completion, "source": self.source, "label": self.label}
+        extra = {name: cell for name, cell in self.extra.items() if name not in found}
+        return {name: cell for name, cell in (found | extra).items() if cell is not None}
+
+    @property
     def display(self) -> str:
         """All text of the example as one string for reading and for lexical search."""
         if self.messages:
@@ -104,14 +112,6 @@ class Example:
             return (self.display,)
         turns = self.messages[1:] if self.messages[0].role in SYSTEM and len(self.messages) > 1 else self.messages
         return tuple(turn.content for turn in turns)
-
-
-@runtime_checkable
-class _Sized(Protocol):
-    """A sequence of arrays on disk that has the counts for which all of them would have to be read."""
-
-    sizes: np.ndarray
-    """Entries per array, of marks the true ones, int32 [example]."""
 
 
 @dataclass(frozen=True)
@@ -153,16 +153,18 @@ class TokenizedData:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per example, int64 [example], or int32 where they are on disk."""
-        if isinstance(self.input_ids, _Sized):
-            return self.input_ids.sizes
-        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+        return _count(self.input_ids, len)
 
     @cached_property
     def target_counts(self) -> np.ndarray:
         """Positions that enter the loss, per example, int64 [example], or int32 where they are on disk."""
-        if isinstance(self.targets, _Sized):
-            return self.targets.sizes
-        return np.array([int(mask.sum()) for mask in self.targets], dtype=np.int64)
+        return _count(self.targets, np.count_nonzero)
+
+
+def _count(arrays: Sequence[np.ndarray], count: Callable[[np.ndarray], int]) -> np.ndarray:
+    """Return the counts of all arrays; those on disk bring them along, for all would have to be read."""
+    known = getattr(arrays, "sizes", None)
+    return np.array([count(each) for each in arrays], dtype=np.int64) if known is None else known
 
 
 class Batch(NamedTuple):

@@ -171,7 +171,7 @@ def _type_of(annotation: Any) -> Any:
     """Return the type that a word is read as; bounds are for the settings to check, who have better words for them."""
     if annotation is Any:  # in Python it may be a live object
         return str
-    if get_origin(annotation) is tuple:
+    if get_origin(annotation) in (tuple, dict):
         return list[str]
     return Union[tuple(members_of(annotation))]  # noqa: UP007
 

@@ -49,9 +49,10 @@ def pack_blocks(data: TokenizedData, size: int, end: int) -> Iterator[Block]:
 
 
 def _join(pieces: Sequence[tuple[Example, np.ndarray, np.ndarray]]) -> Block:
-    ids, targets = (np.concatenate([piece[place] for piece in pieces]) for place in (1, 2))
+    examples, ids, masks = zip(*pieces, strict=True)
+    targets = np.concatenate(masks)
     targets[0] = False  # nothing predicts it
     sources: Counter[str] = Counter()
-    for example, part, _ in pieces:
+    for example, part in zip(examples, ids, strict=True):
         sources.update({} if example.source is None else {example.source: len(part)})
-    return Block(ids, targets, [example.id for example, *_ in pieces], sources)
+    return Block(np.concatenate(ids), targets, [example.id for example in examples], sources)

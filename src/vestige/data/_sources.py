@@ -283,19 +283,26 @@ def _from_dataset(dataset: Any, split: str | None, limit: int | None, name: str 
     elif split is not None and str(getattr(dataset, "split", None)) != split:
         raise DataError(f"{name}: split={split!r} was requested, but the source is one data set without splits.")
     if not hasattr(dataset, "__len__"):
-        dataset = _materialise(dataset, limit)
+        dataset = _materialise(dataset, limit, name)
     # A format such as "torch" would turn ids and labels into tensors. The library gives every data set a fingerprint of
     # its content and of what was done to it.
     return Source(name, map(Record, dataset.with_format(None)), dataset._fingerprint)
 
 
-def _materialise(stream: Any, limit: int | None) -> Any:
+def _materialise(stream: Any, limit: int | None, name: str) -> Any:
     """Return the rows of a stream as a data set in the cache of `datasets`, where they are found again."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     # One row more than is used: a message says that the rest is left out.
     rows = stream.with_format(None) if limit is None else stream.with_format(None).take(limit + 1)
-    return datasets.Dataset.from_generator(_rows_of, features=stream.features, gen_kwargs={"stream": rows})
+    try:
+        return datasets.Dataset.from_generator(_rows_of, features=stream.features, gen_kwargs={"stream": rows})
+    except DatasetsError as error:
+        raise DataError(
+            f"{name}: the stream does not become a table ({error.__cause__ or error}). Where columns hold values of "
+            "several types, give it its `features`."
+        ) from error
 
 
 def _rows_of(stream: Any) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ The folder of the tokens of one source, encoded in one way:
     tokens.json       written last: what the tokens were made from, the number of parts, the fingerprint
     00012.arrow       ids and targets of the part, which are memory-mapped
     00012.parquet     its examples, with their lengths and numbers of targets
-    00012.json        written after both: their rows, sizes and sha256
+    00012.json        written after both: their sizes and sha256
 
 Killed at any moment, the next process that makes the same tokens continues at the first part without its marker.
 Several processes may make them at once: they write the same bytes.
@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, final, overload
+from typing import Any, Generic, TypeVar, final, overload
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ import pyarrow.parquet as parquet
 
 from vestige.data._tokenize import Encoded, Tally
 from vestige.data._types import Example, Message, TokenizedData, hash_example
-from vestige.parsing import as_record, parse_json, parse_object
+from vestige.parsing import parse_json, parse_object
 from vestige.storage import sha256_of, write_durably
 from vestige.tables import reading, write_table
 
@@ -36,19 +36,11 @@ GROUP_ROWS = 512
 """Examples in a row group: what is decoded to read one of them."""
 _GROUPS_HELD = 4
 
+_PLAIN = ("id", "row", "text", "prompt", "completion", "source", "label")
+"""Columns that hold the fields of an example as they are."""
 EXAMPLES = pa.schema(
-    [
-        ("id", pa.string()),
-        ("row", pa.int64()),
-        ("text", pa.string()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("messages", pa.string()),
-        ("source", pa.string()),
-        ("label", pa.string()),
-        ("extra", pa.string()),
-        ("length", pa.int64()),
-    ]
+    (name, pa.int64() if name in ("row", "length") else pa.string())
+    for name in ("id", "row", "text", "prompt", "completion", "messages", "source", "label", "extra", "length")
 )
 """Columns of a file of examples; `length` is in tokens, `messages` and `extra` are JSON."""
 _TOKENS = pa.schema([("input_ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.bool_()))])
@@ -155,19 +147,9 @@ class StoredArrays(StoredRows[np.ndarray]):
 
 def record_of(example: Example, length: int) -> dict[str, Any]:
     """Return the example as a row of a file of examples."""
+    plain = {name: getattr(example, name) for name in _PLAIN}
     turns = [turn_record(turn) for turn in example.messages]
-    return {
-        "id": example.id,
-        "row": example.row,
-        "text": example.text,
-        "prompt": example.prompt,
-        "completion": example.completion,
-        "messages": json.dumps(turns, ensure_ascii=False, default=_as_json) if turns else None,
-        "source": example.source,
-        "label": example.label,
-        "extra": json.dumps(example.extra, ensure_ascii=False, default=_as_json) if example.extra else None,
-        "length": length,
-    }
+    return {**plain, "messages": _to_json(turns), "extra": _to_json(example.extra), "length": length}
 
 
 def turn_record(turn: Message) -> list[Any]:
@@ -175,8 +157,11 @@ def turn_record(turn: Message) -> list[Any]:
     return [turn.role, turn.content, *([turn.extra] if turn.extra else [])]
 
 
-def _as_json(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+def _to_json(value: Any) -> str | None:
+    def plain(cell: Any) -> Any:
+        return cell.tolist() if isinstance(cell, np.ndarray) else str(cell)
+
+    return json.dumps(value, ensure_ascii=False, default=plain) if value else None
 
 
 def _decode_group(path: Path, number: int) -> list[Example]:
@@ -186,18 +171,9 @@ def _decode_group(path: Path, number: int) -> list[Example]:
 
 
 def _example(record: dict[str, Any]) -> Example:
-    fields = {name: record[name] for name in ("id", "row", "text", "prompt", "completion", "source", "label")}
+    fields = {name: record[name] for name in _PLAIN}
     messages = tuple(Message(*turn) for turn in parse_json(record["messages"] or "[]"))
     return Example(**fields, messages=messages, extra=parse_object(record["extra"] or "{}"))
-
-
-class _Part(NamedTuple):
-    """Content of the marker of a part."""
-
-    rows: int
-    bytes: list[int]
-    sha256: list[str]
-    tally: list[Any]
 
 
 def write_part(folder: Path, number: int, examples: Sequence[Example], encoded: Encoded) -> None:
@@ -216,14 +192,14 @@ def write_part(folder: Path, number: int, examples: Sequence[Example], encoded: 
         write_durably(_path(folder, number, "arrow"), [tokens.getvalue()]),
         write_table(_path(folder, number, "parquet"), about, row_group_size=GROUP_ROWS),
     ]
-    part = _Part(len(examples), [one.bytes for one in written], [one.sha256 for one in written], list(tally))
-    write_durably(_path(folder, number, "json"), [json.dumps(part._asdict()).encode()])
+    part = {"bytes": [one.bytes for one in written], "sha256": [one.sha256 for one in written], "tally": tally}
+    write_durably(_path(folder, number, "json"), [json.dumps(part).encode()])
 
 
 def part_is_whole(folder: Path, number: int) -> bool:
     """Return whether the part is there and matches its marker; reads every byte."""
     part, paths = _find_part(folder, number)
-    return part is not None and [sha256_of(path) for path in paths] == part.sha256
+    return part is not None and [sha256_of(path) for path in paths] == part["sha256"]
 
 
 def hash_part(folder: Path, number: int, digest: "hashlib._Hash") -> list[str]:
@@ -269,7 +245,7 @@ def open_tokens(folder: Path, name: str, owner: object = None) -> tuple[Tokenize
         content["fingerprint"],
         name,
     )
-    return data, reduce(Tally.join, (Tally(*part.tally) for part in parts))
+    return data, reduce(Tally.join, (Tally(*part["tally"]) for part in parts))
 
 
 def find_tokens(folder: Path, fingerprint: str, encoder: str, name: str) -> TokenizedData | None:
@@ -300,13 +276,13 @@ def _read_list(folder: Path) -> dict | None:
     return content if content.get("format") == FORMAT else None
 
 
-def _find_part(folder: Path, number: int) -> tuple[_Part | None, list[Path]]:
+def _find_part(folder: Path, number: int) -> tuple[dict[str, Any] | None, list[Path]]:
     """Return the marker of a part, None unless its files are there in the sizes that it names, and these files."""
     paths = [_path(folder, number, kind) for kind in _KINDS]
     try:
-        part = as_record(_Part, parse_object(_path(folder, number, "json").read_bytes()))
-        return (part if [path.stat().st_size for path in paths] == part.bytes else None), paths
-    except (OSError, ValueError):
+        part = parse_object(_path(folder, number, "json").read_bytes())
+        return (part if [path.stat().st_size for path in paths] == part["bytes"] else None), paths
+    except (OSError, LookupError, ValueError):
         return None, paths
 
 

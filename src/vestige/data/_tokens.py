@@ -240,11 +240,15 @@ class _Corpus:
         from joblib import Parallel, delayed
         from joblib.externals.loky import get_reusable_executor
 
-        write, content = self.parts.write, b""
-        size, run = 1, Parallel(n_jobs=1)
+        write = self.parts.write
+        if self.workers > 1:
+            write = partial(_write_in_worker, pickle.dumps(self.parts, protocol=pickle.HIGHEST_PROTOCOL))
+        run = Parallel(n_jobs=self.workers, backend="loky", max_nbytes=None)
         try:
-            # The first part is made here, where the choice of columns is announced.
-            while group := list(islice(chunks, size)):
+            while group := list(islice(chunks, 2 * self.workers)):
+                if self.workers > 1 and group[0][0] == 0:
+                    # The choice of columns is announced here, and not where others read.
+                    self.parts.encode(group[0][1][:1])
                 missing = [each for each in group if not part_is_whole(folder, each[0])]
                 answers = run(delayed(write)(folder, *each) for each in missing)
                 errors = dict(zip([number for number, _ in missing], answers, strict=True))
@@ -252,10 +256,6 @@ class _Corpus:
                     if (error := errors.get(number)) is not None:
                         raise error
                     yield number, chunk
-                if self.workers > 1 and not content:
-                    content = pickle.dumps(self.parts, protocol=pickle.HIGHEST_PROTOCOL)
-                    write, size = partial(_write_in_worker, content), 2 * self.workers
-                    run = Parallel(n_jobs=self.workers, backend="loky", max_nbytes=None)
         except BrokenProcessPool as error:
             found = re.search(r"\{(.+?)\}", str(error))
             status = found[1] if found else "unknown"
@@ -264,7 +264,7 @@ class _Corpus:
                 "Finished parts are kept: run the same command again, with fewer --workers if memory is short."
             ) from error
         finally:
-            if content:
+            if self.workers > 1:
                 # They would wait five minutes for more, with their memory.
                 get_reusable_executor(reuse=True).shutdown(wait=True)  # pyright: ignore[reportArgumentType]
 

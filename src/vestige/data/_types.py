@@ -261,10 +261,7 @@ class CutBatch(NamedTuple):
 
 @final
 class CutBatches:
-    """The batches of `plan_batches` for data of any size: in memory is one row number for each example.
-
-    Of the lengths, only how often each occurs is kept; where batches end follows from that.
-    """
+    """The batches of `plan_batches` for data of any size: in memory are a row number and a length for each example."""
 
     def __init__(
         self,
@@ -279,17 +276,13 @@ class CutBatches:
                 f"token_budget={token_budget}, max_examples={max_examples}: both must be above 0, for example 4096."
             )
         self._budget, self._most = token_budget, max_examples or len(lengths)
-        counts = np.bincount(lengths)
-        present = np.flatnonzero(counts)[::-1]
-        self._lengths: list[int] = present.tolist()
-        """Those that occur, longest first."""
-        self._ends: list[int] = np.cumsum(counts[present]).tolist()
-        """Where the rows of each length end."""
-        self._borders = _group_ends(sharing.most(present), self._ends)
-        """Where the rows end that may share a batch with each length."""
         order = np.argsort(-lengths.astype(np.int32), kind="stable")
         self.rows = order.astype(np.int32 if len(lengths) <= np.iinfo(np.int32).max else np.int64)
         """Row numbers, longest example first, ties by row, int32 or int64 [example]."""
+        self._lengths = lengths[order].astype(np.int32)
+        borders = np.flatnonzero(np.diff(sharing.most(self._lengths))) + 1
+        self._ends = np.append(borders, len(lengths))
+        """Where examples end that may share a batch."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -298,31 +291,16 @@ class CutBatches:
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[CutBatch]:
         """Yield the batches of the rows `start:stop`, which begin and end with a batch."""
         stop = len(self) if stop is None else stop
-        kind = 0
         while start < stop:
-            while self._ends[kind] <= start:
-                kind += 1
-            longest = max(self._lengths[kind], 1)
-            end = min(start + min(max(self._budget // longest, 1), self._most), stop, self._borders[kind])
+            longest = max(int(self._lengths[start]), 1)
+            most = min(max(self._budget // longest, 1), self._most)
+            end = min(start + most, stop, int(self._ends[np.searchsorted(self._ends, start, side="right")]))
             yield CutBatch(start, end, longest)
             start = end
 
     def tokens(self, start: int, stop: int) -> int:
         """Return the number of tokens of the examples `start:stop` of `rows`, without padding."""
-        total = first = 0
-        for length, end in zip(self._lengths, self._ends, strict=True):
-            total += length * max(min(end, stop) - max(first, start), 0)
-            first = end
-        return total
-
-
-def _group_ends(groups: np.ndarray, ends: list[int]) -> list[int]:
-    """Return, for each length, where the rows of the last length of its group end."""
-    found: list[int] = []
-    for number in reversed(range(len(ends))):
-        same = bool(found) and groups[number] == groups[number + 1]
-        found.append(found[-1] if same else ends[number])
-    return found[::-1]
+        return int(self._lengths[start:stop].sum(dtype=np.int64))
 
 
 def make_batch(data: TokenizedData, rows: Sequence[int] | np.ndarray) -> Batch:

@@ -237,21 +237,23 @@ class _Corpus:
 
     def _make_parts(self, folder: Path, chunks: Iterator[tuple[int, _Chunk]]) -> Iterator[tuple[int, _Chunk]]:
         """Yield the chunks in order, each when its part is on disk; the first error comes after the parts before it."""
-        from joblib import Parallel, delayed
-        from joblib.externals.loky import get_reusable_executor
+        content = pickle.dumps(self.parts, protocol=pickle.HIGHEST_PROTOCOL) if self.workers > 1 else b""
 
-        write = self.parts.write
-        if self.workers > 1:
-            write = partial(_write_in_worker, pickle.dumps(self.parts, protocol=pickle.HIGHEST_PROTOCOL))
-        run = Parallel(n_jobs=self.workers, backend="loky", max_nbytes=None)
+        def write(missing: list[tuple[int, _Chunk]]) -> list[VestigeError | None]:
+            if self.workers == 1:
+                return [self.parts.write(folder, *each) for each in missing]
+            from joblib import Parallel, delayed
+
+            run = Parallel(n_jobs=self.workers, backend="loky", max_nbytes=None)
+            return run(delayed(_write_in_worker)(content, folder, *each) for each in missing)  # type: ignore[return-value]
+
         try:
             while group := list(islice(chunks, 2 * self.workers)):
                 if self.workers > 1 and group[0][0] == 0:
                     # The choice of columns is announced here, and not where others read.
                     self.parts.encode(group[0][1][:1])
                 missing = [each for each in group if not part_is_whole(folder, each[0])]
-                answers = run(delayed(write)(folder, *each) for each in missing)
-                errors = dict(zip([number for number, _ in missing], answers, strict=True))
+                errors = dict(zip([number for number, _ in missing], write(missing), strict=True))
                 for number, chunk in group:
                     if (error := errors.get(number)) is not None:
                         raise error
@@ -265,6 +267,8 @@ class _Corpus:
             ) from error
         finally:
             if self.workers > 1:
+                from joblib.externals.loky import get_reusable_executor
+
                 # They would wait five minutes for more, with their memory.
                 get_reusable_executor(reuse=True).shutdown(wait=True)  # pyright: ignore[reportArgumentType]
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from vestige.errors import SpecError
 from vestige.settings import AttributeSettings, IndexSettings
 
 BASICS = ("--model", "m", "--data", "d", "--out", "o")
@@ -96,3 +97,20 @@ def test_an_absent_config_file(vestige):
         2,
         "vestige: The config file nowhere.yaml cannot be read: No such file or directory.\n",
     )
+
+
+def test_conditions_on_rows_are_recorded_and_replayed(settings_of, tmp_path):
+    typed = ("--where", "source=web", "year=2021", "--where", "label=a=b")
+    given = settings_of("index", *BASICS, *typed)
+    assert given.where == {"source": "web", "year": "2021", "label": "a=b"}
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"format": 1, "vestige": "0.1.0", "config": given.record()}))
+    assert settings_of("index", "--config", str(record)) == given
+    assert "--where source=web --where year=2021" in given.command_line("index")
+    # Records and identities from before lack it.
+    assert "where" not in settings_of("index", *BASICS).record()
+
+
+def test_conditions_without_data_are_refused():
+    with pytest.raises(SpecError, match=r"--where has no effect without --data"):
+        AttributeSettings(index="idx", queries="q", out=Path("run"), where={"source": "web"})

@@ -4,6 +4,7 @@ import math
 import tracemalloc
 from collections import Counter
 
+import bm25s
 import numpy as np
 import pytest
 
@@ -44,6 +45,18 @@ def test_scores_are_those_of_the_formula(variant, error):
     found = LexicalIndex(queries, iter(documents), variant).scores()
     expected = np.array([slow(query, documents, variant) for query in queries]).T
     np.testing.assert_allclose(found, expected, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("block_numbers", [7, 2**16])
+def test_scores_are_those_of_bm25s(block_numbers):
+    documents = [[str(word) for word in each] for each in drawn(3, 300, 30)]
+    queries = [["sun"], ["the", "moon"], ["sea", "Sea", "of", "unknown"]]
+    oracle = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    oracle.index(documents, show_progress=False)
+    known = {word for document in documents for word in document}
+    expected = [oracle.get_scores([word for word in query if word in known]) for query in queries]
+    found = LexicalIndex(queries, documents, block_numbers=block_numbers).scores()
+    np.testing.assert_allclose(found, np.array(expected).T, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["lucene", "okapi"])

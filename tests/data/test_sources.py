@@ -213,7 +213,7 @@ def test_a_csv_with_a_header_alone_is_empty(tmp_path):
         ("a.csv", "text,text\nx,y\n", r"line 1: the header names 'text' more than once"),
         ("a.csv", "body\nx\n", r"a.csv, row 0 \(line 2\): its columns are `body`"),
         ("a.parquet", "not parquet", r"a.parquet: not a Parquet file"),
-        ("a.txt", "x", r"a.txt: the extension '.txt' is not one that can be read. Give a file ending in .jsonl"),
+        ("a.docx", "x", r"a.docx: the extension '.docx' is not one that can be read. Give a file ending in .jsonl"),
         ("data", "x", r"the extension '\(none\)' is not one"),
         ("a.jsonl.gz", "not packed", r"a.jsonl.gz: cannot be read"),
     ],

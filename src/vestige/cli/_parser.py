@@ -116,10 +116,9 @@ def _read_config(path: Path, settings: type[Settings]) -> dict[str, Any]:
 
 def _is_a_file(word: Any) -> bool:
     """Return whether a word of a config file names a file or folder; else a list of words is a list of texts."""
-    try:
-        return isinstance(word, str) and Path(word).exists()
-    except (OSError, ValueError):  # a text, too long for a file name
-        return False
+    from vestige.data import exists  # takes longer to import than help should
+
+    return isinstance(word, str) and exists(word)
 
 
 def _signature(settings: type[Settings], completing: bool) -> inspect.Signature:
@@ -171,7 +170,7 @@ def _type_of(annotation: Any) -> Any:
     """Return the type that a word is read as; bounds are for the settings to check, who have better words for them."""
     if annotation is Any:  # in Python it may be a live object
         return str
-    if get_origin(annotation) is tuple:
+    if get_origin(annotation) in (tuple, dict):
         return list[str]
     return Union[tuple(members_of(annotation))]  # noqa: UP007
 

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING
 from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from vestige.data._blocks import Block as Block, pack_blocks as pack_blocks
     from vestige.data._bm25 import Bm25Variant as Bm25Variant, LexicalIndex as LexicalIndex, prompt_of as prompt_of
     from vestige.data._chat import as_conversation as as_conversation
     from vestige.data._encode import Rendered as Rendered, Span as Span, mark_targets as mark_targets
+    from vestige.data._files import exists as exists
     from vestige.data._load import (
         load_examples as load_examples,
         load_queries as load_queries,
         load_records as load_records,
-        number_records as number_records,
         require_queries as require_queries,
     )
     from vestige.data._questions import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     )
     from vestige.data._records import (
         OnBadText as OnBadText,
+        as_plain as as_plain,
         check_text as check_text,
         parse_record as parse_record,
         place as place,
@@ -53,7 +55,6 @@ if TYPE_CHECKING:
     from vestige.data._tokens import (
         forget_tokens as forget_tokens,
         tokenize_source as tokenize_source,
-        tokenize_stored as tokenize_stored,
     )
     from vestige.data._types import (
         ANY_EXAMPLES as ANY_EXAMPLES,
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
         make_batch as make_batch,
         plan_batches as plan_batches,
     )
-    from vestige.data._write import as_plain as as_plain, record_line as record_line, write_rows as write_rows
+    from vestige.data._write import record_line as record_line, write_rows as write_rows
     from vestige.parsing import words_of as words_of
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

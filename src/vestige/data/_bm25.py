@@ -2,10 +2,9 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import SEEK_END
-from threading import Lock
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -59,12 +58,14 @@ class LexicalIndex:
         vocabulary = {word: column for column, word in enumerate(sorted({word for query in queries for word in query}))}
         self._type = np.float32 if variant == "lucene" else np.float64
         self._queries = _matrix([Counter(query) for query in queries], vocabulary, self._type)
-        self._file, self._lock = open_temporary(), Lock()
+        self._file = open_temporary()
         weakref.finalize(self, self._file.close)
-        self._blocks: list[_Block] = []
+        self._sizes: list[list[int]] = []
+        """Numbers in the parts of each block of documents in the file."""
         self._count = self._words = 0
         self._holding = np.zeros(len(vocabulary), dtype=np.int64)
         everywhere = self._read(documents, vocabulary, block_numbers, every_word=variant == "okapi")
+        self._blocks = list(self._map_blocks())
         self._mean_length = self._words / self._count if self._count else 0.0
         if variant == "lucene":
             self._rarity = np.log1p((self._count - self._holding + 0.5) / (self._holding + 0.5))
@@ -88,13 +89,13 @@ class LexicalIndex:
     ) -> Float[np.ndarray, "document query"]:
         """Return the scores of some queries with some documents; a part equals that of the whole, to the bit."""
         wanted = self._queries[queries].T
-        first, stop, _ = documents.indices(len(self))
-        found = [
-            (self._weights(block, slice(max(first - block.first, 0), stop - block.first)) @ wanted).toarray()
-            for block in self._blocks
-            if block.first < stop and first < block.first + block.documents
-        ]
-        return np.concatenate(found) if found else np.empty((0, wanted.shape[1]), dtype=self._type)
+        start, stop, _ = documents.indices(len(self))
+        found = [np.empty((0, wanted.shape[1]), dtype=self._type)]
+        for first, lengths, counts in self._blocks:
+            if start < first + len(lengths) and first < stop:
+                inside = slice(max(start - first, 0), stop - first)
+                found.append((self._weights(lengths[inside], counts[inside]) @ wanted).toarray())
+        return np.concatenate(found)
 
     def _read(
         self, documents: Iterable[Sequence[str]], vocabulary: dict[str, int], block_numbers: int, *, every_word: bool
@@ -118,41 +119,32 @@ class LexicalIndex:
     def _put_aside(self, lengths: list[int], counts: sparse.csr_matrix) -> None:
         """Write the next documents behind the others: their lengths, and how often each holds each word."""
         begin = self._file.seek(0, SEEK_END)
+        parts = (np.array(lengths), counts.indptr, counts.indices, counts.data)
+        content = np.concatenate(parts).astype("<i4")
         try:
-            for part in (lengths, counts.indptr, counts.indices, counts.data):
-                self._file.write(np.asarray(part, dtype="<i4").tobytes())
+            self._file.write(content.tobytes())
             self._file.flush()
         except OSError as error:
             raise temporary_error(error, begin) from error
-        self._blocks.append(_Block(self._count, len(lengths), begin, counts.nnz))
+        self._sizes.append([len(part) for part in parts])
         self._count += len(lengths)
         self._words += sum(lengths)
         self._holding += np.bincount(counts.indices, minlength=len(self._holding))
 
-    def _weights(self, block: "_Block", inside: slice) -> sparse.csr_matrix:
+    def _map_blocks(self) -> Iterator[tuple[int, np.ndarray, sparse.csr_matrix]]:
+        """Yield each block: the number of its first document, their lengths, and how often each holds each word."""
+        content, begin, first = np.memmap(self._file, "<i4", "r") if self._sizes else np.empty(0), 0, 0
+        for sizes in self._sizes:
+            lengths, ends, columns, often = np.split(content[begin : begin + sum(sizes)], np.cumsum(sizes)[:-1])
+            yield first, lengths, sparse.csr_matrix((often, columns, ends), shape=(sizes[0], len(self._holding)))
+            begin, first = begin + sum(sizes), first + sizes[0]
+
+    def _weights(self, lengths: np.ndarray, counts: sparse.csr_matrix) -> sparse.csr_matrix:
         """Return what each word adds to the score of a query that holds it once, [document, word]."""
-        sizes = (block.documents, block.documents + 1, block.pairs, block.pairs)
-        with self._lock:
-            self._file.seek(block.begin)
-            content = np.frombuffer(self._file.read(4 * sum(sizes)), dtype="<i4")
-        lengths, ends, columns, often = np.split(content, np.cumsum(sizes)[:-1])
-        counts = sparse.csr_matrix((often, columns, ends), shape=(block.documents, len(self._rarity)))[inside]
         often = counts.data.astype(np.float64)
-        long = np.repeat(lengths[inside], np.diff(counts.indptr)) / self._mean_length
+        long = np.repeat(lengths, np.diff(counts.indptr)) / self._mean_length
         weights = self._rarity[counts.indices] * often * self._scale / (often + K1 * (1 - B + B * long))
         return sparse.csr_matrix((weights.astype(self._type), counts.indices, counts.indptr), shape=counts.shape)
-
-
-class _Block(NamedTuple):
-    """Position of consecutive documents in the file."""
-
-    first: int
-    """Number of the first document."""
-    documents: int
-    begin: int
-    """Bytes before them."""
-    pairs: int
-    """Of a document and a word that it holds."""
 
 
 def prompt_of(example: Example) -> str:

@@ -1,14 +1,14 @@
 """Loading of a list of examples from any source of data."""
 
 import re
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vestige.data._files import exists, is_address, locate
 from vestige.data._records import OnBadText, Record, Source, check_text, parse_record, place, quote
 from vestige.data._rows import PAIR_FORMATS, TURN_COLUMNS, example_from_record
-from vestige.data._sources import HUB_NAME, data_extension, exists, matching_files, open_source, read_file, require_data
+from vestige.data._sources import HUB_NAME, data_extension, open_source, read_file, require_data
 from vestige.data._types import Example
 from vestige.errors import DataError
 from vestige.progress import announce
@@ -18,34 +18,46 @@ _RUN_QUERIES = "queries.parquet"
 
 
 def load_examples(
-    source: Any, *, limit: int | None = None, split: str | None = None, on_bad_text: OnBadText = "refuse"
+    source: Any,
+    *,
+    limit: int | None = None,
+    split: str | None = None,
+    where: Mapping[str, Any] | None = None,
+    on_bad_text: OnBadText = "refuse",
 ) -> list[Example]:
     """Read every row of a training data source as an example, in the source's order.
 
     Args:
-        source: A path (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, each also with `.gz` unless Parquet; a
-            folder saved by `datasets.save_to_disk`), several files (a pattern such as `parts/*.jsonl`, a folder of
-            files of one kind, a list of `Path`s; in the order of their names, or of the list), a hub id
-            (`owner/name` or `owner/name:config`), a live `datasets.Dataset`, or a list of dictionaries or strings;
-            a bare string is a text.
-        limit: Read at most this many rows; announced when it leaves rows out.
+        source: A path or an fsspec address (`s3://...`) of a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`,
+            `.txt`, `.arrow` and every other format of `datasets`; packed ones as `.gz`, `.bz2`, `.xz`, `.zst`, `.lz4`
+            or `.zip`) or of a folder saved by `datasets.save_to_disk`; several files (a pattern such as
+            `parts/*.jsonl`, a folder of files of one kind, a list of `Path`s; in the order of their names, or of the
+            list), a hub id (`owner/name`, `owner/name:config` or `owner/name:config:split`), a live
+            `datasets.Dataset` or stream, or a list of dictionaries or strings; a bare string is a text.
+        limit: Read at most this many rows; announced when it leaves rows out. Of a hub id no more is fetched.
         split: Split of a hub id or a saved `DatasetDict`; `train` when there are several.
+        where: Values of columns that a row must have to be read, such as `{"source": "web"}`.
         on_bad_text: Whether halves of surrogate pairs are refused, or replaced with U+FFFD and counted.
 
     Returns:
-        Examples whose `row` counts from 0 and whose `id` is the `id` column, else the row number. `source`
-        and `label` are carried; columns that no format uses are in `extra`. Equal texts stay separate
+        Examples whose `row` counts from 0 and whose `id` is the `id` column, else the row number in the source.
+        `source` and `label` are carried; columns that no format uses are in `extra`. Equal texts stay separate
         examples. `prompt` and `completion` stay as they are; the prompt of a `question` or an `instruction`
         ends in a newline.
 
     Raises:
         DataError: The source is absent, empty or broken, or a row does not parse; the message names it and the reason.
     """
-    return _examples(open_source(source, split), limit, on_bad_text, is_query=False, learned=True)
+    return _examples(open_source(source, split, limit=limit, where=where), on_bad_text)
 
 
 def load_queries(
-    source: Any, *, may_be_prompts: bool = True, on_bad_text: OnBadText = "refuse", learned: bool = False
+    source: Any,
+    *,
+    may_be_prompts: bool = True,
+    on_bad_text: OnBadText = "refuse",
+    learned: bool = False,
+    **reading: Any,
 ) -> list[Example]:
     """Read every query of a source: as `load_examples`, but a query may be a prompt without a completion.
 
@@ -55,6 +67,7 @@ def load_queries(
         may_be_prompts: Whether it is; otherwise a single string is always the name of a file, a folder or a data set.
         on_bad_text: As for `load_examples`.
         learned: Refuse rows that training data may not hold, such as answers to be avoided.
+        reading: `split`, `limit` and `where`, as for `load_examples`.
 
     Raises:
         DataError: As for `load_examples`, or a prompt is a word that looks like the name of a file.
@@ -69,11 +82,33 @@ def load_queries(
                     'questions only; a question that looks like this goes into a file of lines {"prompt": "..."}.'
                 )
     if isinstance(source, str | Path) and exists(f"{source}/{_RUN_QUERIES}"):
-        rows = [record.value for record in read_file(Path(source).expanduser() / _RUN_QUERIES).records]
+        rows = [record.value for record in read_file(locate(f"{source}/{_RUN_QUERIES}")).records]
         columns = ("text", "prompt", "completion", "messages")
         words = [{name: row[name] for name in columns if row.get(name) is not None} for row in rows]
         source = [{"id": row["query_id"], **each} for row, each in zip(rows, words, strict=True)]
-    return _examples(open_source(source, None), None, on_bad_text, is_query=True, learned=learned)
+    return _examples(open_source(source, **reading), on_bad_text, is_query=True, learned=learned)
+
+
+def load_records(
+    source: Any,
+    *,
+    limit: int | None = None,
+    where: Mapping[str, Any] | None = None,
+    on_bad_text: OnBadText = "refuse",
+) -> Iterator[tuple[Example, dict[str, Any]]]:
+    """Yield every row of a training data source with its columns as they stand there; nothing is kept.
+
+    Args:
+        source: As for `load_examples`.
+        limit: Read at most this many rows.
+        where: As for `load_examples`.
+        on_bad_text: As for `load_examples`.
+
+    Raises:
+        DataError: As for `load_examples`.
+    """
+    for example, record in _read(open_source(source, limit=limit, where=where), on_bad_text):
+        yield example, {"text": record.value} if isinstance(record.value, str) else dict(record.value)
 
 
 def require_queries(source: Any) -> None:
@@ -88,71 +123,60 @@ def require_queries(source: Any) -> None:
 
 def _names_a_place(text: str) -> bool:
     """Return whether a string is meant as a path or a hub id rather than as a prompt."""
-    if exists(text):
+    if is_address(text) or exists(text):
         return True
     if "\n" in text:
         return False
-    if matching_files(Path(text)):
+    if locate(text).matches():
         return True
-    looks_like_path = data_extension(Path(text)) is not None or re.match(r"(\.{0,2}|~)/\S+$", text) is not None
+    looks_like_path = data_extension(text) is not None or re.match(r"(\.{0,2}|~)/\S+$", text) is not None
     return looks_like_path or ("/" in text and HUB_NAME.fullmatch(text) is not None)
 
 
 def _looks_like_file(text: str) -> bool:
     """Return whether a question is the name of a file, or a single word with a slash or an extension."""
     word = text.strip()
-    if exists(word):
+    if re.fullmatch(r"\S*([/\\]\S*|\.[A-Za-z]\w{0,9})", word) is not None:
         return True
-    return re.fullmatch(r"\S*([/\\]\S*|\.[A-Za-z]\w{0,9})", word) is not None
+    return exists(word)
 
 
-def _examples(
-    source: Source, limit: int | None, on_bad_text: OnBadText, *, is_query: bool, learned: bool
-) -> list[Example]:
+def _examples(source: Source, on_bad_text: OnBadText, **meaning: bool) -> list[Example]:
     examples: list[Example] = []
-    replaced = 0
     row_of_id: dict[str, int] = {}
-    for record in number_records(source, limit):
-        example, halves = example_of(source.name, record, on_bad_text, is_query=is_query, learned=learned)
-        replaced += halves
-        first = row_of_id.setdefault(example.id, example.row)
-        if first != example.row:
+    for example, record in _read(source, on_bad_text, **meaning):
+        first = row_of_id.setdefault(example.id, record.source_row)
+        if first != record.source_row:
             raise repeat_error(place(source.name, record), example.id, first)
         examples.append(example)
     if not examples:
         raise empty_error(source.name)
-    announce_replaced(source.name, replaced)
     return examples
 
 
-def number_records(source: Source, limit: int | None) -> Iterator[Record]:
-    """Yield at most `limit` records of the source with their rows; leaving some out is announced.
-
-    Raises:
-        DataError: The limit is below 1, or the source is broken.
-    """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit={limit}: give a whole number of rows above 0, or leave it out.")
-    records = iter(source.records)
-    for row, record in enumerate(islice(records, limit)):
-        yield record._replace(row=row)
-    if limit is not None and next(records, None) is not None:
-        announce(f"{source.name}: only the first {limit:,} rows are used (limit={limit}); the rest is left out.")
+def _read(source: Source, on_bad_text: OnBadText, **meaning: bool) -> Iterator[tuple[Example, Record]]:
+    """Yield the examples of a source with their records, and announce at its end what was replaced."""
+    total = 0
+    for unread in source.records:
+        example, record, replaced = example_of(source.name, unread, on_bad_text, **meaning)
+        total += replaced
+        yield example, record
+    announce_replaced(source.name, total)
 
 
 def example_of(
     name: str, record: Record, on_bad_text: OnBadText, *, is_query: bool = False, learned: bool = True
-) -> tuple[Example, int]:
+) -> tuple[Example, Record, int]:
     """Read one record of the source called `name`; the choice of columns is announced at row 0.
 
     Returns:
-        The example, and how many halves of surrogate pairs were replaced in its record.
+        The example, its record as it was read, and how many halves of surrogate pairs were replaced in that.
     """
     record, replaced = check_text(name, parse_record(record), on_bad_text)
-    example = example_from_record(record.value, record.row, place(name, record), is_query=is_query, learned=learned)
+    example = example_from_record(record, place(name, record), is_query=is_query, learned=learned)
     if record.row == 0 and isinstance(record.value, dict):
         _announce_choice(name, record.value, example)
-    return example, replaced
+    return example, record, replaced
 
 
 def announce_replaced(name: str, replaced: int) -> None:
@@ -186,25 +210,3 @@ def _announce_choice(name: str, columns: dict[str, Any], example: Example) -> No
     fitting += [column for column in ("text",) if column in present]
     if len(fitting) > 1 and "input_ids" not in example.extra:
         announce(f"{name}: rows hold {' and '.join(fitting)}; {fitting[0]} is used. Drop its columns to use another.")
-
-
-def load_records(
-    source: Any, *, limit: int | None = None, on_bad_text: OnBadText = "refuse"
-) -> Iterator[tuple[Example, dict[str, Any]]]:
-    """Yield every row of a training data source with its columns as they stand there; nothing is kept.
-
-    Args:
-        source: As for `load_examples`.
-        limit: Read at most this many rows.
-        on_bad_text: As for `load_examples`.
-
-    Raises:
-        DataError: As for `load_examples`.
-    """
-    opened, total = open_source(source, None), 0
-    for unread in number_records(opened, limit):
-        record, replaced = check_text(opened.name, parse_record(unread), on_bad_text)
-        example, _ = example_of(opened.name, record, on_bad_text)
-        total += replaced
-        yield example, {"text": record.value} if isinstance(record.value, str) else dict(record.value)
-    announce_replaced(opened.name, total)

@@ -1,18 +1,21 @@
-"""Records as readers return them, checked for text that cannot be encoded, and the words that name them in an error."""
+"""Records as readers return them, chosen and checked, and the words that name them in an error."""
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 from vestige.errors import DataError
 from vestige.parsing import parse_json
+from vestige.progress import announce
 
 OnBadText = Literal["refuse", "replace"]
 
 _HALF = re.compile("[\ud800-\udfff]")
 _REPLACEMENT = "\ufffd"
+_SHOWN = 10
+"""Values of a column that an error lists."""
 
 
 class Record(NamedTuple):
@@ -22,12 +25,19 @@ class Record(NamedTuple):
     """A mapping of columns, or a bare string; with `unparsed`, the text of a line of JSON."""
     line: int | None = None
     """Line of the file where the record starts, counted from 1, for formats that have lines."""
-    unparsed: Path | None = None
+    unparsed: str | None = None
     """The file, where `value` is a line that `parse_record` has yet to read: so that other processes may."""
     file: str | None = None
     """The file's name, where a source has several."""
     row: int = 0
-    """Number of the record in its source, counted from 0."""
+    """Number of the record among those that are used, counted from 0."""
+    number: int | None = None
+    """Number in its source, counted from 0, where a column decides which records are used."""
+
+    @property
+    def source_row(self) -> int:
+        """The number in its source, which stands for an id that is missing."""
+        return self.row if self.number is None else self.number
 
 
 class Source(NamedTuple):
@@ -60,7 +70,60 @@ def place(name: str, record: Record) -> str:
     """Return the position of a record, for an error message: `train.jsonl, row 3 (line 5)`; rows count from 0."""
     known = (record.file, None if record.line is None else f"line {record.line}")
     inside = ", ".join(part for part in known if part)
-    return f"{name}, row {record.row}" + (f" ({inside})" if inside else "")
+    return f"{name}, row {record.source_row}" + (f" ({inside})" if inside else "")
+
+
+def number_records(source: Source, limit: int | None, where: Mapping[str, Any] | None = None) -> Iterator[Record]:
+    """Yield at most `limit` records of the source with their rows; leaving some out is announced.
+
+    Args:
+        source: Of the records.
+        limit: Most records.
+        where: Values of columns that a record must have, all of them, to be used; a text stands for a number as well.
+
+    Raises:
+        DataError: The limit is below 1, the source is broken, or no record has the values.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit}: give a whole number of rows above 0, or leave it out.")
+    records = iter(_choose(source, where) if where else source.records)
+    for row, record in enumerate(islice(records, limit)):
+        yield record._replace(row=row)
+    if limit is not None and next(records, None) is not None:
+        announce(f"{source.name}: only the first {limit:,} rows are used (limit={limit}); the rest is left out.")
+
+
+def _choose(source: Source, where: Mapping[str, Any]) -> Iterator[Record]:
+    """Yield the records that have the values, and announce how many there were."""
+    total = chosen = 0
+    others: dict[str, dict[Any, None]] = {column: {} for column in where}
+    for total, unread in enumerate(source.records, start=1):
+        value = parse_record(unread).value
+        cells = value if isinstance(value, Mapping) else {}
+        if all(_is(cells.get(column), wanted) for column, wanted in where.items()):
+            chosen += 1
+            yield unread._replace(number=total - 1)
+        for column in where:
+            if column in cells and len(others[column]) < _SHOWN:
+                others[column][quote(cells[column])] = None
+    words = ", ".join(f"{column}={wanted}" for column, wanted in where.items())
+    if total and not chosen:
+        found = "; ".join(
+            f"`{column}` is {', '.join(values)}" if values else f"no row has a column `{column}`"
+            for column, values in others.items()
+        )
+        raise DataError(f"{source.name}: none of its {total:,} rows has {words} ({found}). Give other values.")
+    announce(f"{source.name}: {chosen:,} of {total:,} rows have {words}; the others are left out.")
+
+
+def _is(cell: Any, wanted: Any) -> bool:
+    """Return whether a cell has the value; what was typed as a text may mean a number, true or false."""
+    if cell is None or isinstance(cell, str) or not isinstance(wanted, str):
+        return bool(cell == wanted)
+    try:
+        return bool(cell == parse_json(wanted))
+    except ValueError:
+        return False
 
 
 def quote(value: object, width: int = 60) -> str:
@@ -111,3 +174,8 @@ def check_text(name: str, record: Record, on_bad_text: OnBadText) -> tuple[Recor
             'Correct it, or type --on-bad-text replace (on_bad_text="replace") to replace it with U+FFFD.'
         )
     return record._replace(value=value), len(fields)
+
+
+def as_plain(value: Any) -> Any:
+    """Return a value that JSON has no form for in one that it has."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from jaxtyping import Int
 
+from vestige.data._records import as_plain
 from vestige.data._types import Example, TokenizedData, hash_example
 from vestige.errors import DataError
 from vestige.parsing import parse_json
@@ -48,7 +49,7 @@ def read_row_list(source: str | Path) -> list[RowEntry]:
     """
     path = _list_in(Path(source).expanduser())
     try:
-        entries = _entries(path)
+        entries = [_entry(value, place, path) for place, value in enumerate(_read_values(path), 1)]
     except FileNotFoundError:
         raise DataError(f"{path} is not there. Expected a list of rows: {_FORMS}.") from None
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
@@ -120,25 +121,22 @@ def _list_in(path: Path) -> Path:
     raise DataError(f"{path} is a folder without a list of rows. Expected {_FORMS}.")
 
 
-def _entries(path: Path) -> list[RowEntry]:
+def _read_values(path: Path) -> Iterable[Any]:
+    """Return what a list holds, one value a row: a mapping of columns, or an id."""
     if path.suffix == ".parquet":
-        return _of_records(parquet.read_table(path, memory_map=False).to_pylist(), path)
+        return parquet.read_table(path, memory_map=False).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     start = text.lstrip()[:1]
     if start == "[" and path.suffix != ".jsonl":
-        return _of_records(parse_json(text), path)
+        return parse_json(text)
     if start in ("{", "[") or path.suffix in (".jsonl", ".ndjson"):
-        return _of_records([parse_json(line) for line in text.split("\n") if line.strip()], path)
+        return [parse_json(line) for line in text.split("\n") if line.strip()]
     head = text.lstrip().partition("\n")[0]
     for mark in (",", "\t", ";"):
         names = [name.strip().strip('"') for name in head.split(mark)]
         if set(COLUMNS) & set(names) and (len(names) > 1 or path.suffix in (".csv", ".tsv")):
-            return _of_records(list(csv.DictReader(StringIO(text, newline=""), delimiter=mark)), path)
-    return [RowEntry(line.strip()) for line in text.split("\n") if line.strip()]
-
-
-def _of_records(records: Iterable[Any], path: Path) -> list[RowEntry]:
-    return [_entry(record, place, path) for place, record in enumerate(records, 1)]
+            return csv.DictReader(StringIO(text, newline=""), delimiter=mark)
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _entry(record: Any, place: int, path: Path) -> RowEntry:
@@ -202,13 +200,10 @@ def _number_groups(keys: Iterable[bytes]) -> Int[np.ndarray, "example"]:
 
 
 def _content(example: Example) -> bytes:
-    more = {name: value for name, value in example.extra.items() if isinstance(value, list | tuple | dict | np.ndarray)}
-    parts = [example.text, example.prompt, example.completion, repr(example.messages), more]
-    return json.dumps(parts, sort_keys=True, default=_plain).encode()
-
-
-def _plain(value: object) -> object:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+    more = [name for name, cell in example.extra.items() if isinstance(cell, list | tuple | dict | np.ndarray)]
+    kept = ("text", "prompt", "completion", "messages", *more)
+    parts = {name: cell for name, cell in example.columns.items() if name in kept}
+    return json.dumps(parts, sort_keys=True, default=as_plain).encode()
 
 
 def _values(examples: Sequence[Example], column: str) -> Iterable[bytes]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vestige.data._encode import IDS, SUSPECT, is_used, read_columns
-from vestige.data._records import quote
+from vestige.data._records import Record, quote
 from vestige.data._turns import MEDIA, read_json, read_turns
 from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
@@ -168,15 +168,14 @@ EXPECTED = (
 )
 
 
-def example_from_record(value: Any, row: int, place: str, *, is_query: bool, learned: bool) -> Example:
+def example_from_record(record: Record, place: str, *, is_query: bool, learned: bool) -> Example:
     """Return the example that a record describes; `place` names the record's position in errors.
 
     A record that fits several formats is read as the most structured one: turns, then pairs, then text.
     `None` counts as absent, and an empty string only where another format has content. A query may be a
     prompt alone. What is to be `learned` may not be an answer that training was to avoid.
     """
-    if isinstance(value, str):
-        value = {"prompt" if is_query else "text": value}
+    value = {"prompt" if is_query else "text": record.value} if isinstance(record.value, str) else record.value
     if not isinstance(value, Mapping):
         raise DataError(
             f'{place}: expected an object with named columns such as {{"text": "..."}}, got {quote(value)}.'
@@ -190,7 +189,7 @@ def example_from_record(value: Any, row: int, place: str, *, is_query: bool, lea
     extra = {name: cell for name, cell in columns.items() if name not in (*used, *CARRIED)}
     if "input_ids" in extra:
         extra |= read_columns(columns, place)
-    example = Example(id=_identity(columns, row, place), row=row, **fields, **carried, extra=extra)
+    example = Example(id=_identity(columns, record, place), row=record.row, **fields, **carried, extra=extra)
     if learned:
         refuse_columns(columns, example, place)
     return example
@@ -242,10 +241,10 @@ def _text(columns: dict[str, Any], name: str, place: str) -> str:
     )
 
 
-def _identity(columns: dict[str, Any], row: int, place: str) -> str:
+def _identity(columns: dict[str, Any], record: Record, place: str) -> str:
     cell = columns.get("id")
     if cell is None or cell == "":
-        return str(row)
+        return str(record.source_row)
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):
         raise DataError(f"{place}: `id` must be a text or a number, got {quote(cell)}.")
     return str(cell)

@@ -2,7 +2,7 @@
 
 The folder of the tokens of one source, encoded in one way:
 
-    tokens.json       written last: what the tokens were made from, rows and bytes of every part, the fingerprint
+    tokens.json       written last: what the tokens were made from, the number of parts, the fingerprint
     00012.arrow       ids and targets of the part, which are memory-mapped
     00012.parquet     its examples, with their lengths and numbers of targets
     00012.json        written after both: their sizes and sha256
@@ -15,10 +15,9 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, final, overload
+from typing import Any, Generic, TypeVar, final, overload
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +25,9 @@ import pyarrow.parquet as parquet
 
 from vestige.data._tokenize import Encoded, Tally
 from vestige.data._types import Example, Message, TokenizedData, hash_example
-from vestige.errors import CorruptFile
-from vestige.parsing import as_record, parse_json, parse_object
-from vestige.storage import make_folder, remove_strays, sha256_of, write_durably
-from vestige.tables import reading
+from vestige.parsing import parse_json, parse_object
+from vestige.storage import sha256_of, write_durably
+from vestige.tables import reading, write_table
 
 Item = TypeVar("Item")
 
@@ -38,30 +36,24 @@ GROUP_ROWS = 512
 """Examples in a row group: what is decoded to read one of them."""
 _GROUPS_HELD = 4
 
+_PLAIN = ("id", "row", "text", "prompt", "completion", "source", "label")
+"""Columns that hold the fields of an example as they are."""
 EXAMPLES = pa.schema(
-    [
-        ("id", pa.string()),
-        ("row", pa.int64()),
-        ("text", pa.string()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("messages", pa.string()),
-        ("source", pa.string()),
-        ("label", pa.string()),
-        ("extra", pa.string()),
-        ("length", pa.int64()),
-    ]
+    (name, pa.int64() if name in ("row", "length") else pa.string())
+    for name in ("id", "row", "text", "prompt", "completion", "messages", "source", "label", "extra", "length")
 )
 """Columns of a file of examples; `length` is in tokens, `messages` and `extra` are JSON."""
 _TOKENS = pa.schema([("input_ids", pa.list_(pa.int32())), ("targets", pa.list_(pa.bool_()))])
 """Columns of a file of tokens."""
 _PART = EXAMPLES.append(pa.field("targets", pa.int64())).append(pa.field("truncated", pa.bool_()))
 """Columns of the file of a part's examples."""
-FORMAT = 4
+FORMAT = 5
 """Those of format 1 may lack examples: of what was read before the first part was written, only that part was. Those of
 format 2 were made without reading loss masks, weights of turns and what a chat template is given beside them; those of
-format 3 are no Arrow files."""
+format 3 are no Arrow files; those of format 4 hold the markers of all parts in the list."""
 _LIST = "tokens.json"
+_KINDS = ("arrow", "parquet")
+"""Extensions of the files of a part."""
 
 
 class StoredRows(Sequence[Item], ABC, Generic[Item]):
@@ -108,7 +100,7 @@ class StoredExamples(StoredRows[Example]):
         self._groups: list[tuple[Path, int]] = []
         rows = [0]
         for path in self._paths:
-            with _reading(path):
+            with reading(path, _AGAIN):
                 about = parquet.read_metadata(path)
             self._groups += [(path, number) for number in range(about.num_row_groups)]
             rows += [about.row_group(number).num_rows for number in range(about.num_row_groups)]
@@ -153,115 +145,11 @@ class StoredArrays(StoredRows[np.ndarray]):
         return np.array(self._column[row].values.to_numpy(zero_copy_only=False))
 
 
-def _read_tokens(paths: Sequence[Path], lengths: np.ndarray, counts: np.ndarray) -> tuple[StoredArrays, StoredArrays]:
-    """Map files with the columns `_TOKENS`, one after another, and return the token ids and the target marks.
-
-    Args:
-        paths: The files.
-        lengths: Tokens per example, int32 [example].
-        counts: Targets per example, int32 [example].
-    """
-    tables = []
-    for path in paths:
-        with _reading(path), pa.memory_map(str(path)) as source:
-            tables.append(pa.ipc.open_file(source).read_all())
-    table = pa.concat_tables(tables)
-    return StoredArrays(table["input_ids"], lengths), StoredArrays(table["targets"], counts)
-
-
-class PackedPart(NamedTuple):
-    """A part as the bytes of its files, and what it adds to the fingerprint of the data."""
-
-    names: list[str]
-    """Ids of its examples."""
-    files: tuple[bytes, bytes]
-    """Arrow with the columns `_TOKENS`, Parquet with the columns `_PART`."""
-    fingerprinted: bytes
-    tally: Tally
-
-
-class _PartRecord(NamedTuple):
-    """Content of the marker of a part."""
-
-    rows: int
-    bytes: list[int]
-    sha256: list[str]
-    tally: list[Any]
-
-
-@final
-class TokenWriter:
-    """Writes the parts of one data set in their order."""
-
-    def __init__(self, folder: Path, encoder: str) -> None:
-        make_folder(folder)
-        remove_strays(folder)
-        self._folder, self._encoder = folder, encoder
-        self._parts: list[_PartRecord] = []
-        self._digest = hashlib.sha256()
-
-    def is_done(self, number: int) -> bool:
-        """Return whether the part is there and matches its marker; reads every byte."""
-        record, paths = _read_marker(self._folder, number), _part_paths(self._folder, number)
-        if record is None or not all(path.exists() for path in paths):
-            return False
-        return [sha256_of(path) for path in paths] == record.sha256
-
-    def add(self, part: PackedPart) -> list[str]:
-        """Write the next part to disk and return the ids of its examples."""
-        number = len(self._parts)
-        paths = _part_paths(self._folder, number)
-        written = [write_durably(path, [content]) for path, content in zip(paths, part.files, strict=True)]
-        sizes, digests = [one.bytes for one in written], [one.sha256 for one in written]
-        record = _PartRecord(len(part.names), sizes, digests, list(part.tally))
-        write_durably(_marker(self._folder, number), [json.dumps(record._asdict()).encode()])
-        self._parts.append(record)
-        self._digest.update(part.fingerprinted)
-        return part.names
-
-    def add_finished(self) -> list[str]:
-        """Take over the next part, which `is_done`, as it is, and return the ids of its examples."""
-        record = _read_marker(self._folder, len(self._parts))
-        assert record is not None
-        data = _open_parts(self._folder, [len(self._parts)], "", "")
-        assert isinstance(data.examples, StoredExamples)
-        names = list(data.examples.column("id"))
-        for name, ids, targets in zip(names, data.input_ids, data.targets, strict=True):
-            self._digest.update(hash_example(name, ids, targets))
-        self._parts.append(record)
-        return names
-
-    def names(self) -> Iterator[str]:
-        """Yield the ids of all examples so far."""
-        paths = [_part_paths(self._folder, number)[1] for number in range(len(self._parts))]
-        yield from StoredExamples(paths).column("id")
-
-    def finish(self) -> None:
-        """Write the list of the parts: the tokens are complete."""
-        content = {
-            "format": FORMAT,
-            "encoder": self._encoder,
-            "fingerprint": self._digest.hexdigest(),
-            "parts": [part._asdict() for part in self._parts],
-        }
-        write_durably(self._folder / _LIST, [json.dumps(content).encode()])
-
-
 def record_of(example: Example, length: int) -> dict[str, Any]:
     """Return the example as a row of a file of examples."""
+    plain = {name: getattr(example, name) for name in _PLAIN}
     turns = [turn_record(turn) for turn in example.messages]
-    return {
-        "id": example.id,
-        "row": example.row,
-        "text": example.text,
-        "prompt": example.prompt,
-        "completion": example.completion,
-        "messages": json.dumps(turns, ensure_ascii=False, default=_as_json) if turns else None,
-        "source": example.source,
-        "label": example.label,
-        "extra": json.dumps(example.extra, ensure_ascii=False, default=_as_json) if example.extra else None,
-        "length": length,
-    }
+    return {**plain, "messages": _to_json(turns), "extra": _to_json(example.extra), "length": length}
 
 
 def turn_record(turn: Message) -> list[Any]:
@@ -269,40 +157,71 @@ def turn_record(turn: Message) -> list[Any]:
     return [turn.role, turn.content, *([turn.extra] if turn.extra else [])]
 
 
-def _as_json(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+def _to_json(value: Any) -> str | None:
+    def plain(cell: Any) -> Any:
+        return cell.tolist() if isinstance(cell, np.ndarray) else str(cell)
+
+    return json.dumps(value, ensure_ascii=False, default=plain) if value else None
 
 
 def _decode_group(path: Path, number: int) -> list[Example]:
     """Return the examples of a row group."""
-    with _reading(path), parquet.ParquetFile(path) as file:
+    with reading(path, _AGAIN), parquet.ParquetFile(path) as file:
         return [_example(record) for record in file.read_row_group(number).to_pylist()]
 
 
 def _example(record: dict[str, Any]) -> Example:
-    fields = {name: record[name] for name in ("id", "row", "text", "prompt", "completion", "source", "label")}
+    fields = {name: record[name] for name in _PLAIN}
     messages = tuple(Message(*turn) for turn in parse_json(record["messages"] or "[]"))
     return Example(**fields, messages=messages, extra=parse_object(record["extra"] or "{}"))
 
 
-def pack(examples: Sequence[Example], encoded: Encoded) -> PackedPart:
-    """Return consecutive examples as the bytes of its files."""
+def write_part(folder: Path, number: int, examples: Sequence[Example], encoded: Encoded) -> None:
+    """Write consecutive examples, their tokens and then the marker of the part; the same bytes in every process."""
     ids, targets, truncated, tally = encoded
-    names = [example.id for example in examples]
     columns = [pa.array(rows, field.type) for rows, field in zip((ids, targets), _TOKENS, strict=True)]
-    tokens, table = pa.BufferOutputStream(), pa.BufferOutputStream()
+    tokens = pa.BufferOutputStream()
     with pa.ipc.new_file(tokens, _TOKENS) as writer:
         writer.write_batch(pa.record_batch(columns, schema=_TOKENS))
-    with parquet.ParquetWriter(table, _PART) as writer:
-        for start in range(0, len(examples), GROUP_ROWS):
-            records = [
-                record_of(examples[row], len(ids[row]))
-                | {"targets": int(targets[row].sum()), "truncated": bool(truncated[row])}
-                for row in range(start, min(start + GROUP_ROWS, len(examples)))
-            ]
-            writer.write_table(pa.Table.from_pylist(records, schema=_PART))
-    files = tokens.getvalue().to_pybytes(), table.getvalue().to_pybytes()
-    return PackedPart(names, files, b"".join(map(hash_example, names, ids, targets)), tally)
+    records = [
+        record_of(example, len(ids[row])) | {"targets": int(targets[row].sum()), "truncated": bool(truncated[row])}
+        for row, example in enumerate(examples)
+    ]
+    about = pa.Table.from_pylist(records, schema=_PART)
+    written = [
+        write_durably(_path(folder, number, "arrow"), [tokens.getvalue()]),
+        write_table(_path(folder, number, "parquet"), about, row_group_size=GROUP_ROWS),
+    ]
+    part = {"bytes": [one.bytes for one in written], "sha256": [one.sha256 for one in written], "tally": tally}
+    write_durably(_path(folder, number, "json"), [json.dumps(part).encode()])
+
+
+def part_is_whole(folder: Path, number: int) -> bool:
+    """Return whether the part is there and matches its marker; reads every byte."""
+    part, paths = _find_part(folder, number)
+    return part is not None and [sha256_of(path) for path in paths] == part["sha256"]
+
+
+def hash_part(folder: Path, number: int, digest: "hashlib._Hash") -> list[str]:
+    """Add a part to the digest of all data, as `data_fingerprint` does, and return the ids of its examples."""
+    names = list(StoredExamples([_path(folder, number, "parquet")]).column("id"))
+    (batch,) = _map_tokens(_path(folder, number, "arrow")).to_batches()
+    ends = batch["input_ids"].offsets.to_numpy()
+    ids, targets = (batch[name].values.to_numpy(zero_copy_only=False) for name in _TOKENS.names)
+    for name, start, stop in zip(names, ends, ends[1:], strict=False):
+        digest.update(hash_example(name, ids[start:stop], targets[start:stop]))
+    return names
+
+
+def names_of_parts(folder: Path, count: int) -> Iterator[str]:
+    """Yield the ids of the examples of the parts before the one with this number."""
+    yield from StoredExamples([_path(folder, number, "parquet") for number in range(count)]).column("id")
+
+
+def finish_tokens(folder: Path, encoder: str, fingerprint: str, parts: int) -> None:
+    """Write the list of the parts: the tokens are complete."""
+    content = {"format": FORMAT, "encoder": encoder, "fingerprint": fingerprint, "parts": parts}
+    write_durably(folder / _LIST, [json.dumps(content).encode()])
 
 
 def open_tokens(folder: Path, name: str, owner: object = None) -> tuple[TokenizedData, Tally] | None:
@@ -310,13 +229,23 @@ def open_tokens(folder: Path, name: str, owner: object = None) -> tuple[Tokenize
     content = _read_list(folder)
     if content is None:
         return None
-    parts = [_PartRecord(**part) for part in content["parts"]]
-    for number, part in enumerate(parts):
-        paths = _part_paths(folder, number)
-        if not all(path.exists() for path in paths) or [path.stat().st_size for path in paths] != part.bytes:
-            return None
-    tally = reduce(Tally.join, (Tally(*part.tally) for part in parts))
-    return _open_parts(folder, range(len(parts)), content["fingerprint"], name, owner), tally
+    found = [_find_part(folder, number) for number in range(content["parts"])]
+    parts = [part for part, _ in found if part is not None]
+    if len(parts) < len(found):
+        return None
+    arrows, parquets = ([paths[kind] for _, paths in found] for kind in range(len(_KINDS)))
+    about = pa.concat_tables(_read_lengths(path) for path in parquets)
+    tokens = pa.concat_tables(map(_map_tokens, arrows))
+    lengths, counts = (about[column].to_numpy().astype(np.int32) for column in ("length", "targets"))
+    data = TokenizedData(
+        StoredExamples(parquets, owner),
+        StoredArrays(tokens["input_ids"], lengths),
+        StoredArrays(tokens["targets"], counts),
+        about["truncated"].to_numpy(),
+        content["fingerprint"],
+        name,
+    )
+    return data, reduce(Tally.join, (Tally(*part["tally"]) for part in parts))
 
 
 def find_tokens(folder: Path, fingerprint: str, encoder: str, name: str) -> TokenizedData | None:
@@ -329,18 +258,14 @@ def find_tokens(folder: Path, fingerprint: str, encoder: str, name: str) -> Toke
     return None
 
 
-def _open_parts(folder: Path, parts: Sequence[int], fingerprint: str, name: str, owner: object = None) -> TokenizedData:
-    paths = [_part_paths(folder, number) for number in parts]
-    columns = ["length", "targets", "truncated"]
-    tables = []
-    for _, path in paths:
-        with _reading(path):
-            tables.append(parquet.read_table(path, columns=columns))
-    table = pa.concat_tables(tables)
-    lengths, counts = (table[name].to_numpy().astype(np.int32) for name in columns[:2])
-    input_ids, targets = _read_tokens([tokens for tokens, _ in paths], lengths, counts)
-    examples = StoredExamples([path for _, path in paths], owner)
-    return TokenizedData(examples, input_ids, targets, table["truncated"].to_numpy(), fingerprint, name)
+def _map_tokens(path: Path) -> pa.Table:
+    with reading(path, _AGAIN), pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _read_lengths(path: Path) -> pa.Table:
+    with reading(path, _AGAIN):
+        return parquet.read_table(path, columns=["length", "targets", "truncated"])
 
 
 def _read_list(folder: Path) -> dict | None:
@@ -351,25 +276,15 @@ def _read_list(folder: Path) -> dict | None:
     return content if content.get("format") == FORMAT else None
 
 
-def _read_marker(folder: Path, number: int) -> _PartRecord | None:
+def _find_part(folder: Path, number: int) -> tuple[dict[str, Any] | None, list[Path]]:
+    """Return the marker of a part, None unless its files are there in the sizes that it names, and these files."""
+    paths = [_path(folder, number, kind) for kind in _KINDS]
     try:
-        return as_record(_PartRecord, parse_object(_marker(folder, number).read_bytes()))
-    except (OSError, ValueError):
-        return None
+        part = parse_object(_path(folder, number, "json").read_bytes())
+        return (part if [path.stat().st_size for path in paths] == part["bytes"] else None), paths
+    except (OSError, LookupError, ValueError):
+        return None, paths
 
 
-def _part_paths(folder: Path, number: int) -> tuple[Path, Path]:
-    return folder / f"{number:05d}.arrow", folder / f"{number:05d}.parquet"
-
-
-def _marker(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.json"
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file raises into one error."""
-    try:
-        yield
-    except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
-        raise CorruptFile(f"{path} is missing or damaged ({error}). {_AGAIN}") from error
+def _path(folder: Path, number: int, kind: str) -> Path:
+    return folder / f"{number:05d}.{kind}"

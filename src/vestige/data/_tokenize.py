@@ -201,16 +201,11 @@ class Encoder:
                 f"{name}: {tally.bare:,} of {total:,} examples have no target token and cannot score."
                 + (roles if tally.roles else "")
             )
-        if not self.prompts:
-            self._announce_unused(tally)
-
-    def _announce_unused(self, tally: Tally) -> None:
-        name = self.name
-        if tally.columns:
+        if tally.columns and not self.prompts:
             listed = ", ".join(f"`{column}`" for column in tally.columns)
             trained = "; `weight` counts in vestige train alone" if "weight" in tally.columns else ""
             announce(f"{name}: kept with the examples, changing neither their text nor their loss: {listed}{trained}.")
-        if tally.unwritten:
+        if tally.unwritten and not self.prompts:
             listed = ", ".join(f"`{key}`" for key in tally.unwritten)
             announce(f"{name}: the chat template writes some conversations the same without {listed}.")
 

@@ -11,7 +11,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -19,15 +20,25 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 
-from vestige.data._load import announce_replaced, empty_error, example_of, number_records, repeat_error
+from vestige.data._load import announce_replaced, empty_error, example_of, repeat_error
 from vestige.data._records import OnBadText, Record, place
 from vestige.data._sources import open_source
-from vestige.data._stored import FORMAT, PackedPart, StoredExamples, TokenWriter, find_tokens, open_tokens, pack
+from vestige.data._stored import (
+    FORMAT,
+    StoredExamples,
+    find_tokens,
+    finish_tokens,
+    hash_part,
+    names_of_parts,
+    open_tokens,
+    part_is_whole,
+    write_part,
+)
 from vestige.data._tokenize import Encoded, Encoder, Tally
 from vestige.data._types import Example, TokenizedData, data_fingerprint
 from vestige.errors import CorruptFile, UserError, VestigeError
 from vestige.progress import SECONDS_BETWEEN_LINES, announce, format_bytes
-from vestige.storage import remove_tree
+from vestige.storage import make_folder, remove_strays, remove_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +63,10 @@ def tokenize_source(
     chat: bool = False,
     limit: int | None = None,
     split: str | None = None,
+    where: Mapping[str, Any] | None = None,
     folder: Path | None = None,
+    kept: Path | None = None,
+    fingerprint: str | None = None,
     workers: int = 1,
     on_bad_text: OnBadText = "refuse",
     vocabulary: int | None = None,
@@ -66,15 +80,18 @@ def tokenize_source(
     goes on where it stopped.
 
     Args:
-        source: As for `load_examples`.
+        source: As for `load_examples`; or the examples of an index.
         tokenizer: As for `tokenize`.
         max_length: As for `tokenize`.
         name: As for `tokenize`.
         chat: As for `tokenize`.
         limit: As for `load_examples`.
         split: As for `load_examples`.
+        where: As for `load_examples`.
         folder: Where tokens are kept; None, and what is in a live list, lives in a temporary folder as long as the
             result.
+        kept: Where tokens of the examples of an index may have been left.
+        fingerprint: Of the data whose examples an index holds.
         workers: Processes that read and encode a large data set.
         on_bad_text: As for `load_examples`.
         vocabulary: As for `tokenize`.
@@ -85,47 +102,16 @@ def tokenize_source(
         DataError: As for `load_examples` and `tokenize`.
         DiskSpaceError: The tokens do not fit on the disk.
     """
-    opened = open_source(source, split)
     encoder = Encoder(tokenizer, max_length=max_length, name=name, chat=chat, vocabulary=vocabulary)
-    records = number_records(opened, limit)
-    origin = None if opened.identity is None else f"{opened.identity} limit {limit}"
-    if origin is not None and on_bad_text != "refuse":
-        origin += f" bad text {on_bad_text}"
-    parts = _PartEncoder(opened.name, encoder, on_bad_text)
-    return _Corpus(parts, records, origin, name, folder, workers, held_bytes, part_rows).read()
-
-
-def tokenize_stored(
-    examples: StoredExamples,
-    fingerprint: str,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    *,
-    max_length: int | None,
-    name: str,
-    chat: bool,
-    kept: Path,
-    folder: Path,
-    workers: int = 1,
-) -> TokenizedData:
-    """Return the tokens of examples on disk: those in a folder of `kept` if they were made alike, else new ones.
-
-    Args:
-        examples: As the files of an index hold them.
-        fingerprint: That of the data whose examples they are.
-        tokenizer: As for `tokenize`.
-        max_length: As for `tokenize`.
-        name: As for `tokenize`.
-        chat: As for `tokenize`.
-        kept: Where tokens may have been left.
-        folder: Where they are written otherwise.
-        workers: Processes that encode a large data set.
-    """
-    encoder = Encoder(tokenizer, max_length=max_length, name=name, chat=chat)
-    found = find_tokens(kept, fingerprint, encoder.identity, name) if kept.is_dir() else None
-    if found is not None:
-        return found
-    parts = _PartEncoder(name, encoder, "refuse")
-    return _Corpus(parts, examples, fingerprint, name, folder, workers, HELD_BYTES, PART_ROWS).read()
+    if isinstance(source, StoredExamples):
+        found = None if kept is None else find_tokens(kept, str(fingerprint), encoder.identity, name)
+        if found is not None:
+            return found
+        title, items, origin = name, source, fingerprint
+    else:
+        title, items, origin = open_source(source, split, limit=limit, where=where)
+    parts = _Parts(title, encoder, on_bad_text)
+    return _Corpus(parts, items, origin, name, folder, workers, held_bytes, part_rows).read()
 
 
 def forget_tokens(folder: Path, data: TokenizedData) -> None:
@@ -137,150 +123,171 @@ def forget_tokens(folder: Path, data: TokenizedData) -> None:
 
 
 @final
-class _PartEncoder:
-    """Encodes chunks of one source, in any process with the same bytes."""
+class _Parts:
+    """Makes the parts of one source, in any process with the same bytes."""
 
     def __init__(self, source: str, encoder: Encoder, on_bad_text: OnBadText) -> None:
         self.source, self.encoder = source, encoder
-        self._on_bad_text: OnBadText = on_bad_text
+        self.on_bad_text: OnBadText = on_bad_text
 
     def encode(self, items: Sequence[Record | Example]) -> tuple[list[Example], Encoded]:
         """Return consecutive examples and their tokens."""
-        read = [
-            (item, 0) if isinstance(item, Example) else example_of(self.source, item, self._on_bad_text)
-            for item in items
-        ]
-        examples = [example for example, _ in read]
+        examples, replaced = list[Example](), 0
+        for item in items:
+            if isinstance(item, Example):
+                examples.append(item)
+            else:
+                example, _, halves = example_of(self.source, item, self.on_bad_text)
+                examples.append(example)
+                replaced += halves
         encoded = self.encoder.encode(examples)
-        tally = encoded.tally._replace(replaced=sum(replaced for _, replaced in read))
-        return examples, encoded._replace(tally=tally)
+        return examples, encoded._replace(tally=encoded.tally._replace(replaced=replaced))
+
+    def write(self, folder: Path, number: int, items: Sequence[Record | Example]) -> VestigeError | None:
+        """Write a part, or return the error, so that the first one in order is raised."""
+        try:
+            write_part(folder, number, *self.encode(items))
+        except VestigeError as error:
+            return error
+        return None
 
 
 @final
+@dataclass
 class _Corpus:
     """One source on its way to tokens."""
 
-    def __init__(
-        self,
-        parts: _PartEncoder,
-        items: Iterable[Record | Example],
-        origin: str | None,
-        name: str,
-        parent: Path | None,
-        workers: int,
-        held_bytes: int,
-        part_rows: int,
-    ) -> None:
-        self._parts, self._name, self._workers = parts, name, workers
-        self._chunks = _cut(items, part_rows)
-        self._origin, self._parent = origin, parent
-        self._held_bytes, self._part_rows = held_bytes, part_rows
-        self._rows, self._seen = 0, _SeenIds()
+    parts: _Parts
+    items: Iterable[Record | Example]
+    origin: str | None
+    name: str
+    parent: Path | None
+    workers: int = 1
+    held_bytes: int = HELD_BYTES
+    part_rows: int = PART_ROWS
+    _rows: int = 0
+    _seen: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    """Hashes of the ids so far, 8 bytes each, sorted."""
 
     def read(self) -> TokenizedData:
         """Read the data from where it is already or from its source."""
         # The key costs a pass over the whole tokenizer: only where something was written is there something to find.
-        folder = self._folder if self._parent is not None and self._parent.is_dir() else None
-        found = open_tokens(folder, self._name) if folder is not None else None
+        folder = self._folder if self.parent is not None and self.parent.is_dir() else None
+        found = open_tokens(folder, self.name) if folder is not None else None
         if found is None:
             begun, held, weight = folder is not None and folder.is_dir(), list[_Chunk](), 0
-            for chunk, size in () if begun else self._chunks:
+            chunks = _cut(self.items, self.part_rows)
+            for chunk, size in () if begun else chunks:
                 held.append(chunk)
                 # The text is there as it was read and, about as large, as tokens.
                 weight += 2 * size + _EXAMPLE_BYTES * len(chunk)
-                if weight > self._held_bytes:
+                if weight > self.held_bytes:
                     break
-            found = self._write(held) if begun or weight > self._held_bytes else self._encode(held)
+            is_large = begun or weight > self.held_bytes
+            found = self._write(chain(held, (chunk for chunk, _ in chunks))) if is_large else self._encode(held)
         data, tally = found
-        announce_replaced(self._name, tally.replaced)
-        self._parts.encoder.announce(tally)
+        announce_replaced(self.name, tally.replaced)
+        self.parts.encoder.announce(tally)
         return data
 
     @cached_property
     def _folder(self) -> Path | None:
         """The folder where the tokens of just this source, encoded just so, are kept."""
-        if self._parent is None or self._origin is None:
+        if self.parent is None or self.origin is None:
             return None
-        made_of = [FORMAT, self._part_rows, _PART_BYTES, self._origin, self._parts.encoder.identity]
-        return self._parent / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+        how = (self.parts.encoder.identity, self.parts.on_bad_text)
+        made_of = [FORMAT, self.part_rows, _PART_BYTES, self.origin, *how]
+        return self.parent / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
     def _encode(self, chunks: list[_Chunk]) -> tuple[TokenizedData, Tally]:
         """Return the data in memory."""
         items = [item for chunk in chunks for item in chunk]
         if not items:
-            raise empty_error(self._parts.source)
-        examples, encoded = self._parts.encode(items)
+            raise empty_error(self.parts.source)
+        examples, encoded = self.parts.encode(items)
         names = [example.id for example in examples]
-        self._check_ids(items, names, lambda: iter(names))
+        self._refuse_repeats(items, names, lambda: iter(names))
         ids, targets, truncated, tally = encoded
         fingerprint = data_fingerprint(examples, ids, targets)
-        return TokenizedData(examples, ids, targets, truncated, fingerprint, self._name), tally
+        return TokenizedData(examples, ids, targets, truncated, fingerprint, self.name), tally
 
-    def _write(self, held: list[_Chunk]) -> tuple[TokenizedData, Tally]:
-        """Write the tokens of `held` and of the rest of the data to disk, and return the data there."""
-        owner = None
-        folder = self._folder
-        if folder is None:
-            owner = _TemporaryFolder()
-            folder = owner.path
-        of = f" by {self._workers} processes" if self._workers > 1 else ""
-        least = format_bytes(self._held_bytes)
-        announce(f"{self._name}: more than {least} in memory; its tokens are made{of} in {folder}.")
-        writer, last_line = TokenWriter(folder, self._parts.encoder.identity), time.monotonic()
-        rest = enumerate((chunk for chunk, _ in self._chunks), start=len(held))
-        # What was held is encoded here, where the choice of columns is announced.
-        begin = _pack_all(self._parts, ((chunk, True) for chunk in held), 1)
-        requests = ((chunk, not writer.is_done(number)) for number, chunk in rest)
-        for chunk, part in chain(begin, _pack_all(self._parts, requests, self._workers)):
-            names = writer.add(part) if part is not None else writer.add_finished()
-            self._check_ids(chunk, names, writer.names)
+    def _write(self, chunks: Iterator[_Chunk]) -> tuple[TokenizedData, Tally]:
+        """Write the tokens to disk, and return the data there."""
+        owner = None if self._folder else _TemporaryFolder()
+        folder = self._folder or owner.path  # type: ignore[union-attr]
+        make_folder(folder)
+        remove_strays(folder)
+        of = f" by {self.workers} processes" if self.workers > 1 else ""
+        least = format_bytes(self.held_bytes)
+        announce(f"{self.name}: more than {least} in memory; its tokens are made{of} in {folder}.")
+        digest, last_line, count = hashlib.sha256(), time.monotonic(), 0
+        for number, chunk in self._make_parts(folder, enumerate(chunks)):
+            count = number + 1
+            self._refuse_repeats(chunk, hash_part(folder, number, digest), partial(names_of_parts, folder, count))
             if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
-                announce(f"{self._name}: {self._rows:,} examples are tokens so far.")
+                announce(f"{self.name}: {self._rows:,} examples are tokens so far.")
         if not self._rows:
-            raise empty_error(self._parts.source)
-        writer.finish()
-        found = open_tokens(folder, self._name, owner)
+            raise empty_error(self.parts.source)
+        finish_tokens(folder, self.parts.encoder.identity, digest.hexdigest(), count)
+        found = open_tokens(folder, self.name, owner)
         if found is None:
             raise CorruptFile(f"The tokens in {folder} changed while they were made. Run the same command again.")
         return found
 
-    def _check_ids(self, chunk: _Chunk, names: list[str], known: Callable[[], Iterator[str]]) -> None:
+    def _make_parts(self, folder: Path, chunks: Iterator[tuple[int, _Chunk]]) -> Iterator[tuple[int, _Chunk]]:
+        """Yield the chunks in order, each when its part is on disk; the first error comes after the parts before it."""
+        content = pickle.dumps(self.parts, protocol=pickle.HIGHEST_PROTOCOL) if self.workers > 1 else b""
+
+        def write(missing: list[tuple[int, _Chunk]]) -> list[VestigeError | None]:
+            if self.workers == 1:
+                return [self.parts.write(folder, *each) for each in missing]
+            from joblib import Parallel, delayed
+
+            run = Parallel(n_jobs=self.workers, backend="loky", max_nbytes=None)
+            return run(delayed(_write_in_worker)(content, folder, *each) for each in missing)  # type: ignore[return-value]
+
+        try:
+            while group := list(islice(chunks, 2 * self.workers)):
+                if self.workers > 1 and group[0][0] == 0:
+                    # The choice of columns is announced here, and not where others read.
+                    self.parts.encode(group[0][1][:1])
+                missing = [each for each in group if not part_is_whole(folder, each[0])]
+                errors = dict(zip([number for number, _ in missing], write(missing), strict=True))
+                for number, chunk in group:
+                    if (error := errors.get(number)) is not None:
+                        raise error
+                    yield number, chunk
+        except BrokenProcessPool as error:
+            found = re.search(r"\{(.+?)\}", str(error))
+            status = found[1] if found else "unknown"
+            raise UserError(
+                f"A process that turns text into tokens ended (exit status {status}), often for lack of memory. "
+                "Finished parts are kept: run the same command again, with fewer --workers if memory is short."
+            ) from error
+        finally:
+            if self.workers > 1:
+                from joblib.externals.loky import get_reusable_executor
+
+                # They would wait five minutes for more, with their memory.
+                get_reusable_executor(reuse=True).shutdown(wait=True)  # pyright: ignore[reportArgumentType]
+
+    def _refuse_repeats(self, chunk: _Chunk, names: Sequence[str], known: Callable[[], Iterator[str]]) -> None:
         """Raise unless the next names are new; `known` yields all so far, and is used where two seem to be equal."""
-        for position in self._seen.add(names):
+        joined = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in names)
+        codes = np.frombuffer(joined, dtype=np.uint64)
+        new, firsts = np.unique(codes, return_index=True)
+        again = np.isin(np.arange(len(codes)), firsts, invert=True)
+        if len(self._seen):
+            again |= self._seen.take(np.searchsorted(self._seen, codes), mode="clip") == codes
+        self._seen = np.insert(self._seen, np.searchsorted(self._seen, new), new)
+        for position in np.flatnonzero(again).tolist():
             row, item = self._rows + position, chunk[position]
             first = next(number for number, other in enumerate(known()) if other == names[position])
             if first != row:
                 record = item if isinstance(item, Record) else Record(None, row=row)
-                raise repeat_error(place(self._parts.source, record), names[position], first)
+                raise repeat_error(place(self.parts.source, record), names[position], first)
         self._rows += len(names)
-
-
-@final
-class _SeenIds:
-    """Hashes of the ids so far, 8 bytes each, in sorted arrays of growing size: looking one up reads few of them."""
-
-    def __init__(self) -> None:
-        self._sorted: list[np.ndarray] = []
-
-    def add(self, names: Sequence[str]) -> list[int]:
-        """Add the next ids.
-
-        Returns:
-            Positions in `names` of those that came before, or share the hash of one that did: the caller must verify.
-        """
-        joined = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in names)
-        codes = np.frombuffer(joined, dtype=np.uint64)
-        new, firsts = np.unique(codes, return_index=True)
-        again = np.ones(len(codes), dtype=bool)
-        again[firsts] = False
-        for known in self._sorted:
-            again |= known[np.minimum(np.searchsorted(known, codes), len(known) - 1)] == codes
-        # Like carrying when counting: arrays of like size become one, so there are few, and each code moves seldom.
-        while self._sorted and len(self._sorted[-1]) <= len(new):
-            new = np.sort(np.concatenate([self._sorted.pop(), new]), kind="stable")
-        self._sorted.append(new)
-        return np.flatnonzero(again).tolist()
 
 
 class _TemporaryFolder:
@@ -297,7 +304,8 @@ def _cut(items: Iterable[Record | Example], most: int) -> Iterator[tuple[_Chunk,
     weight = 0
     for item in items:
         held.append(item)
-        weight += len(item.display) if isinstance(item, Example) else _weigh(item.value)
+        value = item.display if isinstance(item, Example) else item.value
+        weight += len(value if isinstance(value, str) else str(value))
         if len(held) == most or weight >= _PART_BYTES:
             yield held, weight
             held, weight = [], 0
@@ -305,60 +313,13 @@ def _cut(items: Iterable[Record | Example], most: int) -> Iterator[tuple[_Chunk,
         yield held, weight
 
 
-def _weigh(value: Any) -> int:
-    """Return about how many bytes of text a record holds."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(map(_weigh, value.values()))
-    if isinstance(value, list | tuple):
-        return 4 * len(value) if value and isinstance(value[0], int) else sum(map(_weigh, value))
-    return 8
-
-
-def _pack_all(
-    parts: _PartEncoder, requests: Iterator[tuple[_Chunk, bool]], workers: int
-) -> Iterator[tuple[_Chunk, PackedPart | None]]:
-    """Yield chunks with their parts, None where one is not wanted; the first error comes after the parts before it."""
-    if workers == 1:
-        for chunk, wanted in requests:
-            yield chunk, pack(*parts.encode(chunk)) if wanted else None
-        return
-    from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
-
-    content = pickle.dumps(parts, protocol=pickle.HIGHEST_PROTOCOL)
-    run = Parallel(n_jobs=workers, backend="loky", max_nbytes=None)
-    try:
-        while group := list(islice(requests, 2 * workers)):
-            answers = iter(run(delayed(_pack_in_worker)(content, chunk) for chunk, wanted in group if wanted))
-            for chunk, wanted in group:
-                part = next(answers) if wanted else None
-                if isinstance(part, VestigeError):
-                    raise part
-                yield chunk, part
-    except BrokenProcessPool as error:
-        found = re.search(r"\{(.+?)\}", str(error))
-        status = found[1] if found else "unknown"
-        raise UserError(
-            f"A process that turns text into tokens ended (exit status {status}), often for lack of memory. "
-            "Finished parts are kept: run the same command again, with fewer --workers if memory is short."
-        ) from error
-    finally:
-        # They would wait five minutes for more, with their memory.
-        get_reusable_executor(reuse=True).shutdown(wait=True)  # pyright: ignore[reportArgumentType]
-
-
-def _pack_in_worker(content: bytes, chunk: _Chunk) -> PackedPart | VestigeError:
-    """Encode a chunk in another process; an error is returned, so that the first one in order is raised."""
+def _write_in_worker(content: bytes, folder: Path, number: int, chunk: _Chunk) -> VestigeError | None:
+    """Write a part in another process."""
     os.environ.update(TOKENIZERS_PARALLELISM="false", VESTIGE_QUIET="1")
-    try:
-        return pack(*_unpickle(content).encode(chunk))
-    except VestigeError as error:
-        return error
+    return _unpickle(content).write(folder, number, chunk)
 
 
 @lru_cache(maxsize=1)
-def _unpickle(content: bytes) -> _PartEncoder:
-    """Return the encoder that a worker was sent; a tokenizer takes long to read."""
+def _unpickle(content: bytes) -> _Parts:
+    """Return the parts of the data that a worker was sent; a tokenizer takes long to read."""
     return pickle.loads(content)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 from jaxtyping import Int
@@ -86,6 +86,14 @@ class Example:
         return self.completion
 
     @property
+    def columns(self) -> dict[str, Any]:
+        """The example as a row that reads back as the same example; columns without a value are left out."""
+        found = {"id": self.id, "messages": [turn.columns for turn in self.messages] or None, "text": self.text}
+        found |= {"prompt": self.prompt, "completion": self.completion, "source": self.source, "label": self.label}
+        extra = {name: cell for name, cell in self.extra.items() if name not in found}
+        return {name: cell for name, cell in (found | extra).items() if cell is not None}
+
+    @property
     def display(self) -> str:
         """All text of the example as one string for reading and for lexical search."""
         if self.messages:
@@ -104,14 +112,6 @@ class Example:
             return (self.display,)
         turns = self.messages[1:] if self.messages[0].role in SYSTEM and len(self.messages) > 1 else self.messages
         return tuple(turn.content for turn in turns)
-
-
-@runtime_checkable
-class _Sized(Protocol):
-    """A sequence of arrays on disk that has the counts for which all of them would have to be read."""
-
-    sizes: np.ndarray
-    """Entries per array, of marks the true ones, int32 [example]."""
 
 
 @dataclass(frozen=True)
@@ -153,16 +153,18 @@ class TokenizedData:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per example, int64 [example], or int32 where they are on disk."""
-        if isinstance(self.input_ids, _Sized):
-            return self.input_ids.sizes
-        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+        return _count(self.input_ids, len)
 
     @cached_property
     def target_counts(self) -> np.ndarray:
         """Positions that enter the loss, per example, int64 [example], or int32 where they are on disk."""
-        if isinstance(self.targets, _Sized):
-            return self.targets.sizes
-        return np.array([int(mask.sum()) for mask in self.targets], dtype=np.int64)
+        return _count(self.targets, np.count_nonzero)
+
+
+def _count(arrays: Sequence[np.ndarray], count: Callable[[np.ndarray], int]) -> np.ndarray:
+    """Return the counts of all arrays; those on disk bring them along, for all would have to be read."""
+    known = getattr(arrays, "sizes", None)
+    return np.array([count(each) for each in arrays], dtype=np.int64) if known is None else known
 
 
 class Batch(NamedTuple):
@@ -259,10 +261,7 @@ class CutBatch(NamedTuple):
 
 @final
 class CutBatches:
-    """The batches of `plan_batches` for data of any size: in memory is one row number for each example.
-
-    Of the lengths, only how often each occurs is kept; where batches end follows from that.
-    """
+    """The batches of `plan_batches` for data of any size: in memory are a row number and a length for each example."""
 
     def __init__(
         self,
@@ -277,17 +276,13 @@ class CutBatches:
                 f"token_budget={token_budget}, max_examples={max_examples}: both must be above 0, for example 4096."
             )
         self._budget, self._most = token_budget, max_examples or len(lengths)
-        counts = np.bincount(lengths)
-        present = np.flatnonzero(counts)[::-1]
-        self._lengths: list[int] = present.tolist()
-        """Those that occur, longest first."""
-        self._ends: list[int] = np.cumsum(counts[present]).tolist()
-        """Where the rows of each length end."""
-        self._borders = _group_ends(sharing.most(present), self._ends)
-        """Where the rows end that may share a batch with each length."""
         order = np.argsort(-lengths.astype(np.int32), kind="stable")
         self.rows = order.astype(np.int32 if len(lengths) <= np.iinfo(np.int32).max else np.int64)
         """Row numbers, longest example first, ties by row, int32 or int64 [example]."""
+        self._lengths = lengths[order].astype(np.int32)
+        borders = np.flatnonzero(np.diff(sharing.most(self._lengths))) + 1
+        self._ends = np.append(borders, len(lengths))
+        """Where examples end that may share a batch."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -296,31 +291,16 @@ class CutBatches:
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[CutBatch]:
         """Yield the batches of the rows `start:stop`, which begin and end with a batch."""
         stop = len(self) if stop is None else stop
-        kind = 0
         while start < stop:
-            while self._ends[kind] <= start:
-                kind += 1
-            longest = max(self._lengths[kind], 1)
-            end = min(start + min(max(self._budget // longest, 1), self._most), stop, self._borders[kind])
+            longest = max(int(self._lengths[start]), 1)
+            most = min(max(self._budget // longest, 1), self._most)
+            end = min(start + most, stop, int(self._ends[np.searchsorted(self._ends, start, side="right")]))
             yield CutBatch(start, end, longest)
             start = end
 
     def tokens(self, start: int, stop: int) -> int:
         """Return the number of tokens of the examples `start:stop` of `rows`, without padding."""
-        total = first = 0
-        for length, end in zip(self._lengths, self._ends, strict=True):
-            total += length * max(min(end, stop) - max(first, start), 0)
-            first = end
-        return total
-
-
-def _group_ends(groups: np.ndarray, ends: list[int]) -> list[int]:
-    """Return, for each length, where the rows of the last length of its group end."""
-    found: list[int] = []
-    for number in reversed(range(len(ends))):
-        same = bool(found) and groups[number] == groups[number + 1]
-        found.append(found[-1] if same else ends[number])
-    return found[::-1]
+        return int(self._lengths[start:stop].sum(dtype=np.int64))
 
 
 def make_batch(data: TokenizedData, rows: Sequence[int] | np.ndarray) -> Batch:

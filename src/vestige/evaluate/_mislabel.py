@@ -45,7 +45,7 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
         raise SpecError("Which labels are wrong is a column of the data. Type --data FILE, and --truth COLUMN.")
     _require_varying(settings.methods)
     found = collect_scores(settings, "mislabel", self_influence=True)
-    records = load_records(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+    records = load_records(settings.data, **settings.reading)
     wrong = read_wrong_labels((example for example, _ in records), settings.truth)
     rows, lines, percent = [], [], [100 * share for share in _CURVE]
     for one in found.scored:

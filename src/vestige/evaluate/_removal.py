@@ -61,7 +61,7 @@ def removal(settings: RemovalSettings) -> Evaluation:
     """
     if settings.model is None or settings.data is None or settings.queries is None:
         raise SpecError("Models are retrained. Type --model, --data and --queries, beside the runs and lists too.")
-    data = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+    data = load_examples(settings.data, **settings.reading)
     found, tables, ids = _collect(settings, data)
     groups = _group_by_text(data, ids)
     drops = _read_lists(settings, ids)

@@ -241,7 +241,7 @@ def _run_method(settings: ScoredSettings, name: str, self_influence: bool) -> Sc
         if not self_influence:
             raise SpecError(f"--methods {name} needs --queries: the file, or the questions themselves.")
         # A run has a query; what an example is to itself does not depend on it.
-        first = next(example for example, _ in load_records(settings.data, on_bad_text=settings.on_bad_text))
+        first = next(example for example, _ in load_records(settings.data, **settings.reading))
         ids = first.extra.get("input_ids")
         arguments["queries"] = [{"text": first.display} if ids is None else {"input_ids": ids.tolist()}]
     return keep_run(settings, settings.out / "runs" / name, arguments)
@@ -255,7 +255,7 @@ def _attribute_arguments(settings: ScoredSettings) -> dict[str, Any]:
     if settings.index is None:
         return arguments | {"data": settings.data, "components": settings.components}
     # The index holds how it was made.
-    for name in ("loss", "max_length", "limit", *(["chat"] if settings.chat is None else [])):
+    for name in ("loss", "max_length", "limit", "where", *(["chat"] if settings.chat is None else [])):
         del arguments[name]
     return arguments | {"index": settings.index}
 
@@ -314,7 +314,7 @@ def _has_words(settings: ScoredSettings) -> bool:
     """Return whether the first training example has a text."""
     if settings.data is None:
         return bool(Index.open(settings.index).examples()[0].display)
-    records = load_records(settings.data, on_bad_text=settings.on_bad_text)
+    records = load_records(settings.data, **settings.reading)
     return any(example.display for example, _ in islice(records, 1))
 
 

@@ -56,7 +56,7 @@ def selection(settings: SelectionSettings) -> Evaluation:
         IndexMismatch: A set was chosen from other data.
     """
     require_own_files(settings, "selection")
-    examples = load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+    examples = load_examples(settings.data, **settings.reading)
     ids, groups = [example.id for example in examples], text_groups(examples)
     chosen = _open_chosen(settings, ids)
     random = {size: _random_sets(settings, ids, groups, size) for size in sorted({len(one.ids) for one in chosen})}

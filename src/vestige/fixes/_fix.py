@@ -78,7 +78,7 @@ def fix(settings: FixSettings) -> Fix | Siblings:
 def _read_data(recorded: Recorded) -> list[Example]:
     settings = recorded.settings
     try:
-        return load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
+        return load_examples(settings.data, **settings.reading)
     except DataError as error:
         raise DataError(f"{error} The model was trained on it; type --train data=FILE if it lies elsewhere.") from error
 
@@ -252,7 +252,8 @@ def _write_data(
 
     def write(rows: Sequence[int] | np.ndarray, place: Path, stem: str) -> Path:
         wanted = {choice.examples[int(row)].row for row in rows}
-        return write_rows(source, wanted, place, stem, on_bad_text=recorded.settings.on_bad_text)
+        reading = {name: recorded.settings.reading[name] for name in ("where", "on_bad_text")}
+        return write_rows(source, wanted, place, stem, **reading)
 
     cleaned = write([row for row in range(len(choice.examples)) if row not in choice.reasons], folder, "cleaned")
     split, count = recorded.settings.split_fraction < 1, len(kept["before"])

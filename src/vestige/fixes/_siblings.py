@@ -135,7 +135,8 @@ def _read_data(scores: Scores) -> list[Example]:
     data = scores.run.config.get("data")
     if data is None or str(data).startswith("<"):
         raise SpecError(f"{scores.folder} was made from data in a Python program, which cannot be read again.")
-    return load_examples(data, limit=scores.run.config.get("limit"))
+    config = scores.run.config
+    return load_examples(data, limit=config.get("limit"), where=config.get("where"))
 
 
 def _compare_gradients(index: Index, row: int) -> Float[np.ndarray, "example"]:

@@ -231,7 +231,7 @@ class Trainings:
             },
         }
         if self.data[arm][number] != self.recorded.settings.data:
-            own["limit"] = None
+            own |= {"limit": None, "where": {}}
         done = train(**{**self.recorded.settings.arguments(), **own})
         return list(done.checkpoints.values())[-1]
 

@@ -122,10 +122,9 @@ def read_data(
         max_length=tokens_at_most(settings, loaded),
         name=str(name),
         chat=bool(settings.chat),
-        limit=settings.limit,
         folder=tokens,
         workers=tokenising_processes(settings),
-        on_bad_text=settings.on_bad_text,
+        **settings.reading,
         vocabulary=loaded.vocabulary if checked else None,
     )
     if not data.target_counts.any():

@@ -24,7 +24,7 @@ from vestige.data import (
     plan_batches,
     require_answers,
     tokenize,
-    tokenize_stored,
+    tokenize_source,
 )
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import DataError, IndexMismatch, SpecError
@@ -214,25 +214,21 @@ def _read_train(
     settings: AttributeSettings, loaded: models.LoadedModel | None, index: indexes.Index | None
 ) -> TokenizedData:
     if loaded is None:
-        examples = (
-            index.examples()
-            if index is not None
-            else load_examples(settings.data, limit=settings.limit, on_bad_text=settings.on_bad_text)
-        )
+        examples = index.examples() if index is not None else load_examples(settings.data, **settings.reading)
         return _without_tokens(examples, index.manifest.data.name if index is not None else str(settings.data))
     tokens = partial_folder(settings.out) / indexes.TOKENS
     if index is None:
         return indexes.read_data(settings, settings.data, loaded, tokens=tokens)
     manifest = index.manifest
-    train = tokenize_stored(
+    train = tokenize_source(
         index.examples(),
-        manifest.data.fingerprint,
         loaded.tokenizer,
         max_length=manifest.max_length,
         name=manifest.data.name,
         chat=manifest.chat,
-        kept=index.folder / indexes.TOKENS,
         folder=tokens,
+        kept=index.folder / indexes.TOKENS,
+        fingerprint=manifest.data.fingerprint,
         workers=indexes.tokenising_processes(settings),
     )
     # The fingerprint of the whole is compared first; the stages, which decide, take a pass over all texts.

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vestige.data import (
     describe_copies,
     find_unused_columns,
     load_queries,
+    pack_blocks,
     text_groups,
     tokenize_source,
 )
@@ -49,6 +51,8 @@ WITHOUT_EFFECT = frozenset({"out", "push_to_hub", "private", "overwrite", "devic
 _TOKENIZE_WITHOUT_EFFECT = frozenset({"workers"})
 _ROWS = 1000
 """Rows of tokens in memory at once."""
+_BLOCK_COLUMNS = ("id", "text", "source", "sources", "rows")
+"""`source` has most of a block's tokens, `sources` says how many each has, and `rows` are the ids of its documents."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +86,12 @@ def read_rows(settings: PreparationSettings) -> list[Example]:
     Raises:
         DataError: They are absent or broken.
     """
-    examples = load_queries(settings.data, may_be_prompts=False, on_bad_text=settings.on_bad_text, learned=True)
-    if settings.limit is not None and settings.limit < len(examples):
-        announce(f"Only the first {settings.limit:,} of {len(examples):,} rows are used (limit={settings.limit}).")
-    return examples[: settings.limit]
+    return load_queries(settings.data, may_be_prompts=False, learned=True, **settings.reading)
 
 
 def row_of(example: Example) -> dict[str, Any]:
-    """Return the example as a row that reads back as the same example; columns without a value are left out."""
-    row: dict[str, Any] = {"id": example.id}
-    if example.messages:
-        row["messages"] = [turn.columns for turn in example.messages]
-    row |= {"text": example.text, "prompt": example.prompt, "completion": example.completion}
-    row |= {"source": example.source, "label": example.label}
-    extra = {name: _in_json(value) for name, value in example.extra.items() if name not in row}
-    return {name: value for name, value in (row | extra).items() if value is not None}
+    """Return the example as a row in JSON terms that reads back as the same example."""
+    return {name: _in_json(value) for name, value in example.columns.items()}
 
 
 def fingerprint_of(examples: Sequence[Example]) -> str:
@@ -129,9 +124,9 @@ def check_same_result(
     # The rows count, not the name of their file.
     now = {"kind": kind, **settings.record()}
     then = {"kind": before["kind"], **before["config"]}
-    names = [name for name in now if name not in WITHOUT_EFFECT | without_effect and name != "data"]
-    changed = [name for name in names if now[name] != then.get(name)]
-    different = [f"{flag(name)}: {then.get(name)!r} then, {now[name]!r} now" for name in changed]
+    names = dict.fromkeys(name for name in (*now, *settings.added) if name not in WITHOUT_EFFECT | without_effect)
+    changed = [name for name in names if name != "data" and now.get(name) != then.get(name)]
+    different = [f"{flag(name)}: {then.get(name)!r} then, {now.get(name)!r} now" for name in changed]
     if data is not None and data != before.get("fingerprint"):
         different.append("--data: other rows")
     if different:
@@ -391,6 +386,10 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
     if settings.push_to_hub is not None:
         raise SpecError("--push-to-hub: tokens are for one tokenizer on one disk. Upload the rows themselves.")
     source, tokenizer = settings.data, load_tokenizer(settings.tokenizer)
+    if settings.block_size is not None and (tokenizer is None or tokenizer.eos_token_id is None):
+        raise SpecError(
+            "--block-size puts the end token between rows, and the tokenizer has none. Give another --tokenizer."
+        )
     name = source if isinstance(source, str | Path) else type(source).__name__
     check_same_result(settings, "tokenize", None, _TOKENIZE_WITHOUT_EFFECT)
     if not (settings.out / RECORD).exists():
@@ -401,38 +400,50 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
         max_length=settings.max_length,
         name=str(name),
         chat=settings.chat,
-        limit=settings.limit,
         split=settings.split,
         folder=settings.out / _TOKENS,
         workers=settings.workers,
-        on_bad_text=settings.on_bad_text,
+        **settings.reading,
     )
     check_same_result(settings, "tokenize", data.fingerprint, _TOKENIZE_WITHOUT_EFFECT)
     claim_result(settings, "tokenize", data.fingerprint)
-    _write_tokens(settings.out / FILE, data)
-    tokens, targets, cut = int(data.lengths.sum()), int(data.target_counts.sum()), int(np.sum(data.truncated))
-    _finish_record(settings, "tokenize", data.fingerprint, {"rows": len(data), "tokens": tokens, "targets": targets})
+    if settings.block_size is None:
+        names = _columns(data)
+        rows, tokens, targets = _write_tokens(settings.out / FILE, names, len(data), _token_rows(data, names))
+        note = f"{int(np.sum(data.truncated)):,} rows were cut"
+    else:
+        blocks = _block_rows(data, settings.block_size, tokenizer)
+        expected = -(-int(data.lengths.sum()) // settings.block_size)
+        rows, tokens, targets = _write_tokens(settings.out / FILE, _BLOCK_COLUMNS, expected, blocks)
+        note = f"{len(data):,} rows in blocks of {settings.block_size:,}"
+    _finish_record(settings, "tokenize", data.fingerprint, {"rows": rows, "tokens": tokens, "targets": targets})
     remove_tree(settings.out / _TOKENS)
-    notes = (f"{tokens:,} tokens, {targets:,} of them to learn; {cut:,} rows were cut.",)
-    return Prepared("tokenize", settings.out, len(data), notes=notes, file=FILE)
+    notes = (f"{tokens:,} tokens, {targets:,} of them to learn; {note}.",)
+    return Prepared("tokenize", settings.out, rows, notes=notes, file=FILE)
 
 
-def _write_tokens(path: Path, data: TokenizedData) -> None:
-    """Write the rows as Parquet, some at a time; the file is there whole or as it was before."""
-    names = _columns(data)
+def _write_tokens(path: Path, names: Sequence[str], expected: int, rows: Iterator[dict[str, Any]]) -> tuple[int, ...]:
+    """Write rows as Parquet, some at a time; the file is there whole or as it was before.
+
+    Returns:
+        How many rows, tokens and targets it holds.
+    """
     unfinished = temporary_path(path)
-    schema = pa.schema(
-        [(name, pa.string()) for name in names]
-        + [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))]
-    )
+    texts = [(name, pa.string()) for name in names]
+    schema = pa.schema([*texts, ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+    count = tokens = targets = 0
     try:
-        with parquet.ParquetWriter(unfinished, schema) as writer, progress(len(data), "Writing", unit="rows") as bar:
-            for rows in _chunks(data, names):
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-                bar.advance(len(rows))
+        with parquet.ParquetWriter(unfinished, schema) as writer, progress(expected, "Writing", unit="rows") as bar:
+            while some := list(islice(rows, _ROWS)):
+                writer.write_table(pa.Table.from_pylist(some, schema))
+                bar.advance(len(some))
+                count += len(some)
+                tokens += sum(len(row["input_ids"]) for row in some)
+                targets += sum(int((row["labels"] != NO_TARGET).sum()) for row in some)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+    return count, tokens, targets
 
 
 def _columns(data: TokenizedData) -> list[str]:
@@ -449,17 +460,26 @@ def _beside_tokens(example: Example) -> dict[str, Any]:
     return {name: cell for name, cell in row_of(example).items() if name not in example.extra or name in kept}
 
 
-def _chunks(data: TokenizedData, names: list[str]) -> Iterator[list[dict[str, Any]]]:
-    waiting: list[dict[str, Any]] = []
+def _token_rows(data: TokenizedData, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
         row = _beside_tokens(example)
-        columns = {name: _text(row.get(name)) for name in names}
-        waiting.append(columns | {"input_ids": ids, "labels": np.where(mask, ids, NO_TARGET).astype(np.int32)})
-        if len(waiting) == _ROWS:
-            yield waiting
-            waiting = []
-    if waiting:
-        yield waiting
+        yield {name: _text(row.get(name)) for name in names} | _token_columns(ids, mask)
+
+
+def _block_rows(data: TokenizedData, size: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    for number, block in enumerate(pack_blocks(data, size, int(tokenizer.eos_token_id))):
+        common = block.sources.most_common(1)
+        yield {
+            "id": f"block-{number}",
+            "text": tokenizer.decode(block.input_ids.tolist()),
+            "source": common[0][0] if common else None,
+            "sources": _text(dict(block.sources)) if common else None,
+            "rows": _text(block.rows),
+        } | _token_columns(block.input_ids, block.targets)
+
+
+def _token_columns(ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input_ids": ids, "labels": np.where(mask, ids, NO_TARGET).astype(np.int32)}
 
 
 def _text(value: Any) -> str | None:

@@ -158,24 +158,16 @@ def _find_data(
     config = {} if run is None else run.run.config
     data = settings.data if settings.data is not None else config.get("data")
     if data is not None and not (isinstance(data, str) and data.startswith("<")):
-        limit = config.get("limit")
+        reading = {"limit": config.get("limit"), "where": config.get("where"), "on_bad_text": settings.on_bad_text}
         shown = str(data) if isinstance(data, str | Path) else type(data).__name__
-        return shown, lambda: load_records(data, limit=limit, on_bad_text=settings.on_bad_text)
+        return shown, lambda: load_records(data, **reading)
     folder = index.folder if index is not None else config.get("index")
     if index is None and isinstance(folder, str) and not folder.startswith("<"):
         index = Index.open(folder)
     if index is not None:
         examples = index.examples()
-        return str(folder), lambda: ((example, _as_columns(example)) for example in examples)
+        return str(folder), lambda: ((example, example.columns) for example in examples)
     raise SpecError(f"{settings.scores} was made from data in a Python program. Give the same data with --data.")
-
-
-def _as_columns(example: Example) -> Columns:
-    """Return an example that was stored with an index, as a row that reads as the same example."""
-    found = {name: getattr(example, name) for name in ("id", "text", "prompt", "completion")}
-    found |= {"messages": [turn.columns for turn in example.messages] or None}
-    found |= {"source": example.source, "label": example.label, **example.extra}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _require_scored(rows: Rows, scores: ScoreSource) -> None:

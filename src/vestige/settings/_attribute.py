@@ -140,7 +140,7 @@ class UntracSettings(QuestionSettings, LaunchSettings):
 
 
 _OF_A_TRAINING = (
-    *("index", "checkpoints", "query_rank", "components", "skip_bad", "limit", "max_length", "precision"),
+    *("index", "checkpoints", "query_rank", "components", "skip_bad", "limit", "where", "max_length", "precision"),
     *("workers", "engine", "shard"),
 )
 """Settings that a recorded training decides, or that its replay does not know."""
@@ -155,6 +155,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     runs_sharded: ClassVar[bool] = True
     only_with: ClassVar[OnlyWith] = {
         **LaunchSettings.only_with,
+        "where": ("data", ()),
         "checkpoint_weights": ("checkpoints", ()),
     }
     repeatable: ClassVar[tuple[str, ...]] = (

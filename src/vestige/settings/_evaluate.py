@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.settings._base import Basic, Common, Input, Named, parse_bytes
+from vestige.settings._base import Basic, Common, Input, Named, OnlyWith, parse_bytes
 from vestige.settings._shared import (
     BankFolder,
     DataName,
@@ -58,6 +58,7 @@ class ScoredSettings(QuestionSettings):
     """
 
     repeatable: ClassVar[tuple[str, ...]] = ("run", "methods")
+    only_with: ClassVar[OnlyWith] = {"where": ("data", ())}
 
     out: Common[Path] = Field(description="Folder of the table as JSON, the figure, and the runs that are made for it.")
     run: Annotated[Patterns, Basic(), Input("vestige.runs:require_run")] = Field(

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_
 
 from vestige.errors import SpecError
 from vestige.settings._base import BAD_TEXT, Basic, Common, Input, Named, OnBadText, Settings
-from vestige.settings._shared import DataName
+from vestige.settings._shared import WHERE, DataName, Options
 
 SplitBy = Literal["example", "source", "stratified"]
 
@@ -20,12 +20,18 @@ class PreparationSettings(Settings):
         description="Folder of the result: data.jsonl, the same as a `datasets` folder, and a record."
     )
     limit: PositiveInt | None = Field(None, description="Use only the first N rows.")
+    where: Options = Field({}, description=WHERE)
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
     push_to_hub: str | None = Field(None, description="Also upload the result to the hub, as owner/name.")
     private: bool = Field(True, description="With --push-to-hub: only its owner sees it.")
     overwrite: bool = Field(
         False, description="Replace a result that other settings made. Replies that were paid for stay."
     )
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Which rows of the data are read and how, as `load_examples` takes it."""
+        return {"limit": self.limit, "where": self.where, "on_bad_text": self.on_bad_text}
 
 
 def _shares(value: Any) -> Any:
@@ -82,7 +88,19 @@ class TokenizeSettings(PreparationSettings):
     max_length: PositiveInt | None = Field(None, description="Cut rows after this many tokens. Not given: cut nothing.")
     chat: bool = Field(False, description="Put prompt and completion into the tokenizer's chat template.")
     split: str | None = Field(None, description="Split of a hub id or of a saved `DatasetDict`.")
+    block_size: Common[PositiveInt | None] = Field(
+        None,
+        ge=2,
+        description="Join the rows with an end token behind each, and cut them into rows of N tokens. A block's column "
+        "`sources` says where its tokens are from.",
+    )
     workers: PositiveInt = Field(1, description="Processes that read and encode large data.")
+
+    @model_validator(mode="after")
+    def _rows_are_whole(self) -> Self:
+        if self.block_size is not None and self.max_length is not None:
+            raise SpecError("--block-size keeps every token of a row, and --max-length cuts rows. Drop one of them.")
+        return self
 
 
 class DemoSettings(Settings):

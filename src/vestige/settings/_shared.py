@@ -159,6 +159,7 @@ def _parse_named_values(value: Any) -> Any:
 
 Options = Annotated[dict[str, Any], BeforeValidator(_parse_named_values)]
 """Values by name: a mapping, or words `name=value`; the receiver checks names and types."""
+WHERE = "Use only rows whose columns have these values, written column=value, such as source=web."
 
 
 SWEPT_DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
@@ -197,6 +198,7 @@ class ReadingSettings(Settings):
         False, description="Put prompt and completion into the model's chat template, as user and assistant."
     )
     limit: Common[PositiveInt | None] = Field(None, description="Use only the first N examples.")
+    where: Options = Field({}, description=WHERE)
     token_budget: PositiveInt | None = Field(
         None, description="Maximum tokens per batch, padding included; changes speed and memory, never scores."
     )
@@ -208,6 +210,11 @@ class ReadingSettings(Settings):
     )
     tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Which rows of the data are read and how, as `load_examples` takes it."""
+        return {"limit": self.limit, "where": self.where, "on_bad_text": self.on_bad_text}
 
     @model_validator(mode="after")
     def _check_sharded(self) -> Self:

@@ -50,7 +50,7 @@ from vestige.training._store import (
 
 _SECONDS_BETWEEN_NOTES = 2.0
 _ELSEWHERE = (
-    *("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "max_length", "chat"),
+    *("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "where", "max_length", "chat"),
     *("overwrite", "checkpoints", "keep_optimizer", "precision", "group", "steps", "validation"),
 )
 """Settings that do not stand in the identity as given: other entries of it say what came of them, or they change

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vestige.data import Encoder, Example, check_text, number_records, open_source, parse_record, place
+from vestige.data import Encoder, Example, check_text, open_source, parse_record, place
 from vestige.errors import DataError
 from vestige.models import load_tokenizer
 from vestige.prepare import Prepared, check_same_result, write_prepared
@@ -89,13 +89,13 @@ def multiple_choice(settings: MultipleChoiceSettings) -> Prepared:
     Raises:
         DataError: The data is absent or broken, a row is none of the formats, or options and answer alone are too long.
     """
-    source = open_source(settings.data, settings.split)
+    source = open_source(settings.data, settings.split, limit=settings.limit, where=settings.where)
     rows, digest, replaced = [], hashlib.sha256(), 0
-    for unread in number_records(source, settings.limit):
+    for unread in source.records:
         record, halves = check_text(source.name, parse_record(unread), settings.on_bad_text)
         replaced += halves
         digest.update(json.dumps(record.value, sort_keys=True, default=str).encode())
-        rows.append(_row(record.value, record.row, place(source.name, record), settings))
+        rows.append(_row(record.value, record.source_row, place(source.name, record), settings))
     if not rows:
         raise DataError(f"{source.name} holds no rows. Give data with at least one.")
     fingerprint = digest.hexdigest()

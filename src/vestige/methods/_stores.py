@@ -275,12 +275,15 @@ class IndexedGradients(GradientStore):
         return [gradients[:, part] for part in self.columns]
 
     def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
-        """Yield the scores of a piece: one matrix product per block of the index."""
+        """Yield the scores of a piece: inner products with its stored rows."""
         whole = torch.cat(vectors, dim=1)
+        if self.measure is None:
+            for rows, scores, lengths in self.index.scan(whole, shards=self._groups[piece]):
+                yield rows, scores, lengths if norms else None
+            return
         for block in self.piece_blocks(piece):
             with time_phase("scoring"):
-                scores = whole @ block.gradients.T
-                lengths = block.norm if self.measure is None else self.measure(block.gradients)
+                scores, lengths = whole @ block.gradients.T, self.measure(block.gradients)
             yield block.example, scores, lengths if norms else None
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:

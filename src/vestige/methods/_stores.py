@@ -111,12 +111,14 @@ class ExactGradients(GradientStore):
         components = self._job.components
         gradients = [torch.empty(len(data), part.size, device=self.device) for part in components]
         sink, losses = GradientSink(components), torch.zeros(len(data), dtype=torch.float64)
+        at_once = max(1, GRADIENT_NUMBERS // max(sum(part.size for part in components), 1))
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
-            for row in range(len(data)):
-                sink.begin(1, self.device)
-                losses[row] = gradient_pass.run(make_batch(data, [row]).to(self.device), sink)[0]
+            for rows in plan_batches(data.lengths, self._budget, at_once, sharing=self._sharing):
+                sink.begin(len(rows), self.device)
+                places = torch.from_numpy(rows)
+                losses[places] = gradient_pass.run(make_batch(data, rows).to(self.device), sink).double().cpu()
                 for stored, gradient in zip(gradients, sink.gradients, strict=True):
-                    stored[row] = gradient.flatten()
+                    stored[places] = gradient.flatten(1)
         return gradients, losses
 
     def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:

@@ -92,6 +92,7 @@ class Worker:
             elif not self._is_given_up(piece) and not self.compute(piece):
                 left.append(piece)
         # What the last piece leaves may still be on its way to the disk.
+        self._compute = None
         try:
             self._stack.close()
         except Exception as error:

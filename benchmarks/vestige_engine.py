@@ -75,6 +75,7 @@ def score_exactly(
         components=COMPONENTS,
         method=method,
         options={"labels": "data"} if method == "ekfac" else {},
+        damping=0.1,
         answer="given",
     )
     found = get_method(method, **settings.options)
@@ -87,3 +88,33 @@ def score_exactly(
                 scores[:, block.rows.numpy()] = block.scores.numpy()
 
         return before, measure(stream), scores
+
+
+def attribute(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    workload: Workload,
+    queries: Workload,
+    method: str,
+    out: Path,
+) -> Measurement:
+    """`vestige.attribute` on the live model, from rows of text to the run on the disk; no checks of trust."""
+    shutil.rmtree(out, ignore_errors=True)
+    rows, asked = workload.rows(), queries.rows()
+    return measure(
+        lambda: vestige.attribute(
+            model=model,
+            tokenizer=tokenizer,
+            data=rows,
+            queries=asked,
+            out=out,
+            components=COMPONENTS,
+            method=method,
+            options={"labels": "data"} if method == "ekfac" else {},
+            damping=0.1,
+            answer="given",
+            dense=True,
+            trust=False,
+            k=1,
+        )
+    )

@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402 - torch reads the number of threads when it is 
 import torch  # noqa: E402
 from tables import aligned  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
-from vestige_engine import score_exactly  # noqa: E402
+from vestige_engine import attribute, score_exactly  # noqa: E402
 from workload import EQUAL, Workload, draw_tokens, make_model, make_tokenizer  # noqa: E402
 
 QUERIES, BATCH = 16, 16
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--peer-path", required=True, help="Folder with kronfluence and what it needs.")
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=METHODS, help="Leave the other method out.")
     asked = parser.parse_args()
     sys.path.append(asked.peer_path)
     torch.set_num_threads(1)
@@ -107,21 +108,22 @@ def main() -> None:
     train = Workload("train", draw_tokens([EQUAL] * asked.examples, draw), [0] * asked.examples)
     queries = Workload("queries", draw_tokens([EQUAL] * QUERIES, draw), [0] * QUERIES)
     model, tokenizer = make_model(), make_tokenizer()
-    rows = [["", "ours, before", "ours, pass", "theirs, before", "theirs, scores", "theirs over ours", "apart"]]
-    rows.append([":--", *["--:"] * 6])
+    rows = [["", "ours, before", "ours, pass", "attribute", "theirs, before", "theirs, scores", "ratio", "Pearson"]]
+    rows.append([":--", *["--:"] * 7])
     with tempfile.TemporaryDirectory() as folder:
         peer = Peer(Path(folder), train, queries)
-        for method, strategy in METHODS.items():
+        for method, strategy in METHODS.items() if asked.only is None else [(asked.only, METHODS[asked.only])]:
             rounds = []
             # The first round warms both up.
             for _ in range(asked.rounds + 1):
                 before, scoring, ours = score_exactly(model, tokenizer, train, queries, method)
+                whole = attribute(model, tokenizer, train, queries, method, Path(folder) / "run")
                 fitting, theirs, scores = peer.score(strategy)
-                rounds.append([one.cpu_seconds for one in (before, scoring, fitting, theirs)])
+                rounds.append([one.cpu_seconds for one in (before, scoring, whole, fitting, theirs)])
             costs = [f"{median(column):.2f}" for column in zip(*rounds[1:], strict=True)]
-            ratio = median((fit + score) / (before + run) for before, run, fit, score in rounds[1:])
-            apart = np.abs(ours - scores).max() / np.abs(scores).max()
-            rows.append([f"{method}, {strategy}", *costs, f"{ratio:.2f}", f"{apart:.1e}"])
+            ratio = median((fit + score) / (before + run) for before, run, _, fit, score in rounds[1:])
+            pearson = np.corrcoef(ours.ravel(), scores.ravel())[0, 1]
+            rows.append([f"{method}, {strategy}", *costs, f"{ratio:.2f}", f"{pearson:.6f}"])
     print(
         f"\n{asked.examples} examples and {QUERIES} queries of {EQUAL} tokens, CPU-s, median of {asked.rounds} rounds\n"
     )

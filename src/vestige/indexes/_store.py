@@ -28,7 +28,7 @@ BLOCK_BYTES = 4 * 2**20
 """Gradients in float32 that are in memory at once, unless a row alone has more."""
 _SHOWN = 10
 """Faults that a message lists."""
-_SCAN_NUMBERS = 2**21
+_SCAN_NUMBERS = 2**20
 """Numbers that are multiplied at once: a product of fewer rows takes longer, one of more leaves the cache."""
 _SCAN_SCORES = 2**20
 """Scores that a scan yields at once, at most, unless those of `_SCAN_NUMBERS` are more."""

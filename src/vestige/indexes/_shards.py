@@ -6,7 +6,6 @@ Its rows go to the disk part by part as they are computed, in a thread of their 
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -154,8 +153,6 @@ def _scales(largest: Float[Tensor, "row"], dtype: StoredType) -> Float[Tensor, "
 
 _ORDER = ("example", "loss", "norm", "scale", "gradients")
 """Tensors of a shard in the order in which they lie there."""
-_WAITING = 2
-"""Parts that wait to be written, at most."""
 
 
 class StoredRows(NamedTuple):
@@ -290,18 +287,19 @@ class ShardFile:
 
 @final
 class ShardWriter:
-    """Writes shards in a thread while the next ones are computed; the context ends when the last is on the disk."""
+    """Writes shards while the next ones are computed; the context ends when the last is on the disk."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vestige-write")
-        self._last: Future[None] | None = None
+        # One writes a part of a shard while the other brings the shard before to the disk.
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="vestige-write")
+        self._last: list[Future[None]] = []
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._thread.shutdown()
-        if kind is None and self._last is not None:
+        self._threads.shutdown()
+        if kind is None:
             _wait(self._last)
 
     def write(self, shard: ShardFile, parts: Iterable[ShardContent]) -> None:
@@ -310,26 +308,25 @@ class ShardWriter:
         Raises:
             UserError: One that `ShardFile` raises, for this shard or the one before.
         """
-        steps = deque[Future[None]]()
+        steps = list[Future[None]]()
         with ExitStack() as stack:
             stack.enter_context(shard)
-            # An error must not close the file while the thread writes to it.
+            # An error must not close the file while a thread writes to it.
             stack.callback(wait, steps)
             for part in parts:
-                steps.append(self._thread.submit(shard.put, part))
-                if len(steps) > _WAITING:
-                    _wait(steps.popleft())
-            for step in steps:
-                _wait(step)
+                # Two parts are in memory: this one, and the one before until it is written.
+                _wait(steps[-1:])
+                steps.append(self._threads.submit(shard.put, part))
+            _wait(steps[-1:])
             stack.pop_all()
-        before, self._last = self._last, self._thread.submit(shard.__exit__, None)
-        if before is not None:
-            _wait(before)
+        before, self._last = self._last, [self._threads.submit(shard.__exit__, None)]
+        _wait(before)
 
 
-def _wait(step: Future[Any]) -> None:
+def _wait(steps: list[Future[None]]) -> None:
     with time_phase("writing"):
-        step.result()
+        for step in steps:
+            step.result()
 
 
 def read_marker(folder: Path, number: int) -> Marker | None:

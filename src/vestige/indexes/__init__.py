@@ -46,7 +46,6 @@ if TYPE_CHECKING:
         Marker as Marker,
         ShardContent as ShardContent,
         ShardFile as ShardFile,
-        ShardWriter as ShardWriter,
         map_shard as map_shard,
         marker_path as marker_path,
         parts_of as parts_of,

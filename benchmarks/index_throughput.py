@@ -96,7 +96,7 @@ class Bench:
         )
 
     def _score(self, workload: Workload) -> Measurement:
-        cost, scores = vestige_engine.score_exactly(self._model, self._tokenizer, workload, self._queries)
+        _, cost, scores = vestige_engine.score_exactly(self._model, self._tokenizer, workload, self._queries)
         self.exact["vestige"][workload.name] = scores
         return cost
 

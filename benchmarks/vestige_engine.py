@@ -59,10 +59,12 @@ def score_exactly(
     tokenizer: PreTrainedTokenizerFast,
     workload: Workload,
     queries: Workload,
-) -> tuple[Measurement, np.ndarray]:
-    """One exact pass of `vestige attribute --method grad-dot` over the training data, and its scores [query, example].
+    method: str = "grad-dot",
+) -> tuple[Measurement, Measurement, np.ndarray]:
+    """The scores [query, example] of `vestige attribute` without an index, and what they cost.
 
-    The queries' gradients exist before the clock starts, as they do for the peer; ranking and files come after.
+    First the queries' vectors, with the curvature that the method measures, then the pass over the training data;
+    ranking and files come after.
     """
     settings = AttributeSettings(
         model=model,
@@ -71,16 +73,48 @@ def score_exactly(
         queries=queries.rows(),
         out=Path("unused"),
         components=COMPONENTS,
-        method="grad-dot",
+        method=method,
+        options={"labels": "data"} if method == "ekfac" else {},
+        damping=0.1,
         answer="given",
     )
-    method = get_method("grad-dot")
+    found = get_method(method, **settings.options)
     scores = np.zeros((len(queries.tokens), len(workload.tokens)))
-    with open_job(settings, method) as job:
-        method.prepare(job)
+    with open_job(settings, found) as job:
+        before = measure(lambda: found.prepare(job))
 
         def stream() -> None:
-            for block in method.blocks(job):
+            for block in found.blocks(job):
                 scores[:, block.rows.numpy()] = block.scores.numpy()
 
-        return measure(stream), scores
+        return before, measure(stream), scores
+
+
+def attribute(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    workload: Workload,
+    queries: Workload,
+    method: str,
+    out: Path,
+) -> Measurement:
+    """`vestige.attribute` on the live model, from rows of text to the run on the disk; no checks of trust."""
+    shutil.rmtree(out, ignore_errors=True)
+    rows, asked = workload.rows(), queries.rows()
+    return measure(
+        lambda: vestige.attribute(
+            model=model,
+            tokenizer=tokenizer,
+            data=rows,
+            queries=asked,
+            out=out,
+            components=COMPONENTS,
+            method=method,
+            options={"labels": "data"} if method == "ekfac" else {},
+            damping=0.1,
+            answer="given",
+            dense=True,
+            trust=False,
+            k=1,
+        )
+    )

@@ -4,8 +4,16 @@ import pytest
 
 import vestige
 from tests.workshop import furnish
-from vestige.compress import RATES, Work, parse_spec
-from vestige.indexes import FEWEST, MOST_SHARE, Candidate, choose_compressor, list_candidates
+from vestige.compress import (
+    FEWEST,
+    MOST_SHARE,
+    RATES,
+    Candidate,
+    Work,
+    choose_compressor,
+    list_candidates,
+    parse_spec,
+)
 
 NARROW = [(128, 128)] * 4
 MIDDLE = [(576, 576)] * 4 + [(1536, 576)] * 2 + [(576, 1536)]

@@ -1,4 +1,4 @@
-"""Death at any moment: whoever continues ends with the same bytes, and repeats only the shard that was in flight."""
+"""Death at any moment: whoever continues ends with the same bytes, and repeats only the shards that were in flight."""
 
 import errno
 import multiprocessing
@@ -8,14 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.indexes.synthetic import build, build_slowly, compute, hashes, work_of
+from tests.indexes.synthetic import build, build_slowly, compute, hashes, planned, work_of
 from vestige.errors import DiskSpaceError, IndexMismatch, NonFinite, PieceFailed, SpecError, UserError
 from vestige.indexes import Index, IndexedComponent, PlanRecord, index_status, marker_path, prepare_index, shard_path
 from vestige.storage import this_host
@@ -40,7 +42,7 @@ def started(log):
 
 
 @pytest.mark.slow
-def test_ten_kills_change_no_byte_and_repeat_only_the_shard_in_flight(tmp_path, uninterrupted):
+def test_ten_kills_change_no_byte_and_repeat_only_the_shards_in_flight(tmp_path, uninterrupted):
     folder, moments, runs = tmp_path / "index", random.Random(0), []
     for number in range(11):
         log = tmp_path / f"log{number}"
@@ -58,9 +60,10 @@ def test_ten_kills_change_no_byte_and_repeat_only_the_shard_in_flight(tmp_path, 
     assert sum(len(run) > 1 for run in runs[:-1]) > 2, "the kills came too early to show anything"
     assert hashes(folder) == uninterrupted
     assert Index.open(folder).verify() == []
+    # One shard is being computed, and the one before it may be on its way to the disk.
     for earlier, later in pairwise(runs):
-        assert not set(earlier[:-1]) & set(later)
-    assert sum(map(len, runs)) <= len(Index.open(folder).manifest.shard_rows) + 10
+        assert not set(earlier[:-2]) & set(later)
+    assert sum(map(len, runs)) <= len(Index.open(folder).manifest.shard_rows) + 20
 
 
 def wait_until(ready, seconds=60.0):
@@ -356,6 +359,57 @@ def fill_after(patch, syncs):
         real(descriptor)
 
     patch.setattr(os, "fsync", fsync)
+
+
+def shards_at_the_disk(patch, seen):
+    """Call `seen` with the name of every shard whose bytes are about to be on the disk."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        if ".safetensors.tmp." in name:
+            seen(name.split(".")[0])
+        real(descriptor)
+
+    patch.setattr(os, "fsync", fsync)
+
+
+def test_a_shard_goes_to_the_disk_while_the_next_one_is_computed(tmp_path, monkeypatch):
+    begun, overlapped = threading.Event(), []
+
+    def noted(batches):
+        found = compute(batches)
+        if overlapped:
+            begun.set()
+        overlapped.append(True)
+        return found
+
+    def seen(name):
+        if name == "00000":
+            assert begun.wait(20), "the second shard is computed only when the first is on the disk"
+
+    shards_at_the_disk(monkeypatch, seen)
+    assert len(build(tmp_path / "index", compute=noted)) == len(overlapped) > 2
+    assert begun.is_set()
+
+
+@pytest.mark.parametrize("failing", ["00000", "last"])
+def test_a_disk_that_is_full_at_any_shard_ends_the_work_and_leaves_the_others(tmp_path, monkeypatch, failing):
+    total = len(planned(tmp_path / "index")[1])
+    name = f"{total - 1:05d}" if failing == "last" else failing
+
+    def seen(shard):
+        if shard == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        shards_at_the_disk(patch, seen)
+        with pytest.raises(DiskSpaceError, match=rf"{name}\.safetensors stopped after(.|\n)*Finished shards are intact"):
+            build(tmp_path / "index")
+    assert not list((tmp_path / "index").rglob("*.tmp.*"))
+    assert int(name) in build(tmp_path / "index")
+    build(tmp_path / "whole")
+    assert hashes(tmp_path / "index") == hashes(tmp_path / "whole")
 
 
 def test_a_folder_that_cannot_be_written_to_says_so(tmp_path, monkeypatch):

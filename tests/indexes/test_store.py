@@ -60,19 +60,24 @@ def test_blocks_that_are_kept_are_not_overwritten(exact):
             assert torch.equal(gradients, dense[example[: len(gradients)]])
 
 
-@pytest.mark.parametrize(
-    "hold", [lambda rows: rows[1:], lambda rows: rows.view(-1)[2:4], lambda rows: rows[-1].numpy()]
-)
-def test_memory_is_used_again_only_once_nobody_holds_it(exact, hold):
-    held, addresses = [], []
-    for block in exact.blocks(4 * WIDTH * 2):
-        assert block.gradients.data_ptr() not in addresses
-        addresses.append(block.gradients.data_ptr())
-        held.append(hold(block.gradients))
-    assert len(held) > 20
-    held.clear()
-    released = {block.gradients.data_ptr() for block in exact.blocks(4 * WIDTH * 2)}
-    assert len(released) <= 3, "one block with the caller, one ready, one being read"
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_a_scan_multiplies_rows_as_they_are_stored_whichever_shards_it_is_asked_for(tmp_path, dtype):
+    build(tmp_path / "index", dtype=dtype)
+    index = Index.open(tmp_path / "index")
+    queries = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    found = list(index.scan(queries))
+    rows, scores, norms = torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found], 1), found[0][2]
+    assert sorted(rows.tolist()) == list(range(60))
+    exact = queries.double() @ index.gradients_of(rows).double().T
+    largest = index.gradients_of(rows).norm(dim=1) * queries.norm(dim=1, keepdim=True)
+    assert ((scores - exact).abs() <= 1e-6 * largest).all()
+    assert torch.equal(norms, index.losses_and_norms()[1][found[0][0]])
+    # However the shards are shared among processes, every bit is the same.
+    total = len(index.manifest.shard_rows)
+    for size in (1, 3):
+        groups = [range(first, min(first + size, total)) for first in range(0, total, size)]
+        shared = [block for group in groups for block in index.scan(queries, shards=group)]
+        assert torch.equal(torch.cat([one[1] for one in shared], 1), scores)
 
 
 def test_a_scan_that_is_left_early_leaves_no_thread(exact):

@@ -28,7 +28,7 @@ from vestige.checks._report import Check, Cost, DoctorReport
 from vestige.compress import CompressionSpec, parse_spec
 from vestige.data import CutBatches, TokenizedData, make_batch
 from vestige.errors import ModelError
-from vestige.gradients import CausalLoss, measure_knowledge
+from vestige.gradients import CausalLoss, longest_and_shortest, measure_knowledge
 from vestige.indexes import (
     PART_BYTES,
     CompressedGradients,
@@ -39,7 +39,6 @@ from vestige.indexes import (
     choose_spec,
     draft_manifest,
     lay_out,
-    longest_and_shortest,
     read_inputs,
     tokens_at_most,
 )

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
         compress_gradient as compress_gradient,
         reduce_factor as reduce_factor,
     )
-    from vestige.compress._cost import RATES as RATES, cost_share as cost_share, price as price, work as work
+    from vestige.compress._cost import (
+        FEWEST as FEWEST,
+        MOST_SHARE as MOST_SHARE,
+        RATES as RATES,
+        Candidate as Candidate,
+        choose_compressor as choose_compressor,
+        cost_share as cost_share,
+        list_candidates as list_candidates,
+        price as price,
+        work as work,
+    )
     from vestige.compress._dense import (
         Dense as Dense,
         StreamedDense as StreamedDense,

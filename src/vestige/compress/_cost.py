@@ -7,11 +7,12 @@ which a linear layer `[out, in]` with a frozen weight costs `2 out in`: once for
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from vestige.compress._apply import is_gathered
 from vestige.compress._registry import Work
-from vestige.compress._spec import CompressionSpec
+from vestige.compress._spec import CompressionSpec, parse_spec
 
 Shape = tuple[int, int]
 
@@ -87,3 +88,89 @@ def cost_share(spec: CompressionSpec, shapes: Iterable[Shape], tokens: int, devi
         compressing += price(work(spec, shape, tokens), device)
         own += 2 * shape[0] * shape[1]
     return compressing / own
+
+
+MOST_SHARE = 0.25
+"""Most that compressing may take, as a share of the forward and backward passes of the same linear layers."""
+FEWEST = 16
+"""Least numbers per component: below, scores are noise."""
+
+
+class Candidate(NamedTuple):
+    """One compressor, with what is expected of its scores and its cost."""
+
+    spec: CompressionSpec
+    error: float
+    """Root mean square error of a cosine."""
+    full: bool
+    """Whether it keeps as many numbers as it may."""
+    share: float = 0.0
+    """Work, as a share of the linear layers' own forward and backward passes."""
+
+
+class Choice(NamedTuple):
+    """The chosen compressor, and the more precise one that was too expensive, if there was one."""
+
+    taken: Candidate
+    passed_over: Candidate | None
+    device: str
+    """Kind of device that the costs are of."""
+
+    @property
+    def reason(self) -> str:
+        """Return one or two sentences for the user."""
+        taken, other = self.taken, self.passed_over
+        cost = (
+            f"Compressing takes about {taken.share:.0%} of the forward and backward passes of the same layers "
+            f"({self.device})"
+        )
+        if taken.share > MOST_SHARE:
+            return f"{cost}: nothing stays under {MOST_SHARE:.0%}, and this is the cheapest of this size."
+        if other is None:
+            return f"{cost}; nothing more precise fits."
+        return f"{cost}; {other.spec}, more precise, would take {other.share:.0%}, more than {MOST_SHARE:.0%}."
+
+
+def choose_compressor(compressors: Iterable[Candidate], linear: Sequence[Shape], tokens: int, device: str) -> Choice:
+    """Choose the smallest expected error with a cost under `MOST_SHARE`, else the cheapest at full width.
+
+    Narrower ones take part too: with half of the numbers a tensor sketch is often more precise than a cheaper
+    compressor with all of them.
+
+    Args:
+        compressors: To choose from.
+        linear: Shapes `[out, in]` of the layers whose work the cost is compared with.
+        tokens: Tokens of an example.
+        device: Kind of device: `cpu`, `cuda`, ...
+    """
+    priced = [
+        one._replace(share=cost_share(one.spec, linear, max(1, tokens), device)) if linear else one
+        for one in compressors
+    ]
+    priced.sort(key=lambda one: (one.error, one.share))
+    affordable = [one for one in priced if one.share <= MOST_SHARE]
+    taken = affordable[0] if affordable else min((one for one in priced if one.full), key=lambda one: one.share)
+    better = [one for one in priced if one.error < taken.error]
+    return Choice(taken, better[0] if better else None, device)
+
+
+def list_candidates(width: int) -> Iterator[Candidate]:
+    """Yield compressors to `width` numbers, and to each smaller power of two.
+
+    A sketch of the whole gradient is off by `1 / sqrt(K)`. Maps of the two sides multiply two errors, each of about the
+    square root of that; their factors are what `benchmarks/sketch_quality.py` measured on a small trained GPT (0.58 to
+    0.64 for LoGra, 0.42 to 0.60 for FactGraSS).
+    """
+    powers = [1 << place for place in range(width.bit_length(), 0, -1) if FEWEST <= 1 << place < width]
+    for size in [width, *powers]:
+        full, side = size == width, 2 * math.isqrt(size)
+        smooth = fast_length(size)
+        yield Candidate(parse_spec(f"tensorsketch:{smooth}"), smooth**-0.5, full)
+        yield Candidate(parse_spec(f"sjlt:{size}"), size**-0.5, full)
+        yield Candidate(parse_spec(f"mask:{side}x{side} | sjlt:{size}"), 0.51 * size**-0.25, full)
+        yield Candidate(parse_spec(f"logra:{size}"), 0.60 * size**-0.25, full)
+
+
+def fast_length(most: int) -> int:
+    """Return the largest number up to `most` without a prime factor above 5: Fourier transforms of it are fast."""
+    return next(size for size in range(most, 0, -1) if 60 ** size.bit_length() % size == 0)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 from rich.console import Group
 from rich.table import Table
 
-from vestige.errors import CorruptFile, MissingExtra, UserError
-from vestige.parsing import first_problem, parse_finite_json
+from vestige.errors import MissingExtra, UserError
 from vestige.progress import format_seconds
+from vestige.runs import Part, read_known
 from vestige.storage import write_durably
 from vestige.terminal import as_text, lines_of_facts, shorten
 
@@ -32,11 +32,7 @@ ARMS: dict[Arm, str] = {
 _SHOWN, _WIDTH = 12, 100
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
-
-
-class Row(_Part):
+class Row(Part):
     """A removed row."""
 
     id: str
@@ -46,7 +42,7 @@ class Row(_Part):
     text: str
 
 
-class Asked(_Part):
+class Asked(Part):
     """A query of the run."""
 
     id: str
@@ -57,7 +53,7 @@ class Asked(_Part):
     """The right answer, where it was given."""
 
 
-class Outcome(_Part):
+class Outcome(Part):
     """What one model says to one query."""
 
     arm: Arm
@@ -71,7 +67,7 @@ class Outcome(_Part):
     """Of the right answer, in nats."""
 
 
-class FixRecord(_Part):
+class FixRecord(Part):
     """Everything in `fix.json`."""
 
     format: int = FORMAT
@@ -95,9 +91,9 @@ class FixRecord(_Part):
     asked: list[Asked]
     price: str
     models: int
-    outcomes: list[Outcome] = []
+    outcomes: list[Outcome] = Field(default_factory=list)
     """Empty until all models have answered."""
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     peak_gpu_memory_bytes: int = 0
@@ -222,16 +218,7 @@ def read_fix(folder: Path) -> FixRecord | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    try:
-        content = parse_finite_json(path.read_bytes())
-        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
-            raise UserError(f"{folder} was written by a newer Vestige. Type: pip install --upgrade vestige")
-        return FixRecord.model_validate(content)
-    except (OSError, ValueError) as error:
-        reason = first_problem(error) if isinstance(error, ValidationError) else error
-        raise CorruptFile(
-            f"{path} is not the record of a fix: {reason}. Run the command that made it again."
-        ) from error
+    return read_known(FixRecord, path, FORMAT)
 
 
 def write_fix(folder: Path, record: FixRecord) -> None:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
         inner_product as inner_product,
         materialise as materialise,
     )
+    from vestige.gradients._independence import (
+        longest_and_shortest as longest_and_shortest,
+        require_independence as require_independence,
+    )
     from vestige.gradients._losses import (
         Knowledge as Knowledge,
         Second as Second,

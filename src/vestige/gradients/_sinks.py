@@ -28,7 +28,11 @@ class GradientSink(FactorSink):
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the gradient matrix."""
-        self.gradients[component][examples] += materialise(left, right).to(self.gradients[component])
+        total = self.gradients[component][examples]
+        if isinstance(left, Tensor) and left.dtype == right.dtype == total.dtype:
+            total.baddbmm_(left.transpose(1, 2), right)
+        else:
+            total += materialise(left, right).to(total)
 
 
 class DotSink(FactorSink):

@@ -6,26 +6,19 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.indexes._build import (
-        FEWEST as FEWEST,
-        MOST_SHARE as MOST_SHARE,
-        Candidate as Candidate,
         CompressedGradients as CompressedGradients,
         build_index as build_index,
-        choose_compressor as choose_compressor,
         choose_spec as choose_spec,
         draft_manifest as draft_manifest,
         index as index,
-        list_candidates as list_candidates,
     )
     from vestige.indexes._examples import fingerprint_rows as fingerprint_rows
     from vestige.indexes._export import export as export, export_index as export_index
     from vestige.indexes._inputs import (
         Inputs as Inputs,
         batch_tokens as batch_tokens,
-        longest_and_shortest as longest_and_shortest,
         read_data as read_data,
         read_inputs as read_inputs,
-        require_independence as require_independence,
         tokenising_processes as tokenising_processes,
         tokens_at_most as tokens_at_most,
     )
@@ -50,14 +43,15 @@ if TYPE_CHECKING:
     from vestige.indexes._shards import (
         PART_BYTES as PART_BYTES,
         Expectation as Expectation,
+        Marker as Marker,
         ShardContent as ShardContent,
+        ShardFile as ShardFile,
         map_shard as map_shard,
         marker_path as marker_path,
         parts_of as parts_of,
         read_marker as read_marker,
         shard_fault as shard_fault,
         shard_path as shard_path,
-        write_shard as write_shard,
     )
     from vestige.indexes._store import Index as Index, IndexBlock as IndexBlock, parts_in_order as parts_in_order
     from vestige.indexes._work import (

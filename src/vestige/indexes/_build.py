@@ -1,16 +1,14 @@
 """`vestige index`: from a model and its training data to an index on disk."""
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from vestige.compress import CompressingSink, CompressionSpec, cost_share, parse_spec
+from vestige.compress import FEWEST, CompressingSink, CompressionSpec, choose_compressor, list_candidates, parse_spec
 from vestige.data import TokenizedData, forget_tokens, make_batch
 from vestige.distributed import broadcast_from_rank0, exchange_rows, is_rank0, round_robin, this_rank
 from vestige.errors import DiskSpaceError, SpecError, UserError, WorkElsewhere
@@ -37,98 +35,12 @@ from vestige.progress import announce, format_bytes, format_seconds
 from vestige.settings import CompressionSettings, DoctorSettings, IndexSettings, Scope, with_settings
 from vestige.timing import peak_memory_bytes
 
-MOST_SHARE = 0.25
-"""Most that compressing may take, as a share of the forward and backward passes of the same linear layers."""
-FEWEST = 16
-"""Least numbers per component: below, scores are noise."""
 MOST = 4096
 """Most numbers per component that `auto` takes: more bytes bring little."""
 FEWEST_SHARED = 256
 """Least numbers for the whole model, whose components disturb each other in them."""
 ROW_BYTES = 64 * 2**10
 """Bytes per example that `auto` aims at when no budget is given: a million examples in 64 GiB."""
-
-
-class Candidate(NamedTuple):
-    """One compressor, with what is expected of its scores and its cost."""
-
-    spec: CompressionSpec
-    error: float
-    """Root mean square error of a cosine."""
-    full: bool
-    """Whether it keeps as many numbers as it may."""
-    share: float = 0.0
-    """Work, as a share of the linear layers' own forward and backward passes."""
-
-
-class Choice(NamedTuple):
-    """The chosen compressor, and the more precise one that was too expensive, if there was one."""
-
-    taken: Candidate
-    passed_over: Candidate | None
-    device: str
-    """Kind of device that the costs are of."""
-
-    @property
-    def reason(self) -> str:
-        """Return one or two sentences for the user."""
-        taken, other = self.taken, self.passed_over
-        cost = (
-            f"Compressing takes about {taken.share:.0%} of the forward and backward passes of the same layers "
-            f"({self.device})"
-        )
-        if taken.share > MOST_SHARE:
-            return f"{cost}: nothing stays under {MOST_SHARE:.0%}, and this is the cheapest of this size."
-        if other is None:
-            return f"{cost}; nothing more precise fits."
-        return f"{cost}; {other.spec}, more precise, would take {other.share:.0%}, more than {MOST_SHARE:.0%}."
-
-
-def choose_compressor(
-    compressors: Iterable[Candidate], linear: Sequence[tuple[int, int]], tokens: int, device: str
-) -> Choice:
-    """Choose the smallest expected error with a cost under `MOST_SHARE`, else the cheapest at full width.
-
-    Narrower ones take part too: with half of the numbers a tensor sketch is often more precise than a cheaper
-    compressor with all of them.
-
-    Args:
-        compressors: To choose from.
-        linear: Shapes `[out, in]` of the layers whose work the cost is compared with.
-        tokens: Tokens of an example.
-        device: Kind of device: `cpu`, `cuda`, ...
-    """
-    priced = [
-        one._replace(share=cost_share(one.spec, linear, max(1, tokens), device)) if linear else one
-        for one in compressors
-    ]
-    priced.sort(key=lambda one: (one.error, one.share))
-    affordable = [one for one in priced if one.share <= MOST_SHARE]
-    taken = affordable[0] if affordable else min((one for one in priced if one.full), key=lambda one: one.share)
-    better = [one for one in priced if one.error < taken.error]
-    return Choice(taken, better[0] if better else None, device)
-
-
-def list_candidates(width: int) -> Iterator[Candidate]:
-    """Yield compressors to `width` numbers, and to each smaller power of two.
-
-    A sketch of the whole gradient is off by `1 / sqrt(K)`. Maps of the two sides multiply two errors, each of about the
-    square root of that; their factors are what `benchmarks/sketch_quality.py` measured on a small trained GPT (0.58 to
-    0.64 for LoGra, 0.42 to 0.60 for FactGraSS).
-    """
-    powers = [1 << place for place in range(width.bit_length(), 0, -1) if FEWEST <= 1 << place < width]
-    for size in [width, *powers]:
-        full, side = size == width, 2 * math.isqrt(size)
-        smooth = fast_length(size)
-        yield Candidate(parse_spec(f"tensorsketch:{smooth}"), smooth**-0.5, full)
-        yield Candidate(parse_spec(f"sjlt:{size}"), size**-0.5, full)
-        yield Candidate(parse_spec(f"mask:{side}x{side} | sjlt:{size}"), 0.51 * size**-0.25, full)
-        yield Candidate(parse_spec(f"logra:{size}"), 0.60 * size**-0.25, full)
-
-
-def fast_length(most: int) -> int:
-    """Return the largest number up to `most` without a prime factor above 5: Fourier transforms of it are fast."""
-    return next(size for size in range(most, 0, -1) if 60 ** size.bit_length() % size == 0)
 
 
 def choose_spec(

@@ -357,9 +357,8 @@ def write_faiss(index: Index, out: Path) -> list[Path]:
 def _nearest(index: Index, queries: Float[torch.Tensor, "query column"], k: int) -> list[list[int]]:
     """Return the rows with the highest inner products with each query, updated part by part."""
     best, rows = torch.empty((len(queries), 0)), torch.empty((len(queries), 0), dtype=torch.int64)
-    for part, gradients in parts_in_order(index):
-        numbers = torch.arange(part.start, part.stop).expand(len(queries), -1)
-        best, rows = torch.cat([best, queries @ gradients.T], 1), torch.cat([rows, numbers], 1)
+    for numbers, scores, _ in index.scan(queries):
+        best, rows = torch.cat([best, scores], 1), torch.cat([rows, numbers.expand(len(queries), -1)], 1)
         best, places = best.topk(min(k, best.shape[1]), dim=1)
         rows = rows.gather(1, places)
     return rows.tolist()

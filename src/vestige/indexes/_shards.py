@@ -1,31 +1,29 @@
 """One shard: four or five tensors in a safetensors file, and a marker that is written last when it is whole.
 
-The safetensors file is written and read here rather than by its library for three reasons: it is hashed while it is
-written, a full disk is reported as the error it is, and the body is mapped into memory without a copy.
+Its rows go to the disk part by part as they are computed, in a thread of their own while the next ones are.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 
 from vestige.errors import CorruptFile, NonFinite
 from vestige.indexes._manifest import SCALED_TYPES, Expectation, StoredType
 from vestige.lazy import torch
-from vestige.parsing import as_record, parse_json, parse_object
-from vestige.storage import remove_durably, sha256_of, sha256_once, write_durably, write_error
-from vestige.timing import time_phase
+from vestige.parsing import as_record, parse_object
+from vestige.storage import NewFile, remove_durably, sha256_of, sha256_once
+from vestige.timing import count_bytes, time_phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,11 +151,8 @@ def _scales(largest: Float[Tensor, "row"], dtype: StoredType) -> Float[Tensor, "
     return torch.where(largest > 0, scale, torch.ones_like(scale))
 
 
-_TYPES = {stored: name for name, stored in TYPE_NAMES.items()}
 _ORDER = ("example", "loss", "norm", "scale", "gradients")
 """Tensors of a shard in the order in which they lie there."""
-_HELD_BYTES = 2**21
-"""Rounded gradients of a shard in the making that are in memory; those of a larger one lie on the disk."""
 
 
 class StoredRows(NamedTuple):
@@ -170,15 +165,10 @@ class StoredRows(NamedTuple):
     scale: Tensor | None = None
     """What each row was divided by; None where it was not."""
 
-    def decode(self, start: int, result: Float[Tensor, "row column"]) -> None:
-        """Put the rows from `start` on, as many as `result` has, into `result` as float32."""
-        # Piece by piece, so that the multiplication finds its numbers in the cache.
-        step = max(2**16 // result.shape[1], 1)
-        for first in range(0, len(result), step):
-            piece, rows = result[first : first + step], slice(start + first, start + min(first + step, len(result)))
-            piece.copy_(self.gradients[rows])
-            if self.scale is not None:
-                piece.mul_(self.scale[rows, None])
+    def decode(self, rows: slice) -> Float[Tensor, "row column"]:
+        """Return consecutive rows of this shard as float32, in memory of their own."""
+        found = self.gradients[rows].to(torch.float32, copy=True)
+        return found if self.scale is None else found.mul_(self.scale[rows, None])
 
     def pick(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row column"]:
         """Return the given rows of this shard as float32."""
@@ -211,87 +201,132 @@ def marker_path(folder: Path, number: int) -> Path:
     return folder / "shards" / f"{number:05d}.json"
 
 
-def write_shard(
-    folder: Path,
-    number: int,
-    parts: Iterable[ShardContent],
-    dtype: StoredType,
-    expected: Expectation,
-    name_of: Callable[[int], str] = "row {}".format,
-    *,
-    skip_bad: bool = False,
-    held_bytes: int = _HELD_BYTES,
-) -> Marker:
-    """Write shard `number`, whole, and then mark it as done.
+@final
+class ShardFile:
+    """One shard in the making: use it as a context, and put its parts there in their order.
+
+    When the context ends well the shard is on the disk, whole, and marked as done; else nothing is left of it.
 
     Args:
         folder: The index; its `shards` folder must exist.
         number: Which shard.
-        parts: Its rows, of which one part after another is computed, rounded and put aside.
         dtype: How to store the gradients.
         expected: What the manifest records about the shard.
         name_of: Names the example at a row of the data in an error.
         skip_bad: Store zeros for an example whose loss or gradient is not finite, and list it in the marker.
-        held_bytes: Rounded gradients that stay in memory; those of a larger shard lie on the disk.
-
-    Raises:
-        NonFinite: A loss or a gradient is NaN or infinite, and `skip_bad` is off; nothing was written.
-        DiskSpaceError: The disk is full; nothing is left behind.
     """
-    small: dict[str, list[Tensor]] = {}
-    skipped: list[int] = []
-    columns = 0
-    path = shard_path(folder, number)
-    with _open_aside(path, held_bytes) as gradients:
-        for part in parts:
-            columns = part.gradients.shape[1]
-            tensors, pieces, bad = _encode(part, dtype, name_of, skip_bad)
-            for name, tensor in tensors.items():
-                # A copy: what is computed next may lie in the same memory.
-                small.setdefault(name, []).append(tensor.clone())
-            for piece in pieces:
-                _put_aside(gradients, piece, path)
-            skipped += bad
-        whole = {name: torch.cat(tensors) for name, tensors in small.items()}
-        # A marker of an earlier, damaged file must not vouch for the new one while that is written.
-        if marker_path(folder, number).exists():
-            remove_durably(marker_path(folder, number))
-        rows = len(whole["example"])
-        shapes = {name: (tensor.dtype, [rows]) for name, tensor in whole.items()}
-        shapes["gradients"] = (getattr(torch, dtype), [rows, columns])
-        header = [safetensors_header(shapes, {"axes": "gradients: row column"}), *map(_bytes_of, whole.values())]
-        gradients.seek(0)
-        written = write_durably(path, chain(header, iter(partial(gradients.read, 2**20), b"")))
-    made_by = version("vestige"), str(torch.__version__)
-    marker = Marker(number, expected.rows, written.bytes, written.sha256, expected.input, *made_by, tuple(skipped))
-    _write_marker(folder, marker)
-    return marker
+
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        dtype: StoredType,
+        expected: Expectation,
+        name_of: Callable[[int], str] = "row {}".format,
+        *,
+        skip_bad: bool = False,
+    ) -> None:
+        self._folder, self._number, self._expected = folder, number, expected
+        self._dtype: StoredType = dtype
+        self._name_of, self._skip_bad = name_of, skip_bad
+        self._small: dict[str, list[Tensor]] = {}
+        self._skipped: list[int] = []
+        self._header = b""
+        self._file = NewFile(shard_path(folder, number))
+
+    def __enter__(self) -> ShardFile:
+        self._file.__enter__()
+        return self
+
+    def put(self, part: ShardContent) -> None:
+        """Round the part's rows and write them.
+
+        Raises:
+            NonFinite: A loss or a gradient is NaN or infinite, and `skip_bad` is off.
+            DiskSpaceError: The disk is full.
+        """
+        small, pieces, skipped = _encode(part, self._dtype, self._name_of, self._skip_bad)
+        self._skipped += skipped
+        start = None
+        if not self._header:
+            shapes = {name: (tensor.dtype, [self._expected.rows]) for name, tensor in small.items()}
+            before = sum(dtype.itemsize * self._expected.rows for dtype, _ in shapes.values())
+            shapes["gradients"] = (getattr(torch, self._dtype), [self._expected.rows, part.gradients.shape[1]])
+            self._header = safetensors_header(shapes, {"axes": "gradients: row column"})
+            # The small tensors lie before the gradients and are known after them.
+            start = len(self._header) + before
+        for name, tensor in small.items():
+            self._small.setdefault(name, []).append(tensor)
+        for piece in pieces:
+            self._file.write(piece, start)
+            start = None
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self._file.__exit__(*error)
+            return
+        path = marker_path(self._folder, self._number)
+        with ExitStack() as stack:
+            stack.push(self._file)
+            start = 0
+            for chunk in (self._header, *(_bytes_of(torch.cat(tensors)) for tensors in self._small.values())):
+                self._file.write(chunk, start)
+                start += len(chunk)
+            digest = self._file.sha256()
+            # A marker of an earlier, damaged file must not vouch for the new one.
+            if path.exists():
+                remove_durably(path)
+        made_by = version("vestige"), str(torch.__version__)
+        size, (rows, made_from) = self._file.size, self._expected
+        marker = Marker(self._number, rows, size, digest, made_from, *made_by, tuple(self._skipped))
+        fields = {name: value for name, value in marker._asdict().items() if marker.skipped or name != "skipped"}
+        with NewFile(path) as file:
+            file.write((json.dumps(fields, indent=1) + "\n").encode())
+        count_bytes("written", size)
 
 
-def _write_marker(folder: Path, marker: Marker) -> None:
-    fields = {name: value for name, value in marker._asdict().items() if marker.skipped or name != "skipped"}
-    write_durably(marker_path(folder, marker.shard), [(json.dumps(fields, indent=1) + "\n").encode()])
+@final
+class ShardWriter:
+    """Writes shards while the next ones are computed; the context ends when the last is on the disk."""
+
+    def __init__(self) -> None:
+        # One writes a part of a shard while the other brings the shard before to the disk.
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="vestige-write")
+        self._last: list[Future[None]] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._threads.shutdown()
+        if kind is None:
+            _wait(self._last)
+
+    def write(self, shard: ShardFile, parts: Iterable[ShardContent]) -> None:
+        """Write a shard, part by part as they are computed, each in memory of its own; its end may follow later.
+
+        Raises:
+            UserError: One that `ShardFile` raises, for this shard or the one before.
+        """
+        steps = list[Future[None]]()
+        with ExitStack() as stack:
+            stack.enter_context(shard)
+            # An error must not close the file while a thread writes to it.
+            stack.callback(wait, steps)
+            for part in parts:
+                # Two parts are in memory: this one, and the one before until it is written.
+                _wait(steps[-1:])
+                steps.append(self._threads.submit(shard.put, part))
+            _wait(steps[-1:])
+            stack.pop_all()
+        before, self._last = self._last, [self._threads.submit(shard.__exit__, None)]
+        _wait(before)
 
 
-@contextmanager
-def _open_aside(path: Path, held_bytes: int) -> Iterator[tempfile.SpooledTemporaryFile[bytes]]:
-    """Open a file without a name, first in memory and then beside `path`: it is gone with the process."""
-    file = tempfile.SpooledTemporaryFile(max_size=held_bytes, dir=str(path.parent))  # noqa: SIM115
-    try:
-        yield file
-    finally:
-        # What did not fit on the disk would be tried again, and is no longer needed.
-        with suppress(OSError):
-            file.close()
-
-
-def _put_aside(file: tempfile.SpooledTemporaryFile[bytes], piece: bytes | memoryview, path: Path) -> None:
-    try:
-        with time_phase("writing"):
-            file.write(memoryview(piece).cast("B"))
-            file.flush()
-    except OSError as error:
-        raise write_error(error, path, file.tell()) from error
+def _wait(steps: list[Future[None]]) -> None:
+    with time_phase("writing"):
+        for step in steps:
+            step.result()
 
 
 def read_marker(folder: Path, number: int) -> Marker | None:
@@ -342,38 +377,16 @@ def map_shard(folder: Path, number: int, *, checked: bool = True) -> StoredRows:
         marker = read_marker(folder, number)
         if checked and (marker is None or marker.sha256 != sha256_once(path)):
             raise ValueError("its sha256 is not the one in its marker")
-        with path.open("rb") as file:
-            # A private mapping: torch wants writable memory, and what is written there never reaches the file.
-            body = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        size = int.from_bytes(body[:8], "little")
-        header: dict[str, Any] = parse_json(body[8 : 8 + size])
-        header.pop("__metadata__", None)
-        return StoredRows(**_views(body, 8 + size, header))
-    except (OSError, ArithmeticError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.offset_keys()}
+        if list(found) != [name for name in _ORDER if name in found]:
+            raise ValueError(f"it holds the tensors {', '.join(found)}, expected {', '.join(_ORDER)} in this order")
+        stored = StoredRows(**found)
+        if len({len(tensor) for tensor in found.values()}) > 1:
+            raise ValueError("its tensors have different numbers of rows")
+        return stored
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CorruptFile(
             f"{path} is not the shard that was written ({error}). Run the same vestige index command again: "
             f"it makes this shard again. All files: vestige status --verify {folder}"
         ) from error
-
-
-def _views(body: mmap.mmap, start: int, header: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors that the header names, if they fill the file in the order in which they are written."""
-    names = [name for name in _ORDER if name in header]
-    if list(header) != names:
-        raise ValueError(f"it holds the tensors {', '.join(header)}, expected {', '.join(_ORDER)} in this order")
-    found, offset = {}, 0
-    for name, entry in header.items():
-        dtype, shape = getattr(torch, _TYPES[entry["dtype"]]), entry["shape"]
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if min(shape) < 0 or entry["data_offsets"] != [offset, offset + size] or start + offset + size > len(body):
-            raise ValueError(f"the tensor {name} of shape {shape} does not fit its position")
-        found[name] = torch.frombuffer(body, dtype=dtype, count=size // dtype.itemsize, offset=start + offset).view(
-            shape
-        )
-        offset += size
-    if start + offset != len(body):
-        raise ValueError("it is too long")
-    rows = {name: len(tensor) for name, tensor in found.items()}
-    if len(set(rows.values())) > 1:
-        raise ValueError(f"its tensors have different numbers of rows: {rows}")
-    return found

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
 
@@ -18,6 +17,7 @@ from vestige.errors import CorruptFile, UserError
 from vestige.indexes._examples import examples_paths, read_lengths
 from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest, require_index
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
+from vestige.jobs import ranges
 from vestige.lazy import torch
 from vestige.timing import count_bytes, time_phase
 
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_BYTES = 4 * 2**20
-"""Gradients in float32 that are read at once, unless a row alone has more; about three times as many are in memory."""
-
-
-_Span = tuple[int, slice]
-"""A shard, and rows of it."""
+"""Gradients in float32 that are in memory at once, unless a row alone has more."""
+_SHOWN = 10
+"""Faults that a message lists."""
+_SCAN_NUMBERS = 2**20
+"""Numbers that are multiplied at once: a product of fewer rows takes longer, one of more leaves the cache."""
+_SCAN_SCORES = 2**20
+"""Scores that a scan yields at once, at most, unless those of `_SCAN_NUMBERS` are more."""
 
 
 class IndexBlock(NamedTuple):
@@ -108,21 +110,45 @@ class Index:
         return self.manifest.spans
 
     def blocks(self, max_bytes: int = BLOCK_BYTES, *, shards: range | None = None) -> Iterator[IndexBlock]:
-        """Yield every row once, in the order of the plan, while the next block is being read in the background.
+        """Yield every row once, in the order of the plan; the next shard is read in the background.
 
         Args:
-            max_bytes: Most bytes of float32 gradients per block (one row may exceed it). About three blocks are in
-                memory; small ones stay in the processor's cache.
+            max_bytes: Most bytes of float32 gradients per block (one row may exceed it); small ones stay in the
+                processor's cache.
             shards: Only the rows of these shards.
         """
-        step, sizes = max(max_bytes // (4 * self.width), 1), self.manifest.shard_rows
-        spans = [
-            (shard, slice(start, min(start + step, sizes[shard])))
-            for shard in (range(len(sizes)) if shards is None else shards)
-            for start in range(0, sizes[shard], step)
-        ]
-        buffers = _Buffers(self.width * min(step, max(self.manifest.shard_rows)))
-        return _read_ahead(partial(self._read, buffers), spans)
+        step = max(max_bytes // (4 * self.width), 1)
+        for stored in self._read_ahead(shards):
+            for start in range(0, len(stored.loss), step):
+                rows = slice(start, start + step)
+                # Copies, so that a block that is kept does not keep its shard's file mapped.
+                example, loss, norm = (each[rows].clone() for each in (stored.example, stored.loss, stored.norm))
+                yield IndexBlock(example, stored.decode(rows), loss, norm)
+
+    def scan(
+        self, vectors: Float[Tensor, "query column"], *, shards: range | None = None
+    ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "query row"], Float[Tensor, "row"]]]:
+        """Yield (positions in the data, inner products with the vectors, norms) of every row, in the order of the plan.
+
+        Rows are multiplied as they are stored, a few MB at a time, and the products with the rows' scale. Which rows
+        are multiplied at once follows from the index alone, and so does every bit of a score.
+
+        Args:
+            vectors: One for each query, float32.
+            shards: Only the rows of these shards.
+        """
+        columns, step = vectors.T.contiguous(), max(_SCAN_NUMBERS // self.width, 1)
+        numbers = torch.empty(min(step, max(self.manifest.shard_rows)), self.width)
+        at_once = step * max(_SCAN_SCORES // (step * max(len(vectors), 1)), 1)
+        for stored in self._read_ahead(shards):
+            for first in range(0, len(stored.loss), at_once):
+                rows = slice(first, min(first + at_once, len(stored.loss)))
+                with time_phase("scoring"):
+                    parts = stored.gradients[rows].split(step)
+                    products = torch.cat([numbers[: len(part)].copy_(part) @ columns for part in parts])
+                    if stored.scale is not None:
+                        products.mul_(stored.scale[rows, None])
+                yield stored.example[rows].clone(), products.T.contiguous(), stored.norm[rows].clone()
 
     def shard_groups(self, max_bytes: int) -> list[range]:
         """Group consecutive shards by at most `max_bytes` of stored gradients, a larger shard by itself.
@@ -218,21 +244,7 @@ class Index:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        """One more than where each example's row lies among all stored rows, int32 or int64 [example]."""
-        places = np.zeros(self.rows, np.int32 if self.rows < np.iinfo(np.int32).max else np.int64)
-        first = 0
-        for number, count in enumerate(self.manifest.shard_rows):
-            rows = self._shard(number).example.numpy()
-            known = np.flatnonzero((rows >= 0) & (rows < self.rows))
-            places[rows[known]] = first + known + 1
-            first += count
-        # There are as many rows as examples: if every example has one, none has two.
-        if not places.all():
-            raise CorruptFile(
-                f"The shards of {self.folder} do not hold each of {self.rows} examples once. "
-                "Build the index again: run its vestige index command with --overwrite."
-            )
-        return places
+        return find_places(self.folder, self.manifest)
 
     def _shard(self, number: int) -> StoredRows:
         stored, expected = map_shard(self.folder, number), (self.manifest.shard_rows[number], self.width)
@@ -243,14 +255,20 @@ class Index:
             )
         return stored
 
-    def _read(self, buffers: _Buffers, span: _Span) -> IndexBlock:
-        stored, rows = self._shard(span[0]), span[1]
-        count = rows.stop - rows.start
-        gradients = buffers.take()[: count * self.width].view(count, self.width)
-        stored.decode(rows.start, gradients)
-        count_bytes("read", count * self.manifest.row_bytes)
-        # Copies, so that a block that is kept does not keep its shard's file mapped.
-        return IndexBlock(stored.example[rows].clone(), gradients, stored.loss[rows].clone(), stored.norm[rows].clone())
+    def _read_ahead(self, shards: range | None) -> Iterator[StoredRows]:
+        """Yield the shards, each read, and compared with its sha256, while the one before is worked on."""
+        numbers = range(len(self.manifest.shard_rows)) if shards is None else shards
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="vestige-read") as reader:
+            coming: Future[StoredRows] | None = None
+            for number in [*numbers, None]:
+                ready, coming = coming, None if number is None else reader.submit(self._shard, number)
+                if ready is not None:
+                    with time_phase("reading"):
+                        stored = ready.result()
+                    count_bytes("read", len(stored.loss) * self.manifest.row_bytes)
+                    yield stored
+                    # What was worked on must not stay mapped.
+                    del stored, ready
 
     def _faults(self, *, contents: bool) -> list[ShardFault]:
         return [
@@ -260,49 +278,46 @@ class Index:
         ]
 
 
-@final
-class _Buffers:
-    """Memory for blocks, used again when the block that lay there is released.
+def find_places(folder: Path, manifest: Manifest, *, checked: bool = True) -> np.ndarray:
+    """Return one more than where each example's row lies among all stored rows, int32 or int64 [example].
 
-    Fresh memory would cost several times as much as filling it, because the system clears every page first.
+    Args:
+        folder: The index.
+        manifest: Its manifest.
+        checked: As for `map_shard`.
+
+    Raises:
+        CorruptFile: The shards do not hold each example once; the message lists what is wrong.
     """
+    ends = np.cumsum(manifest.shard_rows)
+    total, first, faults = int(ends[-1]), 0, list[str]()
+    places = np.zeros(total, np.int32 if total < np.iinfo(np.int32).max else np.int64)
+    for number, count in enumerate(manifest.shard_rows):
+        rows = map_shard(folder, number, checked=checked).example.numpy()
+        known = np.flatnonzero((rows >= 0) & (rows < total))
+        if len(known) < len(rows):
+            faults.append(f"shard {number} holds rows that the data does not have")
+        if len(np.unique(rows[known])) < len(known):
+            faults.append(f"shard {number} holds examples twice")
+        taken = places[rows[known]]
+        if len(taken := taken[taken > 0]):
+            others = np.unique(np.searchsorted(ends, taken - 1, side="right"))
+            faults.append(f"shard {number} overlaps with {ranges(others.tolist())}")
+        places[rows[known]] = first + known + 1
+        first += count
+    if not places.all():
+        faults.append(f"rows {ranges(np.flatnonzero(places == 0).tolist())[:200]} are in no shard")
+    if faults:
+        raise corrupt_shards(f"The shards of {folder} do not hold each of {total:,} examples once", faults)
+    return places
 
-    _MOST = 3
-    """One block with the caller, one ready, one being read."""
-    _FREE_COUNT = 3
-    """References to an array that only the list, the loop and the counting itself hold."""
 
-    def __init__(self, numbers: int) -> None:
-        self._numbers = numbers
-        self._arrays: list[np.ndarray] = []
-
-    def take(self) -> Float[Tensor, "number"]:
-        """Return a float32 tensor whose memory no other living tensor or array shares."""
-        for array in self._arrays:
-            # Every tensor over an array's memory, views too, holds a reference to the array.
-            if sys.getrefcount(array) == self._FREE_COUNT:
-                return torch.from_numpy(array)
-        array = np.empty(self._numbers, dtype=np.float32)
-        if len(self._arrays) < self._MOST:
-            self._arrays.append(array)
-        return torch.from_numpy(array)
-
-
-def _read_ahead(read: Callable[[_Span], IndexBlock], spans: list[_Span]) -> Iterator[IndexBlock]:
-    def wait(coming: Future[IndexBlock]) -> IndexBlock:
-        with time_phase("reading"):
-            return coming.result()
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="vestige-read") as reader:
-        coming: Future[IndexBlock] | None = None
-        for span in spans:
-            ready, coming = coming, reader.submit(read, span)
-            if ready is not None:
-                yield wait(ready)
-                # The finished future would keep the block's memory from being used again.
-                del ready
-        if coming is not None:
-            yield wait(coming)
+def corrupt_shards(what: str, faults: list[str]) -> CorruptFile:
+    """Return the error to raise for shards with these faults."""
+    more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    return CorruptFile(
+        f"{what}: {'; '.join(faults[:_SHOWN])}{more}. Run the same vestige index command again, or with --overwrite."
+    )
 
 
 def parts_in_order(index: Index, rows: int | None = None) -> Iterator[tuple[slice, Float[Tensor, "row column"]]]:

@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 
 from vestige.data import Example, TokenizedData
 from vestige.distributed import is_rank0
-from vestige.errors import CorruptFile
 from vestige.indexes._examples import fingerprint_rows, write_examples
 from vestige.indexes._manifest import (
     Expectation,
@@ -31,17 +30,23 @@ from vestige.indexes._manifest import (
     require_same,
 )
 from vestige.indexes._plan import Plan, PlannedShard, plan_index
-from vestige.indexes._shards import ShardContent, map_shard, marker_path, parts_of, shard_fault, shard_path, write_shard
-from vestige.indexes._store import Index
-from vestige.jobs import JOB_FILES, PROFILE_FILE, Compute, Pieces, ranges, run_pieces, step_done
+from vestige.indexes._shards import (
+    ShardContent,
+    ShardFile,
+    ShardWriter,
+    marker_path,
+    parts_of,
+    shard_fault,
+    shard_path,
+)
+from vestige.indexes._store import Index, corrupt_shards, find_places
+from vestige.jobs import JOB_FILES, PROFILE_FILE, Compute, Pieces, run_pieces, step_done
 from vestige.lazy import torch
 from vestige.settings import LaunchSettings
 from vestige.storage import check_disk, make_folder, remove_durably, remove_result, remove_strays, require_no_others
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_SHOWN = 10
 
 
 @final
@@ -95,8 +100,8 @@ class IndexWork:
 
     @contextmanager
     def _open(self) -> Iterator[Compute]:
-        with self.compute() as compute:
-            yield lambda piece: self._fill(piece, compute)
+        with ShardWriter() as writer, self.compute() as compute:
+            yield lambda piece: self._fill(piece, compute, writer)
 
     def _reduce(self) -> Index:
         """Return the finished index.
@@ -106,53 +111,24 @@ class IndexWork:
         """
         faults = [f"shard {number}: {fault}" for number in range(len(self.plan)) if (fault := self.fault(number))]
         if faults:
-            raise _corrupt(f"{len(faults)} of {len(self.plan)} shards of {self.folder} do not count", faults)
-        _require_each_example_once(self.folder, self.manifest)
+            raise corrupt_shards(f"{len(faults)} of {len(self.plan)} shards of {self.folder} do not count", faults)
+        # What was written a moment ago is not read whole again.
+        find_places(self.folder, self.manifest, checked=False)
         return Index.open(self.folder)
 
-    def _fill(self, piece: int, compute: ShardCompute) -> None:
+    def _fill(self, piece: int, compute: ShardCompute, writer: ShardWriter) -> None:
         planned = self.plan.shards[piece]
         parts = _require_planned(compute(PlannedBatches(planned.batches)), planned, self.manifest)
         if not is_rank0():
             for _ in parts:
                 pass
             return
-        dtype, expected = self.manifest.dtype, self.expected[piece]
 
         def name_of(row: int) -> str:
             return f'"{self.examples[row].id}" (row {row})'
 
-        write_shard(self.folder, piece, parts, dtype, expected, name_of, skip_bad=self.skip_bad)
-
-
-def _require_each_example_once(folder: Path, manifest: Manifest) -> None:
-    """Raise unless every row of the data is in exactly one position of one shard."""
-    total = sum(manifest.shard_rows)
-    # One more than the number of the shard that holds the row; 0 where none does.
-    holder = np.zeros(total, np.int32)
-    faults = []
-    for number in range(len(manifest.shard_rows)):
-        rows = map_shard(folder, number, checked=False).example.numpy()
-        inside = rows[(rows >= 0) & (rows < total)]
-        if len(inside) < len(rows):
-            faults.append(f"shard {number} holds rows that the data does not have")
-        if len(np.unique(inside)) < len(inside):
-            faults.append(f"shard {number} holds examples twice")
-        others = set((holder[inside] - 1).tolist()) - {-1}
-        holder[inside] = number + 1
-        if others:
-            faults.append(f"shard {number} overlaps with {ranges(sorted(others))}")
-    if not holder.all():
-        faults.append(f"rows {ranges(np.flatnonzero(holder == 0).tolist())[:200]} are in no shard")
-    if faults:
-        raise _corrupt(f"The shards of {folder} do not hold each of {total:,} examples once", faults)
-
-
-def _corrupt(what: str, faults: list[str]) -> CorruptFile:
-    more = f", and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    return CorruptFile(
-        f"{what}: {'; '.join(faults[:_SHOWN])}{more}. Run the same vestige index command again, or with --overwrite."
-    )
+        options = self.manifest.dtype, self.expected[piece], name_of
+        writer.write(ShardFile(self.folder, piece, *options, skip_bad=self.skip_bad), parts)
 
 
 def _require_planned(
@@ -235,17 +211,13 @@ def prepare_index(work: IndexWork) -> list[int]:
 
 def index_status(folder: Path) -> IndexStatus:
     """Return the progress of the index in `folder`, read from its markers; zero where there is no manifest."""
-    manifest = read_manifest(folder)
-    if manifest is None:
+    if read_manifest(folder) is None:
         return IndexStatus(0, 0, 0, 0)
-    expected = expect_shards(manifest)
-    done = [
-        number
-        for number, expectation in enumerate(expected)
-        if shard_fault(folder, number, expectation, contents=False) is None
-    ]
+    index = Index.open(folder, allow_missing=True)
+    rows = index.manifest.shard_rows
+    done = sorted(set(range(len(rows))).difference(index.missing_shards()))
     size = sum(shard_path(folder, number).stat().st_size for number in done)
-    return IndexStatus(len(done), len(expected), size, sum(expected[number].rows for number in done))
+    return IndexStatus(len(done), len(rows), size, sum(rows[number] for number in done))
 
 
 def remove_index(folder: Path) -> None:

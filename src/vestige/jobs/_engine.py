@@ -91,6 +91,12 @@ class Worker:
                 self._meter.piece(self.todo.pieces.weights[piece])
             elif not self._is_given_up(piece) and not self.compute(piece):
                 left.append(piece)
+        # What the last piece leaves may still be on its way to the disk.
+        self._compute = None
+        try:
+            self._stack.close()
+        except Exception as error:
+            self._fail(pieces[-1], error)
 
     def _is_given_up(self, piece: int) -> bool:
         """Return whether the piece was tried often enough; the disk may not have taken what failed here."""

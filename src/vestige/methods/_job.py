@@ -87,7 +87,7 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
     if on_answers is not None and is_rank0():
         on_answers(queries, generated)
     if loaded is not None:
-        indexes.require_independence(loaded, queries, indexes.batch_tokens(settings, loaded))
+        gradients.require_independence(loaded, queries, indexes.batch_tokens(settings, loaded))
     made_by_model = tuple(generated)
     job = Job(train, queries, settings, loaded, selection, index, checkpoints, asked=asked, generated=made_by_model)
     # A method that works on whole gradients refuses by itself what does not fit.

@@ -36,8 +36,8 @@ from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
 
-FORMAT = 1
-"""Raised when a piece of the same settings changes its meaning."""
+FORMAT = 2
+"""Raised when a piece of the same settings changes, if only by a bit: all pieces of a run are computed alike."""
 OF_THE_OUTPUT = frozenset({"out", "k", "dense", "tokens", "trust", "self_influence", "profile", "overwrite"})
 """Settings that change no score: a piece made with others stays good."""
 

@@ -111,12 +111,14 @@ class ExactGradients(GradientStore):
         components = self._job.components
         gradients = [torch.empty(len(data), part.size, device=self.device) for part in components]
         sink, losses = GradientSink(components), torch.zeros(len(data), dtype=torch.float64)
+        at_once = max(1, GRADIENT_NUMBERS // max(sum(part.size for part in components), 1))
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
-            for row in range(len(data)):
-                sink.begin(1, self.device)
-                losses[row] = gradient_pass.run(make_batch(data, [row]).to(self.device), sink)[0]
+            for rows in plan_batches(data.lengths, self._budget, at_once, sharing=self._sharing):
+                sink.begin(len(rows), self.device)
+                places = torch.from_numpy(rows)
+                losses[places] = gradient_pass.run(make_batch(data, rows).to(self.device), sink).double().cpu()
                 for stored, gradient in zip(gradients, sink.gradients, strict=True):
-                    stored[row] = gradient.flatten()
+                    stored[places] = gradient.flatten(1)
         return gradients, losses
 
     def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
@@ -275,12 +277,15 @@ class IndexedGradients(GradientStore):
         return [gradients[:, part] for part in self.columns]
 
     def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
-        """Yield the scores of a piece: one matrix product per block of the index."""
+        """Yield the scores of a piece: inner products with its stored rows."""
         whole = torch.cat(vectors, dim=1)
+        if self.measure is None:
+            for rows, scores, lengths in self.index.scan(whole, shards=self._groups[piece]):
+                yield rows, scores, lengths if norms else None
+            return
         for block in self.piece_blocks(piece):
             with time_phase("scoring"):
-                scores = whole @ block.gradients.T
-                lengths = block.norm if self.measure is None else self.measure(block.gradients)
+                scores, lengths = whole @ block.gradients.T, self.measure(block.gradients)
             yield block.example, scores, lengths if norms else None
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         DataRecord as DataRecord,
         Meaning as Meaning,
         ModelRecord as ModelRecord,
+        Part as Part,
         RunRecord as RunRecord,
         SkippedRecord as SkippedRecord,
         TrustRecord as TrustRecord,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         file_faults as file_faults,
         is_complete as is_complete,
         is_run as is_run,
+        read_known as read_known,
         read_record as read_record,
         require_run as require_run,
     )

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from vestige.errors import UserError
 from vestige.parsing import parse_json
-from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, _Part, parse_record, require_unaltered
+from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, Part, read_known, require_unaltered
 
 AUDIT_FORMAT = 1
 CHANCE_BITS = 1.4427
@@ -21,7 +21,7 @@ Span = tuple[float | None, float | None, float | None]
 """A value with the ends of its 95 % interval; None where there is none."""
 
 
-class SubjectRecord(_Part):
+class SubjectRecord(Part):
     """One set of weights that was measured."""
 
     number: int
@@ -40,7 +40,7 @@ def low_stands_out(high: str) -> bool:
     return high.startswith("not ") or "low ones" in high
 
 
-class MeasureRecord(_Part):
+class MeasureRecord(Part):
     """One measure of the evidence."""
 
     meaning: str
@@ -52,7 +52,7 @@ class MeasureRecord(_Part):
     reason: str | None = None
 
 
-class LayerRecord(_Part):
+class LayerRecord(Part):
     """One layer under the model."""
 
     layer: int
@@ -63,7 +63,7 @@ class LayerRecord(_Part):
     """Mutual information with the labels, nats: mean and 1 % and 99 % quantiles over directions."""
 
 
-class RateRecord(_Part):
+class RateRecord(Part):
     """A rate, with the threshold at which it was taken."""
 
     level: float
@@ -72,7 +72,7 @@ class RateRecord(_Part):
     resolved: bool
 
 
-class JudgementRecord(_Part):
+class JudgementRecord(Part):
     """The quality of one measure at finding the examples that are to be found."""
 
     truth: Truth
@@ -94,7 +94,7 @@ class JudgementRecord(_Part):
     rule_fpr: Span | None = None
 
 
-class BankRecord(_Part):
+class BankRecord(Part):
     """The bank that the model was compared with."""
 
     name: str
@@ -107,7 +107,7 @@ class BankRecord(_Part):
     """Examples at or above it under the model."""
 
 
-class CanaryRecord(_Part):
+class CanaryRecord(Part):
     """One planted secret under one checkpoint."""
 
     id: str
@@ -128,7 +128,7 @@ class CanaryRecord(_Part):
     """Of the secret, nats."""
 
 
-class AuditRecord(_Part):
+class AuditRecord(Part):
     """Everything in the `run.json` of an audit."""
 
     kind: Literal["audit"] = "audit"
@@ -188,13 +188,7 @@ def read_audit_record(folder: str | Path, *, checked: bool = True) -> AuditRecor
     folder = Path(folder)
     if not is_audit(folder):
         raise UserError(f"{folder} is no audit. Give the folder that `vestige audit ... --out RUN` wrote.")
-    written = parse_json((folder / RECORD_FILE).read_bytes()).get("format")
-    if isinstance(written, int) and written > AUDIT_FORMAT:
-        raise UserError(
-            f"{folder} was written in audit format {written}; this version reads up to {AUDIT_FORMAT}.\n"
-            "Update with `pip install --upgrade vestige`."
-        )
-    record = parse_record(AuditRecord, folder / RECORD_FILE)
+    record = read_known(AuditRecord, folder / RECORD_FILE, AUDIT_FORMAT)
     if checked:
         require_unaltered(folder, record.files, *record.files)
     return record

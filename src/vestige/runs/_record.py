@@ -116,13 +116,13 @@ PARTS = {
 """What is added to a run once its ranking is on disk, in words; all but the checks are tables of these names."""
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     """Frozen; fields added by a later version of the same format are kept, not refused."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
 
-class ModelRecord(_Part):
+class ModelRecord(Part):
     """The model that was explained."""
 
     name: str
@@ -130,7 +130,7 @@ class ModelRecord(_Part):
     parameters: int
 
 
-class CheckpointRecord(_Part):
+class CheckpointRecord(Part):
     """One of several sets of weights that the scores were added up over."""
 
     name: str
@@ -139,7 +139,7 @@ class CheckpointRecord(_Part):
     index: str | None = None
 
 
-class DataRecord(_Part):
+class DataRecord(Part):
     """A data set: the training data or the queries."""
 
     name: str
@@ -147,7 +147,7 @@ class DataRecord(_Part):
     examples: int
 
 
-class SkippedRecord(_Part):
+class SkippedRecord(Part):
     """A parameter that the scores do not cover."""
 
     name: str
@@ -155,7 +155,7 @@ class SkippedRecord(_Part):
     reason: str
 
 
-class CoverageRecord(_Part):
+class CoverageRecord(Part):
     """Counts of the model's parameters that the scores cover."""
 
     selected: int
@@ -164,7 +164,7 @@ class CoverageRecord(_Part):
     skipped: list[SkippedRecord] = Field(default_factory=list)
 
 
-class Check(_Part):
+class Check(Part):
     """One free check of a run, with its reading in plain words."""
 
     name: str
@@ -174,7 +174,7 @@ class Check(_Part):
     verdict: Verdict
 
 
-class TrustRecord(_Part):
+class TrustRecord(Part):
     """The evidence on how far the scores can be trusted."""
 
     validated: bool = False
@@ -182,7 +182,7 @@ class TrustRecord(_Part):
     checks: list[Check] = Field(default_factory=list)
 
 
-class DistributionRecord(_Part):
+class DistributionRecord(Part):
     """All scores of one query: exact moments, a histogram, and the share of the influence that few examples carry."""
 
     count: int
@@ -200,7 +200,7 @@ class DistributionRecord(_Part):
     """(k, share of the sum of all positive scores that the k highest hold)."""
 
 
-class GroupRecord(_Part):
+class GroupRecord(Part):
     """The scores of one source, for one query."""
 
     source: str
@@ -216,7 +216,7 @@ class GroupRecord(_Part):
     """Sum of their squares."""
 
 
-class RunRecord(_Part):
+class RunRecord(Part):
     """Everything in `run.json`: the request, the versions, what the scores mean, and how far to trust them."""
 
     format: int = RUN_FORMAT
@@ -333,15 +333,31 @@ def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:
         raise UserError(f"{folder} is an audit and holds no scores. In Python: vestige.Audit.open({str(folder)!r})")
     if header.kind == "training":
         raise UserError(f"{folder} is a training and holds no scores. Type: vestige status {folder}")
-    if header.format > RUN_FORMAT:
-        raise UserError(
-            f"{folder} was written by Vestige {header.vestige} in run format {header.format}; "
-            f"this version reads up to format {RUN_FORMAT}.\nUpdate with `pip install --upgrade vestige`."
-        )
-    record = parse_record(RunRecord, path)
+    record = read_known(RunRecord, path, RUN_FORMAT)
     if checked:
         require_unaltered(path.parent, record.files, *(name for name in record.files if name != DENSE_FILE))
     return record
+
+
+def read_known(kind: type[Record], path: Path, newest: int) -> Record:
+    """Return the record in a file, as `parse_record` does, if this version knows its format.
+
+    Args:
+        kind: Of the record.
+        path: The file.
+        newest: Number of the newest format that is known.
+
+    Raises:
+        UserError: A newer Vestige wrote it.
+        CorruptFile: It is missing, or not what Vestige writes.
+    """
+    header = parse_record(_Header, path)
+    if header.format > newest:
+        raise UserError(
+            f"{path.parent} was written by Vestige {header.vestige} in {path.stem} format {header.format}; "
+            f"this version reads up to format {newest}.\nUpdate with `pip install --upgrade vestige`."
+        )
+    return parse_record(kind, path)
 
 
 def parse_record(kind: type[Record], path: Path) -> Record:
@@ -356,10 +372,12 @@ def parse_record(kind: type[Record], path: Path) -> Record:
         return kind.model_validate_json(content)
     except (OSError, ValueError) as error:
         reason = first_problem(error) if isinstance(error, ValidationError) else error
-        raise CorruptFile(f"{path} is not a run record: {reason}. Run the command that made it again.") from error
+        raise CorruptFile(
+            f"{path} is not a {path.stem} record: {reason}. Run the command that made it again."
+        ) from error
 
 
-class _Header(_Part):
+class _Header(Part):
     """The fields that must be readable in every format, past and future."""
 
     format: int

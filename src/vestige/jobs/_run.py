@@ -13,12 +13,11 @@ from typing import Any, NoReturn
 from vestige.distributed import broadcast_from_rank0, in_process_group, is_rank0, lost_process
 from vestige.errors import PieceFailed, VestigeError, WorkElsewhere
 from vestige.jobs._command import require_command
-from vestige.jobs._engine import ENGINES, Work, Worker, end_well, raise_failures
+from vestige.jobs._engine import ENGINES, Work, Worker, ending_well, raise_failures
 from vestige.jobs._pieces import Compute, Pieces, Result
 from vestige.jobs._record import JobFolder, ranges
-from vestige.jobs._role import POLL_SECONDS, Role, this_role
 from vestige.jobs._steps import Stopped, check_stop, phase, stop_signal, stopping_at_steps
-from vestige.jobs._worker import WORKER, is_alive, this_worker
+from vestige.jobs._worker import POLL_SECONDS, WORKER, Role, is_alive, this_role, this_worker
 from vestige.progress import announce, progress
 from vestige.settings import LaunchSettings
 from vestige.storage import remove_strays
@@ -126,18 +125,10 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
 
 def _work_here(work: Work) -> None:
     """Compute the missing pieces in this process; raise what failed."""
-    workers = list[Worker]()
-
-    def compute() -> None:
-        with (
-            progress(work.units(), work.pieces.name, work.pieces.unit) as bar,
-            Worker(work, bar.advance) as worker,
-        ):
-            workers.append(worker)
-            worker.work(work.missing)
-
-    end_well(work.pieces, compute)
-    raise_failures(work, workers[0].last_error, workers[0].failed)
+    bar = progress(work.units(), work.pieces.name, work.pieces.unit)
+    with ending_well(work.pieces), bar as shown, Worker(work, shown.advance) as worker:
+        worker.compute(work.missing)
+    raise_failures(work, worker.last_error, worker.failed)
 
 
 def _work_as_rank(work: Work, role: Role) -> None:
@@ -146,16 +137,13 @@ def _work_as_rank(work: Work, role: Role) -> None:
     # Of all pieces: one rank may find fewer of them missing than another.
     share = range(part, work.pieces.count, parts)[role.number :: role.of]
     _work_here(replace(work, missing=[piece for piece in work.missing if piece in share]))
-
-    def wait() -> None:
+    with ending_well(work.pieces):
         if left := [piece for piece in work.missing if not work.is_over(piece)]:
             announce(f"{work.pieces.name}: waiting for the other ranks, which have {len(left)} pieces to do.")
         # The first rank removes the folder of a run with its pieces, maybe before this one has noticed the last.
         while work.job.path.exists() and not all(map(work.is_over, work.missing)):
             check_stop()
             time.sleep(POLL_SECONDS)
-
-    end_well(work.pieces, wait)
     raise_failures(work)
 
 
@@ -165,11 +153,11 @@ def _serve(work: Work, role: Role) -> NoReturn:
     try:
         with stopping_at_steps(role.parent), worker:
             listed = json.loads(Path(role.shares).read_bytes()) if role.shares else range(work.pieces.count)
-            worker.work(listed[role.number :: role.of])
+            worker.compute(listed[role.number :: role.of])
     except Stopped:
         ENGINES.find(work.settings.engine).restart(work.job, worker)
         number = stop_signal() or 0
-        print(f"stopped by signal {number} after {len(worker.computed)} pieces", flush=True)
+        print(f"stopped by signal {number} after {worker.computed} pieces", flush=True)
         raise SystemExit(128 + number) from None
     raise SystemExit(0)
 

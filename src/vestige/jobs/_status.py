@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from vestige.errors import UserError
 from vestige.jobs._engine import ENGINES
 from vestige.jobs._record import Failure, JobFolder, ranges
-from vestige.jobs._worker import WORKER, Worker, is_alive, works_on
+from vestige.jobs._worker import WORKER, WorkerId, is_alive, works_on
 from vestige.progress import format_seconds
 from vestige.storage import this_host
 
@@ -107,9 +107,9 @@ def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
     )
 
 
-def _at_work(record: dict[str, Any], job: JobFolder) -> dict[Worker, int]:
+def _at_work(record: dict[str, Any], job: JobFolder) -> dict[WorkerId, int]:
     """Return the pieces that processes which live, or ran on other hosts and may live, have begun since the job."""
-    found = dict[Worker, int]()
+    found = dict[WorkerId, int]()
     for noted in job.journals():
         if noted.worker is None or noted.at_work is None or noted.written < record["begun"]:
             continue
@@ -159,5 +159,5 @@ def _cancel(job: JobFolder) -> Iterator[str]:
             )
 
 
-def _driver(record: dict[str, Any]) -> Worker | None:
+def _driver(record: dict[str, Any]) -> WorkerId | None:
     return WORKER.validate_python(record["driver"]) if record.get("driver") else None

@@ -1,0 +1,207 @@
+"""The engine of a Ray cluster: actors, one for each worker, wherever the cluster has a place for them.
+
+Ray places the actors, and starts again those whose process or node died. Each runs a worker process, which loads the
+model once and computes its share; the markers on the disk that all nodes see show what is done.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+from vestige.errors import MissingExtra, SpecError, UserError
+from vestige.jobs._command import worker_environment
+from vestige.jobs._engine import Work
+from vestige.jobs._pool import PoolEngine, Start
+from vestige.jobs._worker import Role
+from vestige.progress import announce
+
+
+@final
+class RayEngine(PoolEngine):
+    """Workers are actors of a Ray cluster, which end with the process that started them."""
+
+    def submit(self, work: Work) -> None:  # noqa: ARG002
+        """Raise unless Ray is installed; `wait` starts the actors.
+
+        Raises:
+            MissingExtra: It is not.
+        """
+        import_ray()
+
+    @contextmanager
+    def connect(self, work: Work) -> Iterator[Start]:
+        """Connect to the cluster, unless this process is connected, and yield the function that starts an actor.
+
+        Raises:
+            UserError: No cluster answers at the address, or it is of another version.
+        """
+        ray, address = import_ray(), work.settings.address
+        is_ours = address is not None or not ray.is_initialized()
+        if is_ours:
+            _init(ray, address)
+        try:
+            cards = _cards(ray, work)
+            actor_class = ray.remote(
+                num_cpus=work.settings.threads,
+                num_gpus=cards,
+                max_restarts=work.settings.retries,
+                # The same share again: what is done of it is left alone.
+                max_task_retries=work.settings.retries,
+                # One thread waits for the worker process, another one may end it.
+                max_concurrency=2,
+            )(RayActor)
+
+            def start(_: int, role: Role, log: Path) -> "_ActorProcess":
+                environment = worker_environment(work.settings, log)
+                # No worker takes a card that Ray may have given to another one.
+                environment |= {} if cards else {"CUDA_VISIBLE_DEVICES": ""}
+                actor = actor_class.remote(list(work.command), environment, str(Path.cwd()))
+                return _ActorProcess(ray, actor, role, log)
+
+            yield start
+        finally:
+            if is_ours:
+                ray.shutdown()
+
+
+@final
+class RayActor:
+    """Runs a worker process on the node where Ray has placed the actor."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
+        # The interpreter is that of this node.
+        self._words, self._folder = [sys.executable, *command[1:]], folder
+        self._environment = os.environ | dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, role: tuple[Any, ...], log: str) -> int:
+        """Run the command in this role to its end, and return its exit status.
+
+        Raises:
+            OSError: This node does not see the folders of the node where the command was typed.
+        """
+        # The process ends at its next batch when the actor is gone.
+        part = Role(*role)._replace(parent=os.getpid()).as_environment()
+        with Path(log).open("ab") as file:
+            self._process = subprocess.Popen(
+                self._words,
+                cwd=self._folder,
+                env=self._environment | part,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """Request the end of the process after its batch."""
+        if self._process is not None:
+            self._process.terminate()
+
+
+@final
+class _ActorProcess:
+    """The worker process of an actor, as the driver sees it."""
+
+    def __init__(self, ray: Any, actor: Any, role: Role, log: Path) -> None:
+        self._ray, self._actor, self._log = ray, actor, log
+        self._end = actor.run.remote(tuple(role), str(log.resolve()))
+
+    def poll(self) -> int | str | None:
+        """Return the exit status, or what became of the actor.
+
+        Raises:
+            UserError: The process could not be started on its node.
+        """
+        if not self._ray.wait([self._end], timeout=0)[0]:
+            return None
+        try:
+            return self._ray.get(self._end)
+        except self._ray.exceptions.RayActorError as error:
+            if error.actor_init_failed:
+                raise _refusal(error) from error
+            return f"Ray lost its actor: {' '.join(str(error).split())}"
+        except self._ray.exceptions.RayTaskError as error:
+            raise _refusal(error.cause or error) from error
+
+    def terminate(self) -> None:
+        """Request the end of the process after its batch; end the actor if Ray has not placed it yet."""
+        if self._log.exists():
+            self._actor.stop.remote()
+        else:
+            self.kill()
+
+    def wait(self, timeout: float) -> None:
+        """Wait for the end of the process.
+
+        Raises:
+            subprocess.TimeoutExpired: It has not come in this many seconds.
+        """
+        if not self._ray.wait([self._end], timeout=timeout)[0]:
+            raise subprocess.TimeoutExpired("run", timeout)
+
+    def kill(self) -> None:
+        """End the actor; its place is free for another one."""
+        self._ray.kill(self._actor)
+
+
+def import_ray() -> Any:
+    """Return the module `ray`.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    try:
+        import ray.exceptions
+    except ImportError as error:
+        raise MissingExtra("--engine ray needs Ray.\nType: pip install 'vestige[ray]'") from error
+    return ray
+
+
+def _init(ray: Any, address: str | None) -> None:
+    if address is not None and "://" in address:
+        raise SpecError(
+            f"--address {address} is one of Ray's client or jobs server, and the folder of the result must be seen "
+            "from where the command runs. Run it on a node of the cluster, with --address auto: "
+            f"ray job submit --address {address} -- vestige ..."
+        )
+    try:
+        # A cluster that Ray starts here for want of one reports nothing to anybody and has no dashboard.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        given = "RAY_ADDRESS, or here," if address is None else f"--address {address}"
+        raise UserError(
+            f"No Ray cluster that can be used was found at {given}: {error}\n"
+            "Start one with `ray start --head` and give the address that it prints, such as --address 10.0.0.1:6379, "
+            "or leave --address out on a node of the cluster."
+        ) from error
+
+
+def _cards(ray: Any, work: Work) -> float:
+    """Return the GPUs of each worker: one if the cluster has any, unless the settings say otherwise."""
+    settings, nodes = work.settings, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cards = settings.gpus_per_worker
+    if cards is None:
+        cards = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
+    if not any(node.get("CPU", 0) >= settings.threads and node.get("GPU", 0) >= cards for node in nodes):
+        announce(
+            f"{work.pieces.name}: no node of the Ray cluster has {settings.threads} CPUs (--threads) and {cards:g} "
+            "GPUs (--gpus-per-worker) for a worker. The workers wait until Ray adds one; Ctrl-C ends the wait."
+        )
+    return cards
+
+
+def _refusal(error: BaseException) -> UserError:
+    return UserError(
+        f"A worker could not be started on its node of the Ray cluster: {error}\n"
+        "Every node must see this folder and that of the result at the same paths (a shared disk), and have the same "
+        "Python with Vestige."
+    )
+
+
+RAY = RayEngine()

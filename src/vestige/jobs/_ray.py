@@ -15,7 +15,7 @@ from typing import Any, final
 from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.jobs._command import worker_environment
 from vestige.jobs._engine import Work
-from vestige.jobs._pool import PoolEngine, Start
+from vestige.jobs._local import PoolEngine, Start
 from vestige.jobs._worker import Role
 from vestige.progress import announce
 
@@ -24,22 +24,15 @@ from vestige.progress import announce
 class RayEngine(PoolEngine):
     """Workers are actors of a Ray cluster, which end with the process that started them."""
 
-    def submit(self, work: Work) -> None:  # noqa: ARG002
-        """Raise unless Ray is installed; `wait` starts the actors.
-
-        Raises:
-            MissingExtra: It is not.
-        """
-        import_ray()
-
     @contextmanager
     def connect(self, work: Work) -> Iterator[Start]:
         """Connect to the cluster, unless this process is connected, and yield the function that starts an actor.
 
         Raises:
+            MissingExtra: Ray is not installed.
             UserError: No cluster answers at the address, or it is of another version.
         """
-        ray, address = import_ray(), work.settings.address
+        ray, address = _import_ray(), work.settings.address
         is_ours = address is not None or not ray.is_initialized()
         if is_ours:
             _init(ray, address)
@@ -149,12 +142,7 @@ class _ActorProcess:
         self._ray.kill(self._actor)
 
 
-def import_ray() -> Any:
-    """Return the module `ray`.
-
-    Raises:
-        MissingExtra: It is not installed.
-    """
+def _import_ray() -> Any:
     try:
         import ray.exceptions
     except ImportError as error:

@@ -76,7 +76,7 @@ class Journal(NamedTuple):
     """When it last noted something, in seconds since 1970."""
 
 
-class _Job(BaseModel):
+class Record(BaseModel):
     """What `job.json` must hold; checked because it may lie in a folder that another user made."""
 
     name: str
@@ -153,7 +153,7 @@ class JobFolder:
         path = self.path / "job.json"
         try:
             content = json.loads(path.read_bytes())
-            _Job.model_validate(content)
+            Record.model_validate(content)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
@@ -162,6 +162,11 @@ class JobFolder:
                 f"{path} is not the record of a job ({reason}). Delete it, if the folder is yours."
             ) from None
         return content
+
+    def record(self) -> Record | None:
+        """Return what `job.json` says, None if there is none; raise as `read_job` does."""
+        content = self.read_job()
+        return Record.model_validate(content) if content else None
 
     def note(self, piece: int, weight: float, seconds: float) -> None:
         """Note in this process's journal that a piece is done."""

@@ -17,7 +17,7 @@ from vestige.jobs._engine import ENGINES, Work, Worker, ending_well, raise_failu
 from vestige.jobs._pieces import Compute, Pieces, Result
 from vestige.jobs._record import JobFolder, ranges
 from vestige.jobs._steps import Stopped, check_stop, phase, stop_signal, stopping_at_steps
-from vestige.jobs._worker import POLL_SECONDS, WORKER, Role, is_alive, this_role, this_worker
+from vestige.jobs._worker import POLL_SECONDS, Role, is_alive, this_role, this_worker
 from vestige.progress import announce, progress
 from vestige.settings import LaunchSettings
 from vestige.storage import remove_strays
@@ -100,7 +100,7 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
     job.forget_failures()
     total = sum(pieces.weights)
     with _one_at_a_time(job):
-        before = job.read_job()
+        before = job.record()
         job.write_job(
             name=pieces.name,
             unit=pieces.unit,
@@ -118,7 +118,7 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
         )
     if len(missing) < pieces.count:
         announce(f"{pieces.name}: {pieces.count - len(missing)} of {pieces.count} pieces are already done.")
-    driver = WORKER.validate_python(before["driver"]) if before.get("driver") and not before.get("ended") else None
+    driver = None if before is None or before.ended else before.driver
     is_shared = driver is not None and driver != this_worker() and is_alive(driver) is not False
     return replace(work, missing=work.missing[::-1]) if is_shared else work
 

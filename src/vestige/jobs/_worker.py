@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import psutil
-from pydantic import FiniteFloat, PositiveInt, TypeAdapter
+from pydantic import FiniteFloat, PositiveInt
 
 from vestige.distributed import ROLE_VARIABLE, in_process_group
 from vestige.errors import VestigeError
@@ -36,10 +36,6 @@ class WorkerId(NamedTuple):
 
 _LONGEST_PATH = 4096
 _TOKEN = secrets.token_hex(4)
-
-
-WORKER = TypeAdapter(WorkerId)
-"""Validates what a file holds about a process."""
 
 
 def this_worker() -> WorkerId:

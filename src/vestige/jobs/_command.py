@@ -1,10 +1,11 @@
 """The command that a worker runs to come to the same pieces as its driver, and shares of a command for submitit."""
 
+import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -63,6 +64,25 @@ def worker_environment(settings: LaunchSettings, log: Path) -> dict[str, str]:
         "VESTIGE_QUIET": "1",
         "VESTIGE_LOG": str(log),
     }
+
+
+def start_worker(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, folder: str | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a worker's command in a folder, with these variables beside those of this process; it prints into the log.
+
+    Raises:
+        OSError: The folder or that of the log is not here.
+    """
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
 
 
 @final

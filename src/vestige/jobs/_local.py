@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 from vestige.errors import PieceFailed
-from vestige.jobs._command import worker_environment
+from vestige.jobs._command import start_worker, worker_environment
 from vestige.jobs._engine import Engine, Work, ending_well, watch_markers
 from vestige.jobs._record import tail
 from vestige.jobs._worker import Role
@@ -165,14 +165,7 @@ class LocalEngine(PoolEngine):
 
         def start(number: int, role: Role, log: Path) -> "subprocess.Popen[bytes]":
             environment = worker_environment(work.settings, log) | _device(number) | role.as_environment()
-            with log.open("ab") as file:
-                return subprocess.Popen(
-                    work.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | environment,
-                )
+            return start_worker(work.command, environment, log)
 
         yield start
 

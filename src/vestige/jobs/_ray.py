@@ -5,15 +5,17 @@ model once and computes its share; the markers on the disk that all nodes see sh
 """
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 from vestige.errors import MissingExtra, SpecError, UserError
-from vestige.jobs._command import worker_environment
+from vestige.jobs._command import start_worker, worker_environment
 from vestige.jobs._engine import Work
 from vestige.jobs._local import PoolEngine, Start
 from vestige.jobs._worker import Role
@@ -52,8 +54,9 @@ class RayEngine(PoolEngine):
                 environment = worker_environment(work.settings, log)
                 # No worker takes a card that Ray may have given to another one.
                 environment |= {} if cards else {"CUDA_VISIBLE_DEVICES": ""}
-                actor = actor_class.remote(list(work.command), environment, str(Path.cwd()))
-                return _ActorProcess(ray, actor, role, log)
+                actor = actor_class.remote()
+                end = actor.run.remote(list(work.command), environment, tuple(role), str(log.resolve()), os.getcwd())
+                return _ActorProcess(ray, actor, end, log)
 
             yield start
         finally:
@@ -65,29 +68,17 @@ class RayEngine(PoolEngine):
 class RayActor:
     """Runs a worker process on the node where Ray has placed the actor."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
-        # The interpreter is that of this node.
-        self._words, self._folder = [sys.executable, *command[1:]], folder
-        self._environment = os.environ | dict(environment)
-        self._process: subprocess.Popen[bytes] | None = None
+    _process: "subprocess.Popen[bytes] | None" = None
 
-    def run(self, role: tuple[Any, ...], log: str) -> int:
+    def run(self, command: list[str], environment: dict[str, str], role: tuple[Any, ...], log: str, folder: str) -> int:
         """Run the command in this role to its end, and return its exit status.
 
         Raises:
             OSError: This node does not see the folders of the node where the command was typed.
         """
-        # The process ends at its next batch when the actor is gone.
-        part = Role(*role)._replace(parent=os.getpid()).as_environment()
-        with Path(log).open("ab") as file:
-            self._process = subprocess.Popen(
-                self._words,
-                cwd=self._folder,
-                env=self._environment | part,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
+        # The process ends at its next batch when the actor is gone. The interpreter is that of this node.
+        environment |= Role(*role)._replace(parent=os.getpid()).as_environment()
+        self._process = start_worker([sys.executable, *command[1:]], environment, Path(log), folder)
         return self._process.wait()
 
     def stop(self) -> None:
@@ -100,9 +91,8 @@ class RayActor:
 class _ActorProcess:
     """The worker process of an actor, as the driver sees it."""
 
-    def __init__(self, ray: Any, actor: Any, role: Role, log: Path) -> None:
-        self._ray, self._actor, self._log = ray, actor, log
-        self._end = actor.run.remote(tuple(role), str(log.resolve()))
+    def __init__(self, ray: Any, actor: Any, end: Any, log: Path) -> None:
+        self._ray, self._actor, self._end, self._log = ray, actor, end, log
 
     def poll(self) -> int | str | None:
         """Return the exit status, or what became of the actor.
@@ -157,17 +147,22 @@ def _init(ray: Any, address: str | None) -> None:
             "from where the command runs. Run it on a node of the cluster, with --address auto: "
             f"ray job submit --address {address} -- vestige ..."
         )
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         # A cluster that Ray starts here for want of one reports nothing to anybody and has no dashboard.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        given = "RAY_ADDRESS, or here," if address is None else f"--address {address}"
+        where = "where RAY_ADDRESS says, or on this machine" if address is None else f"at --address {address}"
         raise UserError(
-            f"No Ray cluster that can be used was found at {given}: {error}\n"
+            f"No Ray cluster that can be used was found {where}: {error}\n"
             "Start one with `ray start --head` and give the address that it prints, such as --address 10.0.0.1:6379, "
             "or leave --address out on a node of the cluster."
         ) from error
+    finally:
+        # Ray's own would end the process at once.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _cards(ray: Any, work: Work) -> float:

@@ -7,7 +7,6 @@ from vestige.lazy import lazy_names
 if TYPE_CHECKING:
     from vestige.jobs._command import (
         Share as Share,
-        require_command as require_command,
         shares as shares,
         worker_command as worker_command,
     )

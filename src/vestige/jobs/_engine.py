@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -15,7 +15,7 @@ from vestige.jobs._pieces import Compute, Pieces
 from vestige.jobs._record import Failure, JobFolder, make_failure_error
 from vestige.jobs._steps import Meter, Stopped, check_stop, count_steps, stop_signal, stopping_at_steps
 from vestige.jobs._worker import POLL_SECONDS, Role
-from vestige.progress import announce, progress
+from vestige.progress import Progress, announce, progress
 from vestige.registry import Registry
 from vestige.settings import LaunchSettings
 from vestige.storage import disk_error, make_folder, write_durably
@@ -37,9 +37,10 @@ class Work:
     command: Sequence[str] = ()
     """Words of a command that comes to the same pieces in another process."""
 
-    def units(self) -> int:
-        """Return the units of work in the missing pieces, for a progress bar."""
-        return round(sum(self.pieces.weights[piece] for piece in self.missing))
+    def bar(self) -> AbstractContextManager[Progress]:
+        """Return a progress bar over the missing pieces."""
+        total = round(sum(self.pieces.weights[piece] for piece in self.missing))
+        return progress(total, self.pieces.name, self.pieces.unit)
 
     def write_shares(self, path: Path) -> str:
         """Write which pieces are missing, for `Role.shares`: what workers find missing changes with time."""
@@ -210,7 +211,7 @@ def watch_markers(work: Work, tick: Callable[[], bool], every: float = 0.0) -> N
     `tick` is called at most once in `every` seconds.
     """
     left, among, ticked = list(work.missing), set(work.missing), -every
-    with progress(work.units(), work.pieces.name, work.pieces.unit) as bar:
+    with work.bar() as bar:
         while True:
             check_stop()
             began, goes_on = time.perf_counter(), True

@@ -136,7 +136,7 @@ class _Pool:
 
     def _count_early_death(self, status: int | str, log: Path) -> None:
         # On a full disk a worker can neither note why it ended nor say it in its log.
-        self._work.job.require_space()
+        self._work.job.write_job()
         self._early_deaths += 1
         if self._early_deaths > self._work.settings.retries + self._work.settings.workers:
             lines = "\n".join(f"    {line}" for line in tail(str(log)))

@@ -29,8 +29,6 @@ JOB_FILES = (
     *(f"launch/*/claims/{name}" for name in ("*.json", ".*.evicted.*")),
 )
 """What jobs leave in the folder that they work on, as for `require_no_others`."""
-_NOTE_BYTES = 16 * 1024
-"""Bytes that the note of a failure always fits into."""
 
 
 class Failure(NamedTuple):
@@ -128,19 +126,8 @@ class JobFolder:
         for path in (self.path, self.logs, self._failures, self._journal):
             make_folder(path)
 
-    def require_space(self) -> None:
-        """Raise unless a small file can be written.
-
-        Raises:
-            DiskSpaceError: The disk is full.
-            UserError: It cannot be written to.
-        """
-        path = self.path / f"room.{this_worker().token}"
-        write_durably(path, [bytes(_NOTE_BYTES)])
-        path.unlink(missing_ok=True)
-
     def write_job(self, **fields: Any) -> None:
-        """Write these fields into `job.json`, which keeps the others that it had."""
+        """Write these fields into `job.json`, which keeps the others that it had; raise if the disk is full."""
         content = self.read_job() | fields
         write_durably(self.path / "job.json", [(json.dumps(content, indent=1) + "\n").encode()])
 

@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 from vestige.distributed import broadcast_from_rank0, in_process_group, is_rank0, lost_process
 from vestige.errors import PieceFailed, VestigeError, WorkElsewhere
 from vestige.jobs._command import require_command
-from vestige.jobs._engine import ENGINES, Work, Worker, ending_well, raise_failures
+from vestige.jobs._engine import ENGINES, Work, Worker, ending_well, raise_failures, watch_markers
 from vestige.jobs._pieces import Compute, Pieces, Result
 from vestige.jobs._record import JobFolder, ranges
-from vestige.jobs._steps import Stopped, check_stop, phase, stop_signal, stopping_at_steps
-from vestige.jobs._worker import POLL_SECONDS, Role, is_alive, this_role, this_worker
-from vestige.progress import announce, progress
+from vestige.jobs._steps import Stopped, phase, stop_signal, stopping_at_steps
+from vestige.jobs._worker import Role, is_alive, this_role, this_worker
+from vestige.progress import announce
 from vestige.settings import LaunchSettings
 from vestige.storage import remove_strays
 
@@ -125,8 +125,7 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
 
 def _work_here(work: Work) -> None:
     """Compute the missing pieces in this process; raise what failed."""
-    bar = progress(work.units(), work.pieces.name, work.pieces.unit)
-    with ending_well(work.pieces), bar as shown, Worker(work, shown.advance) as worker:
+    with ending_well(work.pieces), work.bar() as bar, Worker(work, bar.advance) as worker:
         worker.compute(work.missing)
     raise_failures(work, worker.last_error, worker.failed)
 
@@ -140,10 +139,8 @@ def _work_as_rank(work: Work, role: Role) -> None:
     with ending_well(work.pieces):
         if left := [piece for piece in work.missing if not work.is_over(piece)]:
             announce(f"{work.pieces.name}: waiting for the other ranks, which have {len(left)} pieces to do.")
-        # The first rank removes the folder of a run with its pieces, maybe before this one has noticed the last.
-        while work.job.path.exists() and not all(map(work.is_over, work.missing)):
-            check_stop()
-            time.sleep(POLL_SECONDS)
+            # The first rank removes the folder of a run with its pieces, maybe before this one has noticed the last.
+            watch_markers(replace(work, missing=left), work.job.path.exists)
     raise_failures(work)
 
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import psutil
 from pydantic import FiniteFloat, PositiveInt
 
-from vestige.distributed import ROLE_VARIABLE, in_process_group
+from vestige.distributed import ROLE_VARIABLE, in_process_group, launched_rank
 from vestige.errors import VestigeError
 from vestige.storage import find_result_folder, is_held_by, this_host
 
@@ -127,12 +127,10 @@ def this_role(environment: Mapping[str, str] = os.environ) -> Role:
         role = Role(**json.loads(given))
         # The tasks of a batch array have the same environment but for their number.
         return role._replace(number=role.number + int(environment["SLURM_ARRAY_TASK_ID"])) if role.in_array else role
-    if in_process_group():
+    launched = launched_rank(environment)
+    if launched is None or in_process_group():
         return Role("driver")
-    rank, ranks = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
-    if rank.isdigit() and ranks.isdigit() and int(ranks) > 1:
-        return Role("rank", number=int(rank), of=int(ranks))
-    return Role("driver")
+    return Role("rank", number=launched.rank, of=launched.world_size)
 
 
 def is_worker() -> bool:

@@ -13,7 +13,7 @@ from tests.indexes.synthetic import hashes
 from tests.jobs.toy import Toy
 from tests.workshop import furnish, write_rows
 from vestige.cli import main
-from vestige.errors import MissingExtra, UserError
+from vestige.errors import MissingExtra, SpecError, UserError
 from vestige.jobs import JobFolder, cancel_jobs, is_alive, job_statuses
 from vestige.settings import LaunchSettings
 
@@ -171,6 +171,11 @@ def test_an_address_where_nothing_answers_is_an_instruction(own_ray, tmp_path):
 def test_a_client_address_is_refused(tmp_path):
     with pytest.raises(UserError, match="ray job submit --address ray://head:10001 -- vestige"):
         Toy(tmp_path).run(engine="ray", address="ray://head:10001")
+
+
+def test_one_and_a_half_gpus_are_refused(tmp_path):
+    with pytest.raises(SpecError, match=r"was 1\.5, expected a whole number"):
+        LaunchSettings(engine="ray", gpus_per_worker=1.5)
 
 
 def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):

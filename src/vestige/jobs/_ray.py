@@ -46,8 +46,8 @@ class RayEngine(PoolEngine):
                 max_restarts=work.settings.retries,
                 # The same share again: what is done of it is left alone.
                 max_task_retries=work.settings.retries,
-                # One thread waits for the worker process, another one may end it.
-                max_concurrency=2,
+                # One thread waits for the worker process, others may end it.
+                max_concurrency=4,
             )(RayActor)
 
             def start(_: int, role: Role, log: Path) -> "_ActorProcess":
@@ -76,6 +76,8 @@ class RayActor:
         Raises:
             OSError: This node does not see the folders of the node where the command was typed.
         """
+        # Ray repeats a call of which it heard no more.
+        self.stop()
         # The process ends at its next batch when the actor is gone. The interpreter is that of this node.
         environment |= Role(*role)._replace(parent=os.getpid()).as_environment()
         self._process = start_worker([sys.executable, *command[1:]], environment, Path(log), folder)

@@ -205,15 +205,12 @@ class JobFolder:
 
     def failure(self, piece: int) -> Failure | None:
         """Return how the piece failed so far, None if it did not."""
-        try:
-            return _FAILURE.validate_json(self._failure_path(piece).read_bytes())
-        except (OSError, ValueError):
-            return None
+        return _read_failure(self._failure_path(piece))
 
     def failures(self) -> list[Failure]:
         """Return every piece that failed and has not succeeded since."""
-        numbers = sorted(int(path.stem) for path in self._failures.glob("*.json") if is_number(path.stem))
-        return [failure for number in numbers if (failure := self.failure(number)) is not None]
+        found = map(_read_failure, sorted(self._failures.glob("*.json")))
+        return [failure for failure in found if failure is not None]
 
     def forget_failures(self, piece: int | None = None) -> None:
         """Forget that a piece failed, which succeeded after all; None: forget all failures, to try everything again."""
@@ -224,9 +221,11 @@ class JobFolder:
         return self._failures / f"{piece:05d}.json"
 
 
-def is_number(name: str) -> bool:
-    """Return whether a file's name, which any user may have given it, is the number of a piece."""
-    return re.fullmatch("[0-9]{1,12}", name) is not None
+def _read_failure(path: Path) -> Failure | None:
+    try:
+        return _FAILURE.validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _read_journal(path: Path) -> Journal:

@@ -133,6 +133,13 @@ class LaunchSettings(Settings):
             raise ValueError("a value as sbatch takes it")
         return value
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _is_a_share_or_whole(cls, cards: float | None) -> float | None:
+        if cards is not None and cards > 1 and cards != int(cards):
+            raise ValueError("a whole number, or one below 1 where several workers share a GPU")
+        return cards
+
     @property
     def part(self) -> tuple[int, int] | None:
         """`shard` as (zero-based part, number of parts)."""

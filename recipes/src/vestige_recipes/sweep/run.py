@@ -184,7 +184,8 @@ def _require_processors(settings: SweepSettings, cells: tuple[Cell, ...]) -> Non
         if inner.engine != "local":
             raise SpecError(
                 f"{cell.shown} has `engine: {inner.engine}`, and so the sweep must be one process: it submits the "
-                "cells' jobs, one cell after the other. Drop --workers and --engine of the sweep, or `engine` of the cells."
+                "cells' jobs, one cell after the other. Drop --workers and --engine of the sweep, or `engine` of the "
+                "cells."
             )
         needed = inner.workers * inner.threads
         if settings.engine != "local" and inner.workers > 1 and needed > settings.threads:

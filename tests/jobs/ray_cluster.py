@@ -27,6 +27,9 @@ class Cluster:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        # It does its work when its input ends: at `stop`, or because this process is gone, however that ended.
+        words = [sys.executable, "-m", "tests.jobs.ray_cluster", self.token, str(self.folder)]
+        self._reaper = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
 
     def start(self) -> None:
         port = self.address.split(":")[1]
@@ -47,21 +50,11 @@ class Cluster:
 
     def processes(self, node: str, name: str = "") -> list[psutil.Process]:
         """The processes of a node, "head" or "node", whose name begins so."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == f"{self.token}-{node}" and process.name().startswith(name):
-                    found.append(process)
-        return found
+        return [process for process in marked(f"{self.token}-{node}") if process.name().startswith(name)]
 
     def stop(self) -> None:
-        """End every process that was started here, and remove the folder."""
-        while left := [*self.processes("head"), *self.processes("node")]:
-            for process in left:
-                with suppress(psutil.Error):
-                    process.kill()
-            psutil.wait_procs(left, 5)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Have every process that was started here ended, and the folder removed."""
+        self._reaper.communicate(timeout=60)
 
     def _start(self, node: str, words: list[str]) -> None:
         environment = os.environ | {MARK: f"{self.token}-{node}", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -77,3 +70,28 @@ class Cluster:
                 check=False,
             )
         assert done.returncode == 0, (self.folder / f"{node}.log").read_text()
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes whose mark begins so."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK, "").startswith(mark):
+                found.append(process)
+    return found
+
+
+def reap(token: str, folder: str) -> None:
+    """Wait for the end of the input; then end every process of the cluster, and remove its folder."""
+    sys.stdin.read()
+    while left := marked(token):
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, 5)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    reap(*sys.argv[1:])

@@ -50,7 +50,7 @@ class Cluster:
 
     def processes(self, node: str, name: str = "") -> list[psutil.Process]:
         """The processes of a node, "head" or "node", whose name begins so."""
-        return [process for process in marked(f"{self.token}-{node}") if process.name().startswith(name)]
+        return marked(f"{self.token}-{node}", name)
 
     def stop(self) -> None:
         """Have every process that was started here ended, and the folder removed."""
@@ -72,12 +72,12 @@ class Cluster:
         assert done.returncode == 0, (self.folder / f"{node}.log").read_text()
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """The processes whose mark begins so."""
+def marked(mark: str, name: str = "") -> list[psutil.Process]:
+    """The processes whose mark and whose name begin so."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get(MARK, "").startswith(mark):
+            if process.environ().get(MARK, "").startswith(mark) and process.name().startswith(name):
                 found.append(process)
     return found
 

@@ -57,14 +57,14 @@ class Work:
 
 
 @final
-class Worker:
-    """One process's work on a job; use it as a context, which closes what the pieces opened."""
+class Worker(ExitStack):
+    """One process's work on a job; a context, which closes what the pieces opened."""
 
     def __init__(self, work: Work, advance: Callable[[int], None] | None = None) -> None:
         """Make the worker of a process; it prints what it does unless `advance` moves a progress bar."""
+        super().__init__()
         self._work, self._prints = work, advance is None
         self._meter = Meter(advance or (lambda _: None))
-        self._stack = ExitStack()
         self._compute: Compute | None = None
         self.last_error: Exception | None = None
         self.failed: dict[int, Failure] = {}
@@ -73,12 +73,6 @@ class Worker:
         """Pieces that this process finished."""
         self.stopped_in: int | None = None
         """The piece that was left when the process received a stop signal."""
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
 
     def compute(self, pieces: Sequence[int]) -> None:
         """Compute the pieces, those that failed again after the others, until each is done or given up.
@@ -106,7 +100,7 @@ class Worker:
         try:
             if self._compute is None:
                 started = time.perf_counter()
-                self._compute = self._stack.enter_context(self._work.pieces.open())
+                self._compute = self.enter_context(self._work.pieces.open())
                 job.note(-1, 0.0, time.perf_counter() - started)
             started = time.perf_counter()
             with count_steps(self._meter.step):

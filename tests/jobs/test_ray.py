@@ -162,10 +162,10 @@ def test_without_a_cluster_ray_is_started_here_and_stopped_at_the_end(own_ray, t
     wait_for(lambda: not own_ray.processes("head"))
 
 
-@pytest.mark.slow
-def test_an_address_where_nothing_answers_is_an_instruction(own_ray, tmp_path):
-    notes = start(Toy(tmp_path), own_ray).communicate()[1]
-    assert "No Ray cluster that can be used was found at --address 127.0.0.1" in notes
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:port", "127.0.0.1:99999"])
+def test_an_address_where_nothing_answers_is_an_instruction(tmp_path, address):
+    with pytest.raises(UserError, match=rf"was found at {address} \(--address\): [\s\S]*`ray start --head`"):
+        Toy(tmp_path).run(engine="ray", address=address)
 
 
 def test_a_client_address_is_refused(tmp_path):

@@ -6,6 +6,7 @@ model once and computes its share; the markers on the disk that all nodes see sh
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ from vestige.jobs._engine import Work
 from vestige.jobs._local import PoolEngine, Start
 from vestige.jobs._worker import Role
 from vestige.progress import announce
+
+_ANSWER_SECONDS = 10.0
 
 
 @final
@@ -143,19 +146,23 @@ def _import_ray() -> Any:
 
 
 def _init(ray: Any, address: str | None) -> None:
-    if address is not None and "://" in address:
+    given = address or os.environ.get("RAY_ADDRESS") or "auto"
+    where = "on this machine" if given == "auto" else f"at {given} ({'--address' if address else 'RAY_ADDRESS'})"
+    if "://" in given:
         raise SpecError(
-            f"--address {address} is one of Ray's client or jobs server, and the folder of the result must be seen "
-            "from where the command runs. Run it on a node of the cluster, with --address auto: "
-            f"ray job submit --address {address} -- vestige ..."
+            f"The address {given} is one of Ray's client or jobs server, and the folder of the result must be seen "
+            f"where the command runs. Run it on a node of the cluster: ray job submit --address {given} -- vestige ..."
         )
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        if ":" in given:
+            # Ray itself tries for minutes.
+            host, _, port = given.rpartition(":")
+            socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
         # A cluster that Ray starts here for want of one reports nothing to anybody and has no dashboard.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = "where RAY_ADDRESS says, or on this machine" if address is None else f"at --address {address}"
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise UserError(
             f"No Ray cluster that can be used was found {where}: {error}\n"
             "Start one with `ray start --head` and give the address that it prints, such as --address 10.0.0.1:6379, "

@@ -158,7 +158,7 @@ def _init(ray: Any, address: str | None) -> None:
         if ":" in given:
             # Ray itself tries for minutes.
             host, _, port = given.rpartition(":")
-            socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
         # A cluster that Ray starts here for want of one reports nothing to anybody and has no dashboard.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

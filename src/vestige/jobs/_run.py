@@ -44,7 +44,7 @@ def run_pieces(pieces: Pieces[Result], settings: LaunchSettings, command: Sequen
     role, job = this_role(), JobFolder.of(pieces.folder, pieces.name)
     if in_process_group():
         return _run_in_process_group(pieces, lambda announcing: _drive(announcing, settings, job, role, command))
-    if role.kind in ("worker", "reduce") and role.is_for(job.path):
+    if role.kind in ("worker", "reduce") and Path(role.job) == job.path.resolve():
         work = Work(pieces, settings, job, pieces.missing(), command or ())
         if role.kind == "worker":
             _serve(work, role)
@@ -95,7 +95,7 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
     Returns:
         The work, from its end where another command is doing the same: the two meet in the middle.
     """
-    pieces, settings, job = work.pieces, work.settings, work.job
+    pieces, job = work.pieces, work.job
     job.make()
     job.forget_failures()
     total = sum(pieces.weights)
@@ -106,9 +106,6 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
             unit=pieces.unit,
             pieces=pieces.count,
             weight=total,
-            engine=settings.engine,
-            workers=settings.workers,
-            retries=settings.retries,
             begun=time.time(),
             done_before=pieces.count - len(missing),
             weight_before=total - sum(pieces.weights[piece] for piece in missing),

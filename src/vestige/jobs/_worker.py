@@ -115,10 +115,6 @@ class Role(NamedTuple):
         """Return the variable that makes a child process play this role."""
         return {ROLE_VARIABLE: json.dumps(self._asdict())}
 
-    def is_for(self, job: Path) -> bool:
-        """Return whether the role is one in this job."""
-        return Path(self.job) == job.resolve()
-
 
 def this_role(environment: Mapping[str, str] = os.environ) -> Role:
     """Return the role that the environment gives this process: Vestige's own variable, else that of torchrun."""

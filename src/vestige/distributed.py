@@ -71,11 +71,17 @@ def is_rank0() -> bool:
     return this_rank().rank == 0
 
 
+def launched_rank(environment: Mapping[str, str] = os.environ) -> Rank | None:
+    """Return the rank that torchrun or accelerate gave this process among several, None if it started alone."""
+    rank, world_size = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+    several = rank.isdigit() and world_size.isdigit() and int(world_size) > 1
+    return Rank(int(rank), int(world_size)) if several else None
+
+
 def is_helper(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether another process is responsible for the result: the driver of this worker, or torchrun's rank 0."""
-    ranks = environment.get("WORLD_SIZE", "1")
-    is_rank = ranks.isdigit() and int(ranks) > 1
-    return ROLE_VARIABLE in environment or (is_rank and environment.get("RANK", "0") != "0")
+    launched = launched_rank(environment)
+    return ROLE_VARIABLE in environment or (launched is not None and launched.rank > 0)
 
 
 @contextmanager
@@ -213,8 +219,8 @@ def exchange_rows(tensors: Sequence["Tensor"], sizes: Sequence[int]) -> None:
 
 
 def _join() -> Rank:
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdigit() and world_size.isdigit() and int(world_size) > 1):
+    launched = launched_rank()
+    if launched is None:
         raise SpecError(
             f"--device {FSDP} spreads a model over several processes, and this is one alone. Type: "
             "torchrun --nproc-per-node 2 -m vestige ..., with as many processes as there are GPUs."
@@ -226,7 +232,7 @@ def _join() -> Rank:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, timeout=TIMEOUT)
         atexit.register(_leave)
-    return Rank(int(rank), int(world_size))
+    return launched
 
 
 def _leave() -> None:

@@ -1,4 +1,4 @@
-"""A SLURM for the tests that need one; a loud skip where it cannot be."""
+"""A SLURM and a Ray for the tests that need one; a loud skip where it cannot be."""
 
 import os
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import slurm
+from tests.jobs import ray_cluster, slurm
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +46,33 @@ def paper_slurm(tmp_path_factory, monkeypatch):
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return lambda: [shlex.split(line)[1:] for line in Path(folder / "jobs").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'vestige[ray]'")
+    cluster = ray_cluster.Cluster()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def on_ray(two_nodes):
+    """The cluster, with both nodes alive."""
+    two_nodes.start_node()
+    return two_nodes
+
+
+@pytest.fixture
+def own_ray(monkeypatch):
+    """No cluster: what Ray starts by itself in this test is found and ended as if it were the head."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'vestige[ray]'")
+    cluster = ray_cluster.Cluster()
+    monkeypatch.setenv(ray_cluster.MARK, f"{cluster.token}-head")
+    monkeypatch.setenv("RAY_TMPDIR", str(cluster.folder))
+    yield cluster
+    monkeypatch.undo()
+    cluster.stop()

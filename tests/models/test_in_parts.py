@@ -18,6 +18,7 @@ from vestige.compress import parse_spec
 from vestige.data import load_examples, tokenize
 from vestige.distributed import is_rank0, process_group
 from vestige.errors import ModelError, SpecError
+from vestige.gradients import CausalLoss
 from vestige.indexes import CompressedGradients, lay_out
 from vestige.models import load_model, select_components
 from vestige.settings import AttributeSettings, AuditSettings, IndexSettings
@@ -157,6 +158,8 @@ def main():
         held, whole = sum(part.to_local().numel() for part in blocks), sum(part.numel() for part in blocks)
         assert 0.4 < held / whole < 0.6
         assert model.lm_head.weight is model.transformer.wte.weight
+        # The head is whole in every process: logits are computed in chunks, not for all positions at once.
+        assert CausalLoss().head_module(model) == "lm_head"
         print("holds a part", flush=True)
         found = rows(place, "fsdp")
         if is_rank0():

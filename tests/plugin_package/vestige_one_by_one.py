@@ -3,7 +3,7 @@
 import os
 import subprocess
 
-from vestige.jobs import Engine, JobFolder, Role, Work
+from vestige.jobs import Engine, Role, Work
 
 
 class OneByOne(Engine):
@@ -18,14 +18,6 @@ class OneByOne(Engine):
         """Run one worker after another."""
         for role in submitted:
             subprocess.run(work.command, env=os.environ | role.as_environment(), check=False)
-
-    def cancel(self, job: JobFolder) -> list[str]:
-        """Return an empty list: processes of this machine are ended without the engine."""
-        return []
-
-    def status(self, job: JobFolder) -> bool:
-        """Return False: processes of this machine are seen without the engine."""
-        return False
 
 
 ENGINE = OneByOne()

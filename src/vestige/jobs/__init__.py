@@ -7,7 +7,6 @@ from vestige.lazy import lazy_names
 if TYPE_CHECKING:
     from vestige.jobs._command import (
         Share as Share,
-        require_command as require_command,
         shares as shares,
         worker_command as worker_command,
     )
@@ -20,15 +19,6 @@ if TYPE_CHECKING:
         tensor_pieces as tensor_pieces,
     )
     from vestige.jobs._record import JOB_FILES as JOB_FILES, JobFolder as JobFolder, ranges as ranges
-    from vestige.jobs._role import (
-        Role as Role,
-        follow as follow,
-        is_follower as is_follower,
-        is_one_of_several as is_one_of_several,
-        is_worker as is_worker,
-        own_jobs as own_jobs,
-        this_role as this_role,
-    )
     from vestige.jobs._run import run_pieces as run_pieces, run_with_rate as run_with_rate
     from vestige.jobs._status import JobStatus as JobStatus, cancel_jobs as cancel_jobs, job_statuses as job_statuses
     from vestige.jobs._steps import (
@@ -40,6 +30,16 @@ if TYPE_CHECKING:
         step_done as step_done,
         write_profile as write_profile,
     )
-    from vestige.jobs._worker import is_alive as is_alive, start_time as start_time
+    from vestige.jobs._worker import (
+        Role as Role,
+        follow as follow,
+        is_alive as is_alive,
+        is_follower as is_follower,
+        is_one_of_several as is_one_of_several,
+        is_worker as is_worker,
+        own_jobs as own_jobs,
+        start_time as start_time,
+        this_role as this_role,
+    )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

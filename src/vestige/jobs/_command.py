@@ -1,10 +1,11 @@
 """The command that a worker runs to come to the same pieces as its driver, and shares of a command for submitit."""
 
+import os
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -65,6 +66,25 @@ def worker_environment(settings: LaunchSettings, log: Path) -> dict[str, str]:
     }
 
 
+def start_worker(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, folder: str | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a worker's command in a folder, with these variables beside those of this process; it prints into the log.
+
+    Raises:
+        OSError: The folder or that of the log is not here.
+    """
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
 @final
 class Share:
     """Every `count`-th piece of a command's work: what a submitit executor calls in a job.
@@ -95,12 +115,11 @@ class Share:
         """Return the same share, to be submitted again; its process has ended at a batch boundary, or was killed."""
         from submitit.helpers import DelayedSubmission
 
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_PATIENCE_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+            self._process.kill()
         self._process = None
         return DelayedSubmission(self)
 

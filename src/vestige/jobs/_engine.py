@@ -4,8 +4,8 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -13,9 +13,9 @@ from typing import Any, final
 from vestige.errors import UserError
 from vestige.jobs._pieces import Compute, Pieces
 from vestige.jobs._record import Failure, JobFolder, make_failure_error
-from vestige.jobs._role import POLL_SECONDS, Role
 from vestige.jobs._steps import Meter, Stopped, check_stop, count_steps, stop_signal, stopping_at_steps
-from vestige.progress import announce, progress
+from vestige.jobs._worker import POLL_SECONDS, Role
+from vestige.progress import Progress, announce, progress
 from vestige.registry import Registry
 from vestige.settings import LaunchSettings
 from vestige.storage import disk_error, make_folder, write_durably
@@ -37,9 +37,10 @@ class Work:
     command: Sequence[str] = ()
     """Words of a command that comes to the same pieces in another process."""
 
-    def units(self) -> int:
-        """Return the units of work in the missing pieces, for a progress bar."""
-        return round(sum(self.pieces.weights[piece] for piece in self.missing))
+    def bar(self) -> AbstractContextManager[Progress]:
+        """Return a progress bar over the missing pieces."""
+        total = round(sum(self.pieces.weights[piece] for piece in self.missing))
+        return progress(total, self.pieces.name, self.pieces.unit)
 
     def write_shares(self, path: Path) -> str:
         """Write which pieces are missing, for `Role.shares`: what workers find missing changes with time."""
@@ -49,47 +50,46 @@ class Work:
 
     def is_over(self, piece: int) -> bool:
         """Return whether nothing more is to be done about a piece: it is done, or given up."""
-        return self.pieces.is_done(piece) or self.job.is_given_up(piece, self.settings.retries)
+        if self.pieces.is_done(piece):
+            return True
+        failure = self.job.failure(piece)
+        return failure is not None and (failure.fatal or failure.attempts > self.settings.retries)
 
 
 @final
-class Worker:
-    """One process's work on a job; use it as a context, which closes what the pieces opened."""
+class Worker(ExitStack):
+    """One process's work on a job; a context, which closes what the pieces opened."""
 
     def __init__(self, work: Work, advance: Callable[[int], None] | None = None) -> None:
         """Make the worker of a process; it prints what it does unless `advance` moves a progress bar."""
-        self.todo, self._log = work, advance is None
+        super().__init__()
+        self._work, self._prints = work, advance is None
         self._meter = Meter(advance or (lambda _: None))
-        self._stack = ExitStack()
         self._compute: Compute | None = None
         self.last_error: Exception | None = None
         self.failed: dict[int, Failure] = {}
-        """How pieces failed in this process."""
-        self.computed: list[int] = []
+        """How pieces failed in this process; the disk may not have taken the note."""
+        self.computed = 0
         """Pieces that this process finished."""
         self.stopped_in: int | None = None
         """The piece that was left when the process received a stop signal."""
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def work(self, pieces: Sequence[int]) -> None:
+    def compute(self, pieces: Sequence[int]) -> None:
         """Compute the pieces, those that failed again after the others, until each is done or given up.
 
         Raises:
             UserError: One that no retry can fix.
             Stopped: The process received a stop signal.
         """
-        left, done = deque(pieces), self.todo.pieces.is_done
+        left = deque(pieces)
         while left:
             check_stop()
             piece = left.popleft()
-            if done(piece):
-                self._meter.piece(self.todo.pieces.weights[piece])
-            elif not self._is_given_up(piece) and not self.compute(piece):
+            if self._work.pieces.is_done(piece):
+                self._meter.piece(self._work.pieces.weights[piece])
+                continue
+            tried = self.failed[piece].attempts if piece in self.failed else 0
+            if tried <= self._work.settings.retries and not self._work.is_over(piece) and not self._try(piece):
                 left.append(piece)
         # What the last piece leaves may still be on its way to the disk.
         self._compute = None
@@ -98,28 +98,25 @@ class Worker:
         except Exception as error:
             self._fail(pieces[-1], error)
 
-    def _is_given_up(self, piece: int) -> bool:
-        """Return whether the piece was tried often enough; the disk may not have taken what failed here."""
-        tried = self.failed[piece].attempts if piece in self.failed else 0
-        return tried > self.todo.settings.retries or self.todo.is_over(piece)
-
-    def compute(self, piece: int) -> bool:
-        """Compute a piece once; note it if that fails, and return whether it did not.
-
-        Raises:
-            UserError: One that no retry can fix.
-            Stopped: The process received a stop signal.
-        """
-        pieces, job = self.todo.pieces, self.todo.job
+    def _try(self, piece: int) -> bool:
+        """Compute a piece once; note it if that fails, and return whether it did not."""
+        weight, job = self._work.pieces.weights[piece], self._work.job
         self._print(f"piece {piece}: begun")
         job.note_begun(piece)
         try:
-            compute = self._open()
+            if self._compute is None:
+                started = time.perf_counter()
+                self._compute = self.enter_context(self._work.pieces.open())
+                job.note(-1, 0.0, time.perf_counter() - started)
             started = time.perf_counter()
             with count_steps(self._meter.step):
-                compute(piece)
+                self._compute(piece)
         except Exception as error:
-            self._fail(piece, error)
+            fatal = error if isinstance(error, UserError) else disk_error(error, self._work.pieces.folder)
+            self._note_failure(piece, fatal or error)
+            if fatal is not None:
+                raise fatal from (None if fatal is error else error)
+            self.last_error = error
             return False
         except BaseException as error:
             self._leave()
@@ -128,41 +125,26 @@ class Worker:
                 self._print(f"piece {piece}: left, because the process received a stop signal")
             raise
         seconds = time.perf_counter() - started
-        job.note(piece, pieces.weights[piece], seconds)
-        job.forget_failure(piece)
-        self._meter.piece(pieces.weights[piece])
-        self.computed.append(piece)
+        job.note(piece, weight, seconds)
+        job.forget_failures(piece)
+        self._meter.piece(weight)
+        self.computed += 1
         self._print(f"piece {piece}: done in {seconds:.1f} s")
         return True
 
-    def _leave(self) -> None:
-        self._meter.undo()
-        self.todo.job.note_begun(None)
-
-    def _fail(self, piece: int, error: Exception) -> None:
-        """Note the failure; raise if it would end every other attempt too."""
-        full = None if isinstance(error, UserError) else disk_error(error, self.todo.pieces.folder)
-        noted = self.todo.job.record_failure(piece, full or error)
-        self._leave()
+    def _note_failure(self, piece: int, error: Exception) -> None:
+        noted = self._work.job.record_failure(piece, error)
         before = self.failed[piece].attempts if piece in self.failed else 0
-        # The disk may not have taken the note.
         self.failed[piece] = noted._replace(attempts=max(noted.attempts, before + 1))
-        if full is not None:
-            raise full from error
-        if isinstance(error, UserError):
-            raise error
-        self.last_error = error
+        self._leave()
         self._print(f"piece {piece}: failed\n{noted.traceback}")
 
-    def _open(self) -> Compute:
-        if self._compute is None:
-            started = time.perf_counter()
-            self._compute = self._stack.enter_context(self.todo.pieces.open())
-            self.todo.job.note(-1, 0.0, time.perf_counter() - started)
-        return self._compute
+    def _leave(self) -> None:
+        self._meter.undo()
+        self._work.job.note_begun(None)
 
     def _print(self, line: str) -> None:
-        if self._log:
+        if self._prints:
             print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
@@ -201,35 +183,40 @@ class Engine(ABC):
     def restart(self, job: JobFolder, worker: Worker) -> None:  # noqa: B027
         """Have this worker started again, which received a stop signal and ends."""
 
-    @abstractmethod
-    def cancel(self, job: JobFolder) -> list[str]:
+    def cancel(self, job: JobFolder) -> list[str]:  # noqa: ARG002
         """End the workers of a job, which may be those of another command; return what was ended, for a person.
 
-        Processes of this host are ended without the engine.
+        Processes of this host are ended without the engine, and so are workers that end with one of them.
 
         Raises:
             UserError: The engine does not answer.
         """
+        return []
 
-    @abstractmethod
-    def status(self, job: JobFolder) -> bool:
+    def status(self, job: JobFolder) -> bool:  # noqa: ARG002
         """Return whether workers of a job run, or wait to run, where only the engine can see them.
 
         Raises:
             UserError: The engine does not answer.
         """
+        return False
 
 
 ENGINES: Registry[Engine] = Registry("vestige.engines", "engine", Engine)
 
 
-def watch_markers(work: Work, tick: Callable[[], bool], pause: float = POLL_SECONDS) -> None:
-    """Show progress until every missing piece is done or given up, one fails for good, or `tick` returns False."""
-    left, among = list(work.missing), set(work.missing)
-    with progress(work.units(), work.pieces.name, work.pieces.unit) as bar:
+def watch_markers(work: Work, tick: Callable[[], bool], every: float = 0.0) -> None:
+    """Show progress until every missing piece is done or given up, one fails for good, or `tick` returns False.
+
+    `tick` is called at most once in `every` seconds.
+    """
+    left, among, ticked = list(work.missing), set(work.missing), -every
+    with work.bar() as bar:
         while True:
             check_stop()
-            goes_on, began = tick(), time.perf_counter()
+            began, goes_on = time.perf_counter(), True
+            if began - ticked >= every:
+                ticked, goes_on = began, tick()
             done = {piece for piece in left if work.pieces.is_done(piece)}
             for piece in done:
                 bar.advance(round(work.pieces.weights[piece]))
@@ -238,18 +225,19 @@ def watch_markers(work: Work, tick: Callable[[], bool], pause: float = POLL_SECO
             if not goes_on or is_fatal or all(map(work.is_over, left)):
                 return
             # A thousand pieces on a slow disk must not keep the driver busy with reading markers.
-            time.sleep(max(pause, (time.perf_counter() - began) / _CHECK_SHARE))
+            time.sleep(max(POLL_SECONDS, (time.perf_counter() - began) / _CHECK_SHARE))
 
 
-def end_well(pieces: Pieces[Any], work: Callable[[], None]) -> None:
-    """Do `work`; if it is stopped, print how to go on.
+@contextmanager
+def ending_well(pieces: Pieces[Any]) -> Iterator[None]:
+    """Let the block end between two batches when the process receives a stop signal, and print how to go on.
 
     Raises:
-        SystemExit: The process received a stop signal.
+        SystemExit: It did.
     """
     try:
         with stopping_at_steps():
-            work()
+            yield
     except (KeyboardInterrupt, Stopped) as error:
         announce(
             f"{pieces.name}: stopped with {len(pieces.missing())} of {pieces.count} pieces missing. "

@@ -1,4 +1,4 @@
-"""The engine of this machine: N processes, one per core or per GPU, each with its share of the pieces."""
+"""The engine of this machine, N processes, and what it shares with engines whose workers end with the command, too."""
 
 import contextlib
 import os
@@ -6,139 +6,168 @@ import signal
 import subprocess
 import sys
 import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import final
+from typing import Any, Protocol, final
 
 from vestige.errors import PieceFailed
-from vestige.jobs._command import worker_environment
-from vestige.jobs._engine import Engine, Work, end_well, watch_markers
-from vestige.jobs._record import JobFolder, tail
-from vestige.jobs._role import Role
+from vestige.jobs._command import start_worker, worker_environment
+from vestige.jobs._engine import Engine, Work, ending_well, watch_markers
+from vestige.jobs._record import tail
+from vestige.jobs._worker import Role
 from vestige.progress import announce
 
 _END_SECONDS = 10.0
 """How long a worker may take to reach the end of a batch before it is killed."""
+_DISK_SECONDS = 60.0
+"""How long a marker that another host wrote may take to be seen here: NFS keeps what it knows of a folder."""
 
 
-@final
-class LocalEngine(Engine):
-    """Worker processes on this host. One that dies is replaced, and its replacement takes its share and its GPU."""
+class Process(Protocol):
+    """A worker process, as `subprocess.Popen` is one."""
 
-    def submit(self, work: Work) -> "_ProcessPool":
-        """Announce the workers; `wait` starts them, since they end with it."""
-        pool = _ProcessPool(work)
-        announce(f"{work.pieces.name}: {pool.count} workers; their logs are in {work.job.logs}.")
-        return pool
+    def poll(self) -> int | str | None:
+        """Return its exit status, what became of it where there is none, or None while it runs or waits to run."""
 
-    def wait(self, work: Work, submitted: "_ProcessPool") -> None:
+    def terminate(self) -> None:
+        """Request its end after its batch."""
+
+    def wait(self, timeout: float) -> Any:
+        """Wait for its end; raise `subprocess.TimeoutExpired` unless it comes in this many seconds."""
+
+    def kill(self) -> None:
+        """End it at once, and free its place; one that has ended is no error."""
+
+
+Start = Callable[[int, Role, Path], Process]
+"""Starts the worker of this number in this role, which prints into this log."""
+
+
+class PoolEngine(Engine):
+    """Keeps a worker process for each share; one that dies is replaced, and its replacement takes its share."""
+
+    @abstractmethod
+    def connect(self, work: Work) -> AbstractContextManager[Start]:
+        """Yield the function that starts a worker.
+
+        Raises:
+            UserError: The engine cannot be reached.
+        """
+
+    def submit(self, work: Work) -> None:
+        """Leave it to `wait` to start the workers, since they end with it."""
+
+    def wait(self, work: Work, submitted: None) -> None:  # noqa: ARG002
         """Run the workers until their shares are done."""
-
-        def watch() -> None:
-            try:
-                submitted.start()
-                watch_markers(work, submitted.replace_dead)
-            finally:
-                submitted.end()
-
-        end_well(work.pieces, watch)
-
-    def cancel(self, job: JobFolder) -> list[str]:  # noqa: ARG002
-        """Return an empty list: workers end with their driver, a process of this host."""
-        return []
-
-    def status(self, job: JobFolder) -> bool:  # noqa: ARG002
-        """Return False: processes of this host are seen without the engine."""
-        return False
+        with ending_well(work.pieces), self.connect(work) as start, closing(_Pool(work, start)) as pool:
+            watch_markers(work, pool.replace_dead)
 
 
 @final
-class _ProcessPool:
+class _Pool:
     """The worker processes of one driver, by the number of their share."""
 
-    def __init__(self, work: Work) -> None:
-        self.count = min(work.settings.workers, len(work.missing))
-        self._work = work
-        self._running: dict[int, tuple[subprocess.Popen[bytes], Path]] = {}
-        self._shares = ""
+    def __init__(self, work: Work, start: Start) -> None:
+        self._work, self._start_worker = work, start
+        self._count = min(work.settings.workers, len(work.missing))
+        self._shares = work.write_shares(work.job.path / "shares" / f"{work.settings.engine}-{os.getpid()}.json")
+        self._running: dict[int, tuple[Process, Path]] = {}
         self._started = self._early_deaths = 0
-
-    def start(self) -> None:
-        """Start a worker for each share."""
-        self._shares = self._work.write_shares(self._work.job.path / "shares" / f"local-{os.getpid()}.json")
-        for number in range(self.count):
-            self._start(number)
+        self._last_end = time.monotonic()
+        announce(f"{work.pieces.name}: {self._count} workers; their logs are in {work.job.logs}.")
 
     def replace_dead(self) -> bool:
-        """Start again the workers that died, and return whether any is left.
+        """Start every worker, again if it died; return False when all have ended.
 
         Raises:
             PieceFailed: Workers die before they begin a piece, again and again.
             DiskSpaceError: They do because the disk is full.
         """
+        for number in range(self._count if not self._started else 0):
+            self._start(number)
         for number, (process, log) in list(self._running.items()):
-            if process.poll() is None:
+            status = process.poll()
+            if status is None:
                 continue
+            process.kill()
             del self._running[number]
-            if process.returncode == 0:
+            self._last_end = time.monotonic()
+            if status == 0:
                 continue
-            if not self._record_crash(process, log):
-                self._count_early_death(process, log)
-            if not all(map(self._work.is_over, self._work.missing[number :: self.count])):
+            if not self._record_crash(status, log):
+                self._count_early_death(status, log)
+            if not all(map(self._work.is_over, self._work.missing[number :: self._count])):
                 self._start(number)
-        return bool(self._running)
+        return bool(self._running) or time.monotonic() - self._last_end < _DISK_SECONDS
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End all workers, the slow ones by force."""
         for process, _ in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            process.terminate()
         deadline = time.monotonic() + _END_SECONDS
         for process, _ in self._running.values():
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        if self._shares:
-            Path(self._shares).unlink(missing_ok=True)
-
-    def _record_crash(self, dead: "subprocess.Popen[bytes]", log: Path) -> bool:
-        """Count a death against the piece that the worker had begun, for that may be what killed it."""
-        journal = self._work.job.read_journal(dead.pid)
-        piece = journal.at_work
-        if piece is None:
-            # A worker that ended with an error has noted it; the disk may have been too full for that.
-            return bool(journal.entries) or (dead.returncode > 0 and bool(self._work.job.failures()))
-        if not self._work.pieces.is_done(piece):
-            self._work.job.record_failure(piece, f"its worker died ({_cause(dead.returncode)})", log=str(log))
-        return True
-
-    def _count_early_death(self, dead: "subprocess.Popen[bytes]", log: Path) -> None:
-        # On a full disk a worker can neither note why it ended nor say it in its log.
-        self._work.job.require_space()
-        self._early_deaths += 1
-        if self._early_deaths > self._work.settings.retries + self._work.settings.workers:
-            lines = "\n".join(f"    {line}" for line in tail(str(log)))
-            raise PieceFailed(
-                f"{self._work.pieces.name}: workers end before they finish a piece ({_cause(dead.returncode)}). "
-                f"The log is {log}:\n{lines}"
-            )
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
+        Path(self._shares).unlink(missing_ok=True)
 
     def _start(self, number: int) -> None:
         log = self._work.job.logs / f"worker-{os.getpid()}-{self._started}.log"
         self._started += 1
         home = str(self._work.job.path.resolve())
-        role = Role("worker", home, number, self.count, parent=os.getpid(), shares=self._shares)
-        environment = worker_environment(self._work.settings, log) | _device(number) | role.as_environment()
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                self._work.command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | environment,
+        role = Role("worker", home, number, self._count, parent=os.getpid(), shares=self._shares)
+        self._running[number] = self._start_worker(number, role, log), log
+
+    def _record_crash(self, status: int | str, log: Path) -> bool:
+        """Count a death against the piece that the worker had begun, for that may be what killed it."""
+        job, journal = self._work.job, self._work.job.read_journal(log.stem)
+        piece = journal.at_work
+        if piece is None:
+            # A worker that ended with an error has noted it; the disk may have been too full for that.
+            is_error = isinstance(status, int) and status > 0
+            return bool(journal.entries) or (is_error and bool(job.failures()))
+        if not self._work.pieces.is_done(piece):
+            job.record_failure(piece, f"its worker died ({_cause(status)})", log=str(log))
+        return True
+
+    def _count_early_death(self, status: int | str, log: Path) -> None:
+        # On a full disk a worker can neither note why it ended nor say it in its log.
+        self._work.job.write_job()
+        self._early_deaths += 1
+        if self._early_deaths > self._work.settings.retries + self._work.settings.workers:
+            lines = "\n".join(f"    {line}" for line in tail(str(log)))
+            raise PieceFailed(
+                f"{self._work.pieces.name}: workers end before they finish a piece ({_cause(status)}). "
+                f"The log is {log}:\n{lines}"
             )
-        self._running[number] = process, log
+
+
+def _cause(status: int | str) -> str:
+    if isinstance(status, str):
+        return status
+    if status >= 0:
+        return f"exit status {status}"
+    hint = ": often too little memory" if -status == signal.SIGKILL else ""
+    return f"{signal.Signals(-status).name}{hint}"
+
+
+@final
+class LocalEngine(PoolEngine):
+    """Worker processes on this host. One that dies is replaced, and its replacement takes its share and its GPU."""
+
+    @contextmanager
+    def connect(self, work: Work) -> Iterator[Start]:
+        """Yield the function that starts a process."""
+
+        def start(number: int, role: Role, log: Path) -> "subprocess.Popen[bytes]":
+            environment = worker_environment(work.settings, log) | _device(number) | role.as_environment()
+            return start_worker(work.command, environment, log)
+
+        yield start
 
 
 def _device(number: int) -> dict[str, str]:
@@ -149,13 +178,6 @@ def _device(number: int) -> dict[str, str]:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     return {"CUDA_VISIBLE_DEVICES": visible[number % len(visible)]}
-
-
-def _cause(code: int) -> str:
-    if code >= 0:
-        return f"exit status {code}"
-    hint = ": often too little memory" if -code == signal.SIGKILL else ""
-    return f"{signal.Signals(-code).name}{hint}"
 
 
 LOCAL = LocalEngine()

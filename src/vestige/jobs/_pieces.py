@@ -131,8 +131,7 @@ class PieceFiles:
         Raises:
             CorruptFile: it is not.
         """
-        marker = self._marker(piece)
-        if marker is None or not self.is_done(piece) or sha256_of(self.path(piece)) != marker.sha256:
+        if not self.is_done(piece) or not self._is_whole(piece):
             raise CorruptFile(f"{self.path(piece)} is missing or damaged. Run the same command again: it is redone.")
 
     def forget_damaged(self, pieces: Sequence[int]) -> list[int]:
@@ -140,18 +139,16 @@ class PieceFiles:
 
         Reads every byte. Call it once before the work, so that a reduce finds nothing damaged after it.
         """
-        return broadcast_from_rank0(lambda: self._forget_damaged(pieces))
 
-    def _forget_damaged(self, pieces: Sequence[int]) -> list[int]:
-        damaged = []
-        for piece in pieces:
-            marker = self._marker(piece)
-            if marker is not None and self.is_done(piece) and sha256_of(self.path(piece)) != marker.sha256:
+        def forget() -> list[int]:
+            damaged = [piece for piece in pieces if self.is_done(piece) and not self._is_whole(piece)]
+            for piece in damaged:
                 remove_durably(self._marker_path(piece))
-                damaged.append(piece)
-        if self.folder.is_dir():
-            remove_strays(self.folder)
-        return damaged
+            if self.folder.is_dir():
+                remove_strays(self.folder)
+            return damaged
+
+        return broadcast_from_rank0(forget)
 
     def fingerprint(self, pieces: Sequence[int]) -> str:
         """Return the sha256 over the contents of these pieces, from their markers."""
@@ -165,6 +162,10 @@ class PieceFiles:
     def path(self, piece: int) -> Path:
         """Return the path of a piece's tensors."""
         return self.folder / f"{piece:05d}.safetensors"
+
+    def _is_whole(self, piece: int) -> bool:
+        marker = self._marker(piece)
+        return marker is not None and sha256_of(self.path(piece)) == marker.sha256
 
     def _marker_path(self, piece: int) -> Path:
         return self.folder / f"{piece:05d}.json"

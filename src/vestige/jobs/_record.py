@@ -18,9 +18,9 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, TypeAdapter,
 
 from vestige import errors
 from vestige.errors import CorruptFile, PieceFailed, UserError
-from vestige.jobs._worker import Worker, this_worker
+from vestige.jobs._worker import WorkerId, this_worker
 from vestige.parsing import first_problem
-from vestige.storage import make_folder, this_host, write_durably
+from vestige.storage import make_folder, write_durably
 
 JOB_FILES = (
     *(f"launch/*/{name}" for name in ("job.json", "room.*", "reduce.lock", "failures/*.json", "journal/*.jsonl")),
@@ -29,8 +29,6 @@ JOB_FILES = (
     *(f"launch/*/claims/{name}" for name in ("*.json", ".*.evicted.*")),
 )
 """What jobs leave in the folder that they work on, as for `require_no_others`."""
-_NOTE_BYTES = 16 * 1024
-"""Bytes that the note of a failure always fits into."""
 
 
 class Failure(NamedTuple):
@@ -67,7 +65,7 @@ class Entry(NamedTuple):
 class Journal(NamedTuple):
     """What one process noted about its work."""
 
-    worker: Worker | None
+    worker: WorkerId | None
     """The process; None if the file does not say, as those of earlier versions."""
     entries: list[Entry]
     at_work: int | None
@@ -76,7 +74,7 @@ class Journal(NamedTuple):
     """When it last noted something, in seconds since 1970."""
 
 
-class _Job(BaseModel):
+class Record(BaseModel):
     """What `job.json` must hold; checked because it may lie in a folder that another user made."""
 
     name: str
@@ -86,7 +84,7 @@ class _Job(BaseModel):
     begun: FiniteFloat
     done_before: NonNegativeInt
     weight_before: FiniteFloat
-    driver: Worker | None = None
+    driver: WorkerId | None = None
     ended: FiniteFloat | None = None
     cancelled: FiniteFloat | None = None
     attempt: NonNegativeInt = 0
@@ -97,7 +95,7 @@ class _Begun(BaseModel):
     """The line of a journal before a piece, and after one that failed."""
 
     begun: NonNegativeInt | None
-    worker: Worker
+    worker: WorkerId
 
 
 _ENTRY, _FAILURE = TypeAdapter(Entry), TypeAdapter(Failure)
@@ -128,19 +126,8 @@ class JobFolder:
         for path in (self.path, self.logs, self._failures, self._journal):
             make_folder(path)
 
-    def require_space(self) -> None:
-        """Raise unless a small file can be written.
-
-        Raises:
-            DiskSpaceError: The disk is full.
-            UserError: It cannot be written to.
-        """
-        path = self.path / f"room.{this_worker().token}"
-        write_durably(path, [bytes(_NOTE_BYTES)])
-        path.unlink(missing_ok=True)
-
     def write_job(self, **fields: Any) -> None:
-        """Write these fields into `job.json`, which keeps the others that it had."""
+        """Write these fields into `job.json`, which keeps the others that it had; raise if the disk is full."""
         content = self.read_job() | fields
         write_durably(self.path / "job.json", [(json.dumps(content, indent=1) + "\n").encode()])
 
@@ -153,7 +140,7 @@ class JobFolder:
         path = self.path / "job.json"
         try:
             content = json.loads(path.read_bytes())
-            _Job.model_validate(content)
+            Record.model_validate(content)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
@@ -162,6 +149,11 @@ class JobFolder:
                 f"{path} is not the record of a job ({reason}). Delete it, if the folder is yours."
             ) from None
         return content
+
+    def record(self) -> Record | None:
+        """Return what `job.json` says, None if there is none; raise as `read_job` does."""
+        content = self.read_job()
+        return Record.model_validate(content) if content else None
 
     def note(self, piece: int, weight: float, seconds: float) -> None:
         """Note in this process's journal that a piece is done."""
@@ -178,9 +170,10 @@ class JobFolder:
         with contextlib.suppress(OSError), (self._journal / f"{me.host}.{me.pid}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def read_journal(self, pid: int) -> Journal:
-        """Return the journal of a process of this host; an empty one if it noted nothing."""
-        return _read_journal(self._journal / f"{this_host()}.{pid}.jsonl")
+    def read_journal(self, job: str) -> Journal:
+        """Return the latest journal of a worker, by `WorkerId.job`; an empty one if it noted nothing."""
+        found = [each for each in self.journals() if each.worker is not None and each.worker.job == job]
+        return max(found, key=lambda each: each.written, default=Journal(None, [], None, 0.0))
 
     def journals(self) -> list[Journal]:
         """Return the journal of every process that has worked on the job."""
@@ -212,43 +205,31 @@ class JobFolder:
 
     def failure(self, piece: int) -> Failure | None:
         """Return how the piece failed so far, None if it did not."""
-        try:
-            return _FAILURE.validate_json(self._failure_path(piece).read_bytes())
-        except (OSError, ValueError):
-            return None
+        return _read_failure(self._failure_path(piece))
 
     def failures(self) -> list[Failure]:
         """Return every piece that failed and has not succeeded since."""
-        numbers = sorted(int(path.stem) for path in self._failures.glob("*.json") if is_number(path.stem))
-        return [failure for number in numbers if (failure := self.failure(number)) is not None]
+        found = map(_read_failure, sorted(self._failures.glob("*.json")))
+        return [failure for failure in found if failure is not None]
 
-    def forget_failure(self, piece: int) -> None:
-        """Forget that the piece failed: it succeeded after all, or is to be tried again."""
-        self._failure_path(piece).unlink(missing_ok=True)
-
-    def forget_failures(self) -> None:
-        """Forget all failures, so that everything may be tried again."""
-        for path in self._failures.glob("*.json"):
+    def forget_failures(self, piece: int | None = None) -> None:
+        """Forget that a piece failed, which succeeded after all; None: forget all failures, to try everything again."""
+        for path in self._failures.glob("*.json") if piece is None else [self._failure_path(piece)]:
             path.unlink(missing_ok=True)
-
-    def is_given_up(self, piece: int, retries: int) -> bool:
-        """Return whether the piece is not to be tried again in this run."""
-        failure = self.failure(piece)
-        return failure is not None and (failure.fatal or failure.attempts > retries)
 
     def _failure_path(self, piece: int) -> Path:
         return self._failures / f"{piece:05d}.json"
 
 
-def is_number(name: str) -> bool:
-    """Return whether a file's name, which any user may have given it, is the number of a piece."""
-    return re.fullmatch("[0-9]{1,12}", name) is not None
+def _read_failure(path: Path) -> Failure | None:
+    try:
+        return _FAILURE.validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _read_journal(path: Path) -> Journal:
     worker, at_work, entries = None, None, list[Entry]()
-    if not path.exists():
-        return Journal(None, [], None, 0.0)
     for line in path.read_text(errors="replace").splitlines():
         # The last line of a worker that was killed may be torn, and any user may have written the file.
         with contextlib.suppress(ValueError, RecursionError):

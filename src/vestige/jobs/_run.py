@@ -13,13 +13,12 @@ from typing import Any, NoReturn
 from vestige.distributed import broadcast_from_rank0, in_process_group, is_rank0, lost_process
 from vestige.errors import PieceFailed, VestigeError, WorkElsewhere
 from vestige.jobs._command import require_command
-from vestige.jobs._engine import ENGINES, Work, Worker, end_well, raise_failures
+from vestige.jobs._engine import ENGINES, Work, Worker, ending_well, raise_failures, watch_markers
 from vestige.jobs._pieces import Compute, Pieces, Result
 from vestige.jobs._record import JobFolder, ranges
-from vestige.jobs._role import POLL_SECONDS, Role, this_role
-from vestige.jobs._steps import Stopped, check_stop, phase, stop_signal, stopping_at_steps
-from vestige.jobs._worker import WORKER, is_alive, this_worker
-from vestige.progress import announce, progress
+from vestige.jobs._steps import Stopped, phase, stop_signal, stopping_at_steps
+from vestige.jobs._worker import Role, is_alive, this_role, this_worker
+from vestige.progress import announce
 from vestige.settings import LaunchSettings
 from vestige.storage import remove_strays
 
@@ -45,7 +44,7 @@ def run_pieces(pieces: Pieces[Result], settings: LaunchSettings, command: Sequen
     role, job = this_role(), JobFolder.of(pieces.folder, pieces.name)
     if in_process_group():
         return _run_in_process_group(pieces, lambda announcing: _drive(announcing, settings, job, role, command))
-    if role.kind in ("worker", "reduce") and role.is_for(job.path):
+    if role.kind in ("worker", "reduce") and Path(role.job) == job.path.resolve():
         work = Work(pieces, settings, job, pieces.missing(), command or ())
         if role.kind == "worker":
             _serve(work, role)
@@ -96,20 +95,17 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
     Returns:
         The work, from its end where another command is doing the same: the two meet in the middle.
     """
-    pieces, settings, job = work.pieces, work.settings, work.job
+    pieces, job = work.pieces, work.job
     job.make()
     job.forget_failures()
     total = sum(pieces.weights)
     with _one_at_a_time(job):
-        before = job.read_job()
+        before = job.record()
         job.write_job(
             name=pieces.name,
             unit=pieces.unit,
             pieces=pieces.count,
             weight=total,
-            engine=settings.engine,
-            workers=settings.workers,
-            retries=settings.retries,
             begun=time.time(),
             done_before=pieces.count - len(missing),
             weight_before=total - sum(pieces.weights[piece] for piece in missing),
@@ -119,25 +115,16 @@ def _begin(work: Work, missing: Sequence[int]) -> Work:
         )
     if len(missing) < pieces.count:
         announce(f"{pieces.name}: {pieces.count - len(missing)} of {pieces.count} pieces are already done.")
-    driver = WORKER.validate_python(before["driver"]) if before.get("driver") and not before.get("ended") else None
+    driver = None if before is None or before.ended else before.driver
     is_shared = driver is not None and driver != this_worker() and is_alive(driver) is not False
     return replace(work, missing=work.missing[::-1]) if is_shared else work
 
 
 def _work_here(work: Work) -> None:
     """Compute the missing pieces in this process; raise what failed."""
-    workers = list[Worker]()
-
-    def compute() -> None:
-        with (
-            progress(work.units(), work.pieces.name, work.pieces.unit) as bar,
-            Worker(work, bar.advance) as worker,
-        ):
-            workers.append(worker)
-            worker.work(work.missing)
-
-    end_well(work.pieces, compute)
-    raise_failures(work, workers[0].last_error, workers[0].failed)
+    with ending_well(work.pieces), work.bar() as bar, Worker(work, bar.advance) as worker:
+        worker.compute(work.missing)
+    raise_failures(work, worker.last_error, worker.failed)
 
 
 def _work_as_rank(work: Work, role: Role) -> None:
@@ -146,16 +133,11 @@ def _work_as_rank(work: Work, role: Role) -> None:
     # Of all pieces: one rank may find fewer of them missing than another.
     share = range(part, work.pieces.count, parts)[role.number :: role.of]
     _work_here(replace(work, missing=[piece for piece in work.missing if piece in share]))
-
-    def wait() -> None:
+    with ending_well(work.pieces):
         if left := [piece for piece in work.missing if not work.is_over(piece)]:
             announce(f"{work.pieces.name}: waiting for the other ranks, which have {len(left)} pieces to do.")
-        # The first rank removes the folder of a run with its pieces, maybe before this one has noticed the last.
-        while work.job.path.exists() and not all(map(work.is_over, work.missing)):
-            check_stop()
-            time.sleep(POLL_SECONDS)
-
-    end_well(work.pieces, wait)
+            # The first rank removes the folder of a run with its pieces, maybe before this one has noticed the last.
+            watch_markers(replace(work, missing=left), work.job.path.exists)
     raise_failures(work)
 
 
@@ -165,11 +147,11 @@ def _serve(work: Work, role: Role) -> NoReturn:
     try:
         with stopping_at_steps(role.parent), worker:
             listed = json.loads(Path(role.shares).read_bytes()) if role.shares else range(work.pieces.count)
-            worker.work(listed[role.number :: role.of])
+            worker.compute(listed[role.number :: role.of])
     except Stopped:
         ENGINES.find(work.settings.engine).restart(work.job, worker)
         number = stop_signal() or 0
-        print(f"stopped by signal {number} after {len(worker.computed)} pieces", flush=True)
+        print(f"stopped by signal {number} after {worker.computed} pieces", flush=True)
         raise SystemExit(128 + number) from None
     raise SystemExit(0)
 

@@ -7,29 +7,33 @@ the process that submitted it is gone.
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, final
+from typing import final
 
 from vestige.errors import PieceFailed, SpecError, UserError, WorkElsewhere
 from vestige.jobs._command import require_command, worker_environment
 from vestige.jobs._engine import Engine, Work, Worker, raise_failures, watch_markers
 from vestige.jobs._record import JobFolder, ranges
-from vestige.jobs._role import Role
 from vestige.jobs._steps import is_kept, stop_signal
+from vestige.jobs._worker import Role
 from vestige.progress import announce
 from vestige.storage import make_folder, write_durably
 
-ATTEMPTS = 5
+_ATTEMPTS = 5
 """How often what is missing is submitted by itself. After that a person has to act."""
-_POLL_SECONDS = 1.0
 _QUEUE_VARIABLE, _QUEUE_SECONDS = "VESTIGE_QUEUE_SECONDS", "10"
 """Between two requests to the scheduler, which many users share."""
+_TIMEOUT_SECONDS = 30.0
+_LEAD_SECONDS = (10, 120)
+"""Shortest and longest warning before the time limit; a fifth of the limit between them."""
+_OVER = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "BOOT_FAIL", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+class SchedulerSilent(UserError):
+    """The scheduler did not answer, or not in time."""
 
 
 @final
@@ -38,36 +42,30 @@ class SlurmEngine(Engine):
 
     def submit(self, work: Work) -> None:
         """Submit an array and the job after it, unless those of an earlier command are still there."""
-        alive = waiting_or_running(_jobs(work.job))
-        if alive:
-            announce(f"{work.pieces.name}: jobs of an earlier command are still there ({', '.join(alive)[:60]}).")
+        if active := _active(work.job):
+            announce(f"{work.pieces.name}: jobs of an earlier command are still there ({', '.join(active)[:60]}).")
         else:
             _submit(work, attempt=1)
 
     def wait(self, work: Work, submitted: None) -> None:  # noqa: ARG002
-        """Wait for the jobs, and submit again what they left undone."""
-        pieces, job = work.pieces, work.job
+        """Wait until every piece is done or given up; the job after the array submits what is missing."""
+        name, job, folder = work.pieces.name, work.job, work.pieces.folder
         if not work.settings.wait:
             raise WorkElsewhere(
-                f"{pieces.name}: submitted as {', '.join(_jobs(job))}. See how far it is with `vestige status "
-                f"{pieces.folder}`, end it with `vestige cancel {pieces.folder}`; logs are in {job.logs}."
+                f"{name}: submitted as {', '.join(_jobs(job))}. See how far it is with `vestige status {folder}`, end "
+                f"it with `vestige cancel {folder}`; logs are in {job.logs}."
             )
-        checked, pause = time.monotonic(), _queue_seconds()
 
-        def require_workers() -> bool:
-            nonlocal checked
-            if time.monotonic() - checked > pause:
-                checked = time.monotonic()
-                _require_workers(replace(work, missing=[piece for piece in work.missing if not work.is_over(piece)]))
+        def require_jobs() -> bool:
+            _require_jobs(work)
             return True
 
         try:
-            watch_markers(work, require_workers, _POLL_SECONDS)
-            _cancel_batch_jobs(_jobs(job))
+            watch_markers(work, require_jobs, _queue_seconds())
+            self.cancel(job)
         except KeyboardInterrupt:
             announce(
-                f"{pieces.name}: the jobs go on. The same command waits for them again; "
-                f"`vestige cancel {pieces.folder}` ends them."
+                f"{name}: the jobs go on. The same command waits for them again; `vestige cancel {folder}` ends them."
             )
             raise
 
@@ -90,7 +88,7 @@ class SlurmEngine(Engine):
         """Submit the next attempt, from within the job that comes after the array; else leave the end to the driver."""
         _count_deaths(work, role.attempt)
         worth_trying = [piece for piece in work.missing if not work.is_over(piece)]
-        if worth_trying and role.attempt < ATTEMPTS and not work.job.read_job().get("cancelled"):
+        if worth_trying and role.attempt < _ATTEMPTS and not work.job.read_job().get("cancelled"):
             print(f"{len(worth_trying)} pieces are missing: {ranges(worth_trying)}", flush=True)
             settings = work.settings.model_copy(update={"wait": role.waited_for})
             command = require_command(work.command or None)
@@ -101,56 +99,63 @@ class SlurmEngine(Engine):
         raise_failures(work)
 
     def cancel(self, job: JobFolder) -> list[str]:
-        """Cancel the batch jobs."""
+        """Cancel the batch jobs; those that are over are no error."""
         record = job.read_job()
         if not (jobs := record.get("jobs")):
             return []
-        _cancel_batch_jobs(jobs)
+        _call("scancel", "--", *jobs, refused=False)
         return [f"{record['name']}: SLURM jobs {' '.join(jobs)} are cancelled."]
 
     def status(self, job: JobFolder) -> bool:
         """Return whether a batch job waits or runs."""
-        return bool(waiting_or_running(_jobs(job)))
+        return bool(_active(job))
 
 
 SLURM = SlurmEngine()
 
 
-def _submit(work: Work, *, attempt: int) -> None:
-    """Queue an array of workers and the job after it, and note them in the job's record."""
-    job, wanted = work.job, len(work.missing)
-    tasks, home = min(work.settings.workers, wanted), str(job.path.resolve())
-    # Those that failed come last: what ends a worker shall not keep the others from being done.
-    ordered = sorted(work.missing, key=lambda piece: (job.failure(piece) is not None, piece))
-    shares = replace(work, missing=ordered).write_shares(_shares_path(job, attempt))
-    make_folder(job.path / "slurm")
-    arrays = _submit_arrays(work, Role("worker", home, of=tasks, in_array=True, shares=shares, attempt=attempt), tasks)
-    job.write_job(jobs=[*_jobs(job), *arrays], attempt=attempt)
-    after = Role("reduce", home, attempt=attempt, waited_for=work.settings.wait)
-    job.write_job(jobs=[*_jobs(job), _submit_reduce(work, after, arrays)])
-    announce(f"{work.pieces.name}: {wanted} pieces submitted to {tasks} workers as SLURM job {', '.join(arrays)}.")
+def _jobs(job: JobFolder) -> list[str]:
+    return list(job.read_job().get("jobs", []))
 
 
-def _require_workers(work: Work) -> None:
-    """Make sure that jobs work on the missing pieces, or wait to: submit them again where none does."""
-    jobs = _jobs(work.job)
+def _active(job: JobFolder) -> list[str]:
+    """Return the batch jobs, tasks of arrays one by one, that wait or run.
+
+    Raises:
+        SchedulerSilent: The scheduler did not answer: nothing is known.
+    """
+    jobs = set(_jobs(job))
+    if not jobs:
+        return []
+    # All of this user: the scheduler refuses a question about a job that ended some minutes ago.
+    listed = [line.split() for line in _call("squeue", "--me", "--noheader", "--array", "--format=%i %T").splitlines()]
+    return [line[0] for line in listed if len(line) == 2 and line[0].split("_")[0] in jobs and line[1] not in _OVER]
+
+
+def _require_jobs(work: Work) -> None:
+    """Raise unless a batch job works on the missing pieces, or waits to, or the scheduler does not answer.
+
+    Raises:
+        PieceFailed: The job after the array has given up, or was ended itself.
+    """
+    job, jobs = work.job, _jobs(work.job)
     try:
-        if waiting_or_running(jobs) or _jobs(work.job) != jobs:
+        if _active(job) or _jobs(job) != jobs:
             return
     except SchedulerSilent as error:
         announce(f"{work.pieces.name}: {error}")
         return
-    # Between the question about the markers and the one about the jobs, the last of them may have been done.
-    if all(map(work.pieces.is_done, work.missing)):
+    # Before the question about the jobs, the last of the pieces may not have been done.
+    missing = [piece for piece in work.missing if not work.is_over(piece)]
+    if not missing:
         return
-    record = work.job.read_job()
-    attempt, cancelled = record.get("attempt", 1), record.get("cancelled")
-    if cancelled or attempt >= ATTEMPTS:
-        _give_up(work, "was cancelled" if cancelled else f"was submitted {attempt} times")
-    _count_deaths(work, attempt)
-    left = [piece for piece in work.missing if not work.is_over(piece)]
-    if left:
-        _submit(replace(work, missing=left), attempt=attempt + 1)
+    record = job.read_job()
+    what = "was cancelled" if record.get("cancelled") else f"was submitted {record.get('attempt', 1)} times"
+    raise PieceFailed(
+        f"{work.pieces.name} {what}, and {len(missing)} of {work.pieces.count} pieces are missing "
+        f"({ranges(missing)}). Logs are in {job.logs}.{_why_ended(jobs)}\n"
+        "Run the same command again: it computes only these."
+    )
 
 
 def _count_deaths(work: Work, attempt: int) -> None:
@@ -166,15 +171,6 @@ def _shares_path(job: JobFolder, attempt: int) -> Path:
     return job.path / "shares" / f"slurm-{attempt}.json"
 
 
-def _give_up(work: Work, what: str) -> NoReturn:
-    reasons = "".join(f"\n  {line}" for line in why_ended(_jobs(work.job))[-5:])
-    raise PieceFailed(
-        f"{work.pieces.name} {what}, and {len(work.missing)} of {work.pieces.count} pieces are missing "
-        f"({ranges(work.missing)}). Logs are in {work.job.logs}.{reasons}\n"
-        "Run the same command again: it computes only these."
-    )
-
-
 def _queue_seconds() -> float:
     given = os.environ.get(_QUEUE_VARIABLE, _QUEUE_SECONDS)
     if re.fullmatch(r"\d+(\.\d+)?", given) is None:
@@ -182,41 +178,41 @@ def _queue_seconds() -> float:
     return float(given)
 
 
-def _jobs(job: JobFolder) -> list[str]:
-    return list(job.read_job().get("jobs", []))
-
-
-_LEAD_SECONDS = (10, 120)
-"""Shortest and longest warning before the time limit; a fifth of the limit between them."""
-
-
-def _submit_arrays(work: Work, role: Role, tasks: int) -> list[str]:
-    """Submit arrays whose tasks run the command as workers, several where one may not be so large; return their ids."""
-    largest = largest_array()
-    ids = []
+def _submit(work: Work, *, attempt: int) -> None:
+    """Queue an array of workers, several where one may not be so large, and the job after them; note their ids."""
+    job, tasks, home = work.job, min(work.settings.workers, len(work.missing)), str(work.job.path.resolve())
+    # Those that failed come last: what ends a worker shall not keep the others from being done.
+    ordered = sorted(work.missing, key=lambda piece: (job.failure(piece) is not None, piece))
+    shares = replace(work, missing=ordered).write_shares(_shares_path(job, attempt))
+    worker = Role("worker", home, of=tasks, in_array=True, shares=shares, attempt=attempt)
+    largest, arrays = _largest_array(), list[str]()
     for first in range(0, tasks, largest):
         last = min(first + largest, tasks) - first - 1
-        script = _script(work, role._replace(number=first), "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}")
-        log = f"--output={work.job.logs}/%A_%a.log"
-        ids.append(submit_script([*_options(work), log, f"--array=0-{last}"], str(script)))
-    return ids
+        arrays.append(_submit_script(work, worker._replace(number=first), f"--array=0-{last}"))
+    job.write_job(jobs=[*_jobs(job), *arrays], attempt=attempt)
+    # It has to run in whatever state the arrays ended.
+    after = Role("reduce", home, attempt=attempt, waited_for=work.settings.wait)
+    job.write_job(jobs=[*_jobs(job), _submit_script(work, after, "--dependency=afterany:" + ":".join(arrays))])
+    announce(
+        f"{work.pieces.name}: {len(work.missing)} pieces submitted to {tasks} workers as SLURM job {', '.join(arrays)}."
+    )
 
 
-def _submit_reduce(work: Work, role: Role, after: Sequence[str]) -> str:
-    """Submit the job that continues from what the arrays left, in whatever state they ended; return its id."""
-    script = _script(work, role, "${SLURM_JOB_ID}")
-    dependency = "--dependency=afterany:" + ":".join(after)
-    return submit_script([*_options(work), f"--output={work.job.logs}/%j-reduce.log", dependency], str(script))
+def _submit_script(work: Work, role: Role, option: str) -> str:
+    """Submit a batch job that runs the command in this role, and return its id.
 
-
-def _options(work: Work) -> list[str]:
-    settings = work.settings
+    Raises:
+        UserError: SLURM refused it; the message is its own.
+    """
+    settings, job = work.settings, work.job
+    # As SLURM names a job, to sbatch and in the script.
+    job_id = ("%A_%a", "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}") if role.in_array else ("%j", "$SLURM_JOB_ID")
     given = {name: getattr(settings, name) for name in ("partition", "account", "gres", "time", "mem")}
-    limit = seconds_of(settings.time) if settings.time else None
+    limit = _seconds_of(settings.time) if settings.time else None
     shortest, longest = _LEAD_SECONDS
     lead = longest if limit is None else min(max(limit // 5, shortest), longest)
-    return [
-        f"--job-name=vestige-{work.job.path.name}",
+    options = [
+        f"--job-name=vestige-{job.path.name}",
         f"--cpus-per-task={settings.threads}",
         f"--chdir={Path.cwd()}",
         # The signal goes to the script alone, which has become the worker.
@@ -224,108 +220,55 @@ def _options(work: Work) -> list[str]:
         "--requeue",
         "--open-mode=append",
         *(f"--{name}={value}" for name, value in given.items() if value is not None),
+        f"--output={job.logs}/{job_id[0]}.log",
+        option,
     ]
+    return _call("sbatch", "--parsable", *options, str(_write_script(work, role, job_id[1]))).strip().split(";")[0]
 
 
-def _script(work: Work, role: Role, log: str) -> Path:
+def _write_script(work: Work, role: Role, log: str) -> Path:
     """Write the script and return its path.
 
     `exec` lets signals arrive at the worker: a shell would wait for its child to end first.
     """
-    settings, job, command = work.settings, work.job, work.command
+    settings, job, command = work.settings, work.job, list(work.command)
     environment = worker_environment(settings, job.logs) | role.as_environment()
     lines = ["#!/bin/bash", "set -e"]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items() if name != "VESTIGE_LOG"]
-    lines.append(f'export VESTIGE_LOG={shlex.quote(str(job.logs))}/"{log}.log"')
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    lines.append(f'VESTIGE_LOG+="/{log}.log"')
     if settings.setup:
         lines.append(settings.setup)
-    words = [*_container(work), "python", *command[1:]] if settings.container else command
-    lines.append("exec " + shlex.join(words))
+    if settings.container:
+        # An Apptainer image, with this folder in it, and the GPUs if any.
+        folder, cards = str(Path.cwd()), ["--nv"] if settings.gres is not None else []
+        inside = ["apptainer", "exec", *cards, "--bind", folder, "--pwd", folder, settings.container]
+        command = [*inside, "python", *command[1:]]
+    lines.append("exec " + shlex.join(command))
     path = job.path / "slurm" / f"{role.kind}-{role.attempt}{f'-{role.number}' if role.number else ''}.sh"
+    make_folder(path.parent)
     write_durably(path, [("\n".join(lines) + "\n").encode()])
     return path.resolve()
 
 
-def _container(work: Work) -> list[str]:
-    """Return the words before the command: an Apptainer image with this folder in it, and the GPUs if any."""
-    folder = os.getcwd()
-    cards = ["--nv"] if work.settings.gres is not None else []
-    return ["apptainer", "exec", *cards, "--bind", folder, "--pwd", folder, str(work.settings.container)]
-
-
-TIMEOUT_SECONDS = 30.0
-_DEFAULT_ARRAY_SIZE = 1001
-_OVER = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "BOOT_FAIL", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY")
-
-
-class SchedulerSilent(UserError):
-    """The scheduler did not answer, or not in time."""
-
-
-def submit_script(options: Sequence[str], script: str) -> str:
-    """Submit a new batch job and return its id.
-
-    Raises:
-        UserError: SLURM refused it; the message is its own.
-    """
-    return _call("sbatch", "--parsable", *options, script).strip().split(";")[0]
-
-
-def waiting_or_running(jobs: Sequence[str]) -> dict[str, str]:
-    """Return the state of each task of these jobs that is not over, by its id.
-
-    Raises:
-        SchedulerSilent: The scheduler did not answer: nothing is known.
-    """
-    if not jobs:
-        return {}
-    try:
-        listed = _call("squeue", "--noheader", "--array", "--format=%i %T", "--jobs=" + ",".join(jobs))
-    except SchedulerSilent:
-        raise
-    except UserError as error:
-        # Jobs that ended some minutes ago are forgotten.
-        if "Invalid job id" in str(error):
-            return {} if len(jobs) == 1 else _each(jobs)
-        raise
-    states = dict(line.split(maxsplit=1) for line in listed.splitlines() if " " in line.strip())
-    return {job: state for job, state in states.items() if state not in _OVER}
-
-
-def _each(jobs: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for job in jobs:
-        found |= waiting_or_running([job])
-    return found
-
-
-def _cancel_batch_jobs(jobs: Sequence[str]) -> None:
-    """Cancel the jobs; those that are over are no error."""
-    if jobs:
-        _call("scancel", "--", *jobs, refused=False)
-
-
-def largest_array() -> int:
+def _largest_array() -> int:
     """Return the number of tasks that an array may have here."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config"), re.MULTILINE)
     # The setting is one more than the largest number of a task.
-    return max(int(found[1]) if found else _DEFAULT_ARRAY_SIZE, 1)
+    return max(int(found[1]) if found else 1001, 1)
 
 
-def why_ended(jobs: Sequence[str]) -> list[str]:
-    """Return one line for each task that did not end well, as far as the site keeps accounts; none otherwise."""
-    if not jobs or shutil.which("sacct") is None:
-        return []
+def _why_ended(jobs: list[str]) -> str:
+    """Return a line for each of the last tasks that did not end well, as far as the site keeps accounts."""
     words = ("--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode", "--jobs=" + ",".join(jobs))
     try:
-        listed = _call("sacct", *words)
+        rows = [line.split("|") for line in _call("sacct", *words).splitlines() if line.count("|") == 2]
     except UserError:
-        return []
-    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 2]
-    return [f"job {job}: {state}, exit {code}" for job, state, code in rows if state not in ("COMPLETED", "RUNNING")]
+        return ""
+    bad = [row for row in rows if row[1] not in ("COMPLETED", "RUNNING")]
+    return "".join(f"\n  job {job}: {state}, exit {code}" for job, state, code in bad[-5:])
 
 
-def seconds_of(limit: str) -> int | None:
+def _seconds_of(limit: str) -> int | None:
     """Return the seconds of a time limit as sbatch takes it; None if it is none.
 
     The formats are minutes, m:s, h:m:s, d-h, d-h:m and d-h:m:s.
@@ -333,18 +276,16 @@ def seconds_of(limit: str) -> int | None:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
     if match is None:
         return None
-    days, first, second, third = (None if part is None else int(part) for part in match.groups())
-    if days is not None:
-        return 86400 * days + 3600 * (first or 0) + 60 * (second or 0) + (third or 0)
-    if third is not None:
-        return 3600 * (first or 0) + 60 * (second or 0) + third
-    return 60 * (first or 0) + (second or 0)
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if match[1] is None and match[4] is None:
+        return 60 * first + second
+    return 86400 * days + 3600 * first + 60 * second + third
 
 
 def _call(program: str, *words: str, refused: bool = True) -> str:
     """Run the program and return its output; with `refused` False its refusal is no error."""
     try:
-        run = subprocess.run([program, *words], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+        run = subprocess.run([program, *words], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except FileNotFoundError:
         raise UserError(
             f"SLURM's {program} is not on this machine's PATH. Type the command on a login node of the cluster, or "
@@ -352,7 +293,7 @@ def _call(program: str, *words: str, refused: bool = True) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise SchedulerSilent(
-            f"SLURM's {program} did not answer within {TIMEOUT_SECONDS:.0f} s. When the scheduler is back, run the "
+            f"SLURM's {program} did not answer within {_TIMEOUT_SECONDS:.0f} s. When the scheduler is back, run the "
             "same command again: finished pieces are kept."
         ) from None
     if run.returncode and refused:

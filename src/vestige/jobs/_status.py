@@ -5,12 +5,12 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vestige.errors import UserError
 from vestige.jobs._engine import ENGINES
-from vestige.jobs._record import Failure, JobFolder, ranges
-from vestige.jobs._worker import WORKER, Worker, is_alive, works_on
+from vestige.jobs._record import Failure, JobFolder, Record, ranges
+from vestige.jobs._worker import WorkerId, is_alive, works_on
 from vestige.progress import format_seconds
 from vestige.storage import this_host
 
@@ -56,8 +56,7 @@ class JobStatus(NamedTuple):
 
 def job_statuses(folder: Path) -> list[JobStatus]:
     """Return the status of every job that has worked on `folder`, in the order in which they began."""
-    statuses = [(job.read_job(), job) for job in _jobs_of(folder)]
-    return [_status(record, job) for record, job in sorted(statuses, key=lambda each: each[0].get("begun", 0))]
+    return [_status(record, job) for record, job in _jobs_of(folder)]
 
 
 def cancel_jobs(folder: Path) -> list[str]:
@@ -69,62 +68,57 @@ def cancel_jobs(folder: Path) -> list[str]:
     Raises:
         UserError: Nothing has ever run there, or the scheduler does not answer.
     """
-    jobs = list(_jobs_of(folder))
+    jobs = _jobs_of(folder)
     if not jobs:
         raise UserError(f"No job has worked on {folder}. Give the folder that a command got as --out.")
-    return [line for job in jobs for line in _cancel(job)]
+    return [line for record, job in jobs for line in _cancel(record, job)]
 
 
-def _jobs_of(folder: Path) -> Iterator[JobFolder]:
-    for path in sorted((folder / "launch").glob("*/job.json")):
-        yield JobFolder(path.parent)
+def _jobs_of(folder: Path) -> list[tuple[Record, JobFolder]]:
+    found = [(job.record(), job) for job in (JobFolder(path.parent) for path in folder.glob("launch/*/job.json"))]
+    return sorted(((record, job) for record, job in found if record), key=lambda each: each[0].begun)
 
 
-def _status(record: dict[str, Any], job: JobFolder) -> JobStatus:
+def _status(record: Record, job: JobFolder) -> JobStatus:
     entries = job.entries()
-    since = [entry for entry in entries if entry.piece >= 0 and entry.ended >= record["begun"]]
-    done = len({entry.piece for entry in since})
-    weight = sum({entry.piece: entry.weight for entry in since}.values())
+    since = {entry.piece: entry.weight for entry in entries if entry.piece >= 0 and entry.ended >= record.begun}
     running = tuple(sorted(set(_at_work(record, job).values())))
-    elapsed = (record.get("ended") or time.time()) - record["begun"]
-    rate = weight / elapsed if elapsed > 0 else 0.0
-    to_do = record["weight"] - record["weight_before"] - weight
-    seconds = [(entry.seconds * entry.cores, entry.seconds * entry.gpus) for entry in entries]
+    elapsed = (record.ended or time.time()) - record.begun
+    rate = sum(since.values()) / elapsed if elapsed > 0 else 0.0
+    to_do = record.weight - record.weight_before - sum(since.values())
     return JobStatus(
-        name=record["name"],
-        unit=record["unit"],
+        name=record.name,
+        unit=record.unit,
         state=_state(record, job, bool(running)),
-        pieces=record["pieces"],
-        done=record["pieces"] if record.get("ended") else record["done_before"] + done,
+        pieces=record.pieces,
+        done=record.pieces if record.ended else record.done_before + len(since),
         running=running,
         failures=tuple(job.failures()),
         rate=rate,
         seconds_left=to_do / rate if rate and to_do > 0 else None,
-        core_hours=sum(cores for cores, _ in seconds) / 3600,
-        gpu_hours=sum(gpus for _, gpus in seconds) / 3600,
-        jobs=tuple(record.get("jobs", ())),
+        core_hours=sum(entry.seconds * entry.cores for entry in entries) / 3600,
+        gpu_hours=sum(entry.seconds * entry.gpus for entry in entries) / 3600,
+        jobs=tuple(record.jobs),
         logs=job.logs,
     )
 
 
-def _at_work(record: dict[str, Any], job: JobFolder) -> dict[Worker, int]:
+def _at_work(record: Record, job: JobFolder) -> dict[WorkerId, int]:
     """Return the pieces that processes which live, or ran on other hosts and may live, have begun since the job."""
-    found = dict[Worker, int]()
-    for noted in job.journals():
-        if noted.worker is None or noted.at_work is None or noted.written < record["begun"]:
-            continue
-        if is_alive(noted.worker) is not False:
-            found[noted.worker] = noted.at_work
-    return found
+    begun = {each.worker: each.at_work for each in job.journals() if each.written >= record.begun}
+    return {
+        worker: piece
+        for worker, piece in begun.items()
+        if worker is not None and piece is not None and is_alive(worker) is not False
+    }
 
 
-def _state(record: dict[str, Any], job: JobFolder, running: bool) -> str:
-    if record.get("ended"):
+def _state(record: Record, job: JobFolder, running: bool) -> str:
+    if record.ended:
         return "done"
-    if record.get("cancelled"):
+    if record.cancelled:
         return "cancelled"
-    driver = _driver(record)
-    if running or (driver is not None and is_alive(driver)):
+    if running or (record.driver is not None and is_alive(record.driver)):
         return "running"
     try:
         at_work = any(engine.status(job) for engine in ENGINES)
@@ -133,31 +127,25 @@ def _state(record: dict[str, Any], job: JobFolder, running: bool) -> str:
     return "running" if at_work else "stopped: the same command continues it"
 
 
-def _cancel(job: JobFolder) -> Iterator[str]:
-    record = job.read_job()
-    if record.get("ended"):
+def _cancel(record: Record, job: JobFolder) -> Iterator[str]:
+    if record.ended:
         return
     # First of all: a job that comes after an array must not submit again what is being cancelled.
     job.write_job(cancelled=time.time())
     for engine in ENGINES:
         yield from engine.cancel(job)
-    driver = _driver(record)
-    workers = {worker.token: worker for worker in [*_at_work(record, job), *([driver] if driver else [])]}
-    for worker in workers.values():
+    workers = _at_work(record, job) | ({record.driver: -1} if record.driver else {})
+    for worker in workers:
         if worker.host != this_host():
             if not worker.job:
-                yield f"{record['name']}: process {worker.pid} runs on {worker.host}: type the same command there."
+                yield f"{record.name}: process {worker.pid} runs on {worker.host}: type the same command there."
         elif not is_alive(worker) or worker.pid == os.getpid():
             continue
         elif works_on(worker, job.path):
             os.kill(worker.pid, signal.SIGTERM)
-            yield f"{record['name']}: process {worker.pid} ends after its batch."
+            yield f"{record.name}: process {worker.pid} ends after its batch."
         else:
             yield (
-                f"{record['name']}: process {worker.pid} is named in {job.path}, and is no command of yours that works "
+                f"{record.name}: process {worker.pid} is named in {job.path}, and is no command of yours that works "
                 "there: it was left alone. If you know better, end it with `kill`."
             )
-
-
-def _driver(record: dict[str, Any]) -> Worker | None:
-    return WORKER.validate_python(record["driver"]) if record.get("driver") else None

@@ -1,6 +1,5 @@
 """What work reports while it goes on: steps of a piece, which also end it after a stop signal, rates and profiles."""
 
-import contextlib
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from types import FrameType
 from typing import final
 
 from vestige.distributed import is_rank0
-from vestige.jobs._role import is_follower
+from vestige.jobs._worker import is_follower
 from vestige.progress import announce, format_seconds
 from vestige.storage import write_durably
 from vestige.timing import Profile, profile_phases
@@ -116,9 +115,10 @@ def stopping_at_steps(parent: int | None = None) -> Iterator[None]:
 def count_steps(count: Callable[[float], None]) -> Iterator[None]:
     """Make `step_done` report its units to `count` while the block runs."""
     before, _STATE.count = _STATE.count, count
-    with contextlib.ExitStack() as stack:
-        stack.callback(setattr, _STATE, "count", before)
+    try:
         yield
+    finally:
+        _STATE.count = before
 
 
 @final
@@ -127,26 +127,25 @@ class Meter:
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance
-        self._sum, self._shown, self._inside = 0.0, 0, 0.0
+        self._finished, self._inside, self._shown = 0.0, 0.0, 0
 
     def step(self, units: float) -> None:
         """Count `units` of the current piece as done."""
         self._inside += units
-        self._move(units)
+        self._show()
 
     def piece(self, weight: float) -> None:
         """Count the current piece of this weight as done, whatever its steps reported."""
-        self._move(weight - self._inside)
-        self._inside = 0.0
+        self._finished += weight
+        self.undo()
+        self._show()
 
     def undo(self) -> None:
         """Take back the steps of a piece that was left; the bar does not go back, but waits for the piece."""
-        self._sum -= self._inside
         self._inside = 0.0
 
-    def _move(self, units: float) -> None:
-        self._sum += units
-        if (more := round(self._sum) - self._shown) > 0:
+    def _show(self) -> None:
+        if (more := round(self._finished + self._inside) - self._shown) > 0:
             self._shown += more
             self._advance(more)
 

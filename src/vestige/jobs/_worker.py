@@ -1,19 +1,26 @@
-"""Which process works on a job: as another process can find it again, and never mistake another one for it."""
+"""Which process this is: as another one can find it again, and its part in a job."""
 
 import json
 import os
 import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import psutil
-from pydantic import FiniteFloat, PositiveInt, TypeAdapter
+from pydantic import FiniteFloat, PositiveInt
 
-from vestige.distributed import ROLE_VARIABLE
+from vestige.distributed import ROLE_VARIABLE, in_process_group, launched_rank
+from vestige.errors import VestigeError
 from vestige.storage import find_result_folder, is_held_by, this_host
 
+POLL_SECONDS = 0.2
+"""Between two checks of what other processes do."""
 
-class Worker(NamedTuple):
+
+class WorkerId(NamedTuple):
     """A process as another one can find it, also after process numbers were given out again."""
 
     host: str
@@ -22,7 +29,7 @@ class Worker(NamedTuple):
     born: FiniteFloat
     """When the process started, in seconds since its host did: setting the host's clock does not move it."""
     job: str
-    """Id of its batch job, empty outside a scheduler."""
+    """Name of its log, which of a SLURM job is its id, such as 17_3; empty for a process that a person started."""
     token: str
     """Its own: process numbers are given out again."""
 
@@ -31,17 +38,12 @@ _LONGEST_PATH = 4096
 _TOKEN = secrets.token_hex(4)
 
 
-WORKER = TypeAdapter(Worker)
-"""Validates what a file holds about a process."""
-
-
-def this_worker() -> Worker:
+def this_worker() -> WorkerId:
     """Return the identity of this process."""
     pid = os.getpid()
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    # As `squeue` writes it: 17 or 17_3.
-    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
-    return Worker(this_host(), pid, start_time(psutil.Process(pid)), job, f"{_TOKEN}-{pid}")
+    log = os.environ.get("VESTIGE_LOG")
+    job = os.environ.get("SLURM_JOB_ID", "") if log is None else Path(log).stem
+    return WorkerId(this_host(), pid, start_time(psutil.Process(pid)), job, f"{_TOKEN}-{pid}")
 
 
 def start_time(process: psutil.Process) -> float:
@@ -54,7 +56,7 @@ def start_time(process: psutil.Process) -> float:
         return process.create_time()
 
 
-def works_on(worker: Worker, job: Path) -> bool:
+def works_on(worker: WorkerId, job: Path) -> bool:
     """Return whether the process is one of ours, of this user, that works on the job folder.
 
     A file names it, which any user may have written; what the process is, only the system knows.
@@ -77,7 +79,7 @@ def works_on(worker: Worker, job: Path) -> bool:
         return False
 
 
-def is_alive(worker: Worker) -> bool | None:
+def is_alive(worker: WorkerId) -> bool | None:
     """Return whether the process lives; None if it ran on another host, where this one cannot check."""
     if worker.host != this_host():
         return None
@@ -88,3 +90,122 @@ def is_alive(worker: Worker) -> bool | None:
         return False
     except psutil.AccessDenied:
         return True
+
+
+class Role(NamedTuple):
+    """A process's part in a job."""
+
+    kind: Literal["driver", "worker", "reduce", "rank"]
+    job: str = ""
+    """The job folder that a worker works on; of another job, it only takes the result."""
+    number: int = 0
+    of: int = 1
+    """Which of how many."""
+    in_array: bool = False
+    """Whether the number of the batch array's task is to be added."""
+    parent: int | None = None
+    """Process of the driver on this host, whose end ends the worker."""
+    shares: str = ""
+    """File with the numbers of the pieces, of which a worker computes every `of`-th."""
+    attempt: int = 0
+    waited_for: bool = False
+    """Whether a driver waits for the job and goes on by itself."""
+
+    def as_environment(self) -> dict[str, str]:
+        """Return the variable that makes a child process play this role."""
+        return {ROLE_VARIABLE: json.dumps(self._asdict())}
+
+
+def this_role(environment: Mapping[str, str] = os.environ) -> Role:
+    """Return the role that the environment gives this process: Vestige's own variable, else that of torchrun."""
+    given = environment.get(ROLE_VARIABLE)
+    if given:
+        role = Role(**json.loads(given))
+        # The tasks of a batch array have the same environment but for their number.
+        return role._replace(number=role.number + int(environment["SLURM_ARRAY_TASK_ID"])) if role.in_array else role
+    launched = launched_rank(environment)
+    if launched is None or in_process_group():
+        return Role("driver")
+    return Role("rank", number=launched.rank, of=launched.world_size)
+
+
+def is_worker() -> bool:
+    """Return whether a driver started this process to do a part of its job, and has prepared everything."""
+    return this_role().kind in ("worker", "reduce")
+
+
+def is_one_of_several() -> bool:
+    """Return whether torchrun or accelerate started this process as one of several that run the same program."""
+    return this_role().kind == "rank"
+
+
+def is_follower() -> bool:
+    """Return whether torchrun or accelerate started this process as a rank that leaves writing to the first one."""
+    role = this_role()
+    return role.kind == "rank" and role.number > 0
+
+
+def follow(result: Path, work: Callable[[], object]) -> None:
+    """Do `work` as far as it is needed, and wait until the first rank has written the file `result`.
+
+    The first rank may be done with everything, and tidy up, before this one checks. Should the first one fail,
+    torchrun ends the others.
+    """
+    launched = psutil.Process(os.getppid()).create_time()
+
+    def is_written() -> bool:
+        try:
+            return result.stat().st_mtime >= launched
+        except OSError:
+            return False
+
+    try:
+        if not is_written():
+            work()
+    except (VestigeError, OSError):
+        if not is_written():
+            raise
+    while not is_written():
+        time.sleep(POLL_SECONDS)
+
+
+_PARTS = (
+    ROLE_VARIABLE,
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"),
+)
+"""What gives a process its part in a job, for Vestige and torch.distributed; of the latter all or nothing: a Trainer
+that finds LOCAL_RANK alone makes a process group of one and wraps its model in it."""
+_CARDS, _PLACE = "CUDA_VISIBLE_DEVICES", "SLURM_LOCALID"
+"""Where the GPU of a rank is set instead: for CUDA, and should CUDA have read it before, for ourselves."""
+
+
+@contextmanager
+def own_jobs() -> Iterator[None]:
+    """Let this process start jobs of its own while the block runs, whatever its part in the job around it.
+
+    For a piece that is itself a command: without this, a command inside a worker would take itself for a worker of its
+    own job, and wait for a driver that there is not. A rank of torchrun keeps its GPU and uses no other.
+    """
+    card = _card(os.environ) if is_one_of_several() else {}
+    before = {name: os.environ.pop(name) for name in (*_PARTS, *card) if name in os.environ}
+    os.environ.update(card)
+    try:
+        yield
+    finally:
+        for name in (*_PARTS, *card):
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _card(environment: Mapping[str, str]) -> dict[str, str]:
+    import torch
+
+    place = environment.get("LOCAL_RANK", "")
+    # Counting them does not make CUDA read its environment, which it does once.
+    count = torch.cuda.device_count()
+    if not place.isdigit() or not count:
+        return {}
+    visible = environment.get(_CARDS, ",".join(map(str, range(count)))).split(",")
+    return {_CARDS: visible[int(place) % len(visible)], _PLACE: place}

@@ -56,20 +56,27 @@ def list_words(value: Any) -> list[str]:
 
 
 _SLURM = ("partition", "account", "gres", "time", "mem", "setup", "container", "wait")
+_RAY = ("address", "gpus_per_worker")
 _SHARD = re.compile(r"(\d+)/(\d+)")
 
 
 class LaunchSettings(Settings):
     """Where the work runs."""
 
-    only_with: ClassVar[OnlyWith] = dict.fromkeys(_SLURM, ("engine", ("slurm",)))
+    only_with: ClassVar[OnlyWith] = {
+        **dict.fromkeys(_SLURM, ("engine", ("slurm",))),
+        **dict.fromkeys(_RAY, ("engine", ("ray",))),
+    }
     never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
     """Settings that only the process that was started by hand obeys: a worker must not delete what others made."""
 
     workers: Common[PositiveInt] = Field(
         default=1, description="Processes that share the work, each with a model of its own; 1 works in this process."
     )
-    engine: str = Field(default="local", description="Where workers run: local processes, or slurm for a batch array.")
+    engine: str = Field(
+        default="local",
+        description="Where workers run: local processes, slurm for a batch array, ray for actors of a Ray cluster.",
+    )
     shard: str | None = Field(
         default=None,
         description="Do only part i of n of the pieces, written i/n, from 1/n to n/n, under your own scheduler.",
@@ -91,6 +98,15 @@ class LaunchSettings(Settings):
     container: str | None = Field(default=None, description="slurm: Apptainer image that holds Vestige.")
     wait: bool = Field(
         default=True, description="slurm: stay, show progress and finish; --no-wait returns once submitted."
+    )
+    address: str | None = Field(
+        default=None,
+        description="ray: address of the cluster, such as 10.0.0.1:6379. Not given: the one of RAY_ADDRESS, else of "
+        "this machine; where there is none, Ray is started here.",
+    )
+    gpus_per_worker: NonNegativeFloat | None = Field(
+        default=None,
+        description="ray: GPUs of each worker, 0.5 where two share one. Not given: 1 if the cluster has any.",
     )
 
     @field_validator("engine")
@@ -116,6 +132,13 @@ class LaunchSettings(Settings):
         if isinstance(value, str) and (not value.strip() or "\n" in value):
             raise ValueError("a value as sbatch takes it")
         return value
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _is_a_share_or_whole(cls, cards: float | None) -> float | None:
+        if cards is not None and cards > 1 and cards != int(cards):
+            raise ValueError("a whole number, or one below 1 where several workers share a GPU")
+        return cards
 
     @property
     def part(self) -> tuple[int, int] | None:

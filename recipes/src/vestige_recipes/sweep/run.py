@@ -177,17 +177,18 @@ def _prepare(out: Path, grid: Grid, cells: tuple[Cell, ...]) -> None:
 
 def _require_processors(settings: SweepSettings, cells: tuple[Cell, ...]) -> None:
     """Raise if cells, which may have workers of their own, need more than the sweep's processes have."""
-    if settings.engine != "slurm" and settings.workers == 1:
+    if settings.engine == "local" and settings.workers == 1:
         return
     launched = [(cell, cell.settings) for cell in cells if isinstance(cell.settings, LaunchSettings)]
     for cell, inner in launched:
-        if inner.engine == "slurm":
+        if inner.engine != "local":
             raise SpecError(
-                f"{cell.shown} has `engine: slurm`, and so the sweep must be one process: it submits the cells' jobs, "
-                "one cell after the other. Drop --workers and --engine of the sweep, or `engine` of the cells."
+                f"{cell.shown} has `engine: {inner.engine}`, and so the sweep must be one process: it submits the "
+                "cells' jobs, one cell after the other. Drop --workers and --engine of the sweep, or `engine` of the "
+                "cells."
             )
         needed = inner.workers * inner.threads
-        if settings.engine == "slurm" and inner.workers > 1 and needed > settings.threads:
+        if settings.engine != "local" and inner.workers > 1 and needed > settings.threads:
             raise SpecError(
                 f"{cell.shown} has {inner.workers} workers of {inner.threads} threads, and a job of the sweep has "
                 f"{settings.threads} processors. Give the sweep --threads {needed}, or drop `workers` of the cells."

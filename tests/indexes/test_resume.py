@@ -404,7 +404,9 @@ def test_a_disk_that_is_full_at_any_shard_ends_the_work_and_leaves_the_others(tm
 
     with monkeypatch.context() as patch:
         shards_at_the_disk(patch, seen)
-        with pytest.raises(DiskSpaceError, match=rf"{name}\.safetensors stopped after(.|\n)*Finished shards are intact"):
+        with pytest.raises(
+            DiskSpaceError, match=rf"{name}\.safetensors stopped after(.|\n)*Finished shards are intact"
+        ):
             build(tmp_path / "index")
     assert not list((tmp_path / "index").rglob("*.tmp.*"))
     assert int(name) in build(tmp_path / "index")

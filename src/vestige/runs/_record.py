@@ -340,12 +340,7 @@ def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:
 
 
 def read_known(kind: type[Record], path: Path, newest: int) -> Record:
-    """Return the record in a file, as `parse_record` does, if this version knows its format.
-
-    Args:
-        kind: Of the record.
-        path: The file.
-        newest: Number of the newest format that is known.
+    """Return the record in a file, as `parse_record` does, of a format up to `newest`.
 
     Raises:
         UserError: A newer Vestige wrote it.

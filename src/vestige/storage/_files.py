@@ -1,9 +1,4 @@
-"""Files that are whole or absent.
-
-A file is written under a name of its own, fsynced and renamed: a process that is killed while writing leaves one stray
-temporary file and never a torn result, and two that write the same file at once do no harm, because their bytes are
-equal.
-"""
+"""Files that are whole or absent, and what is known of them: their hashes, the disk they do not fit on, strays."""
 
 import contextlib
 import errno

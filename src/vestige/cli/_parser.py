@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from cyclopts import App, CycloptsError, Parameter, Token, UnknownCommandError, UnusedCliTokensError
 
+from vestige import registry
 from vestige.cli._help import EVERYTHING, HELP, SHARED, VERSION, members_of, no_command
 from vestige.errors import SpecError
 from vestige.parsing import parse_yaml
 from vestige.progress import announce, is_verbose, manner
-from vestige.registry import COMMANDS, Command, check_inputs, list_names
+from vestige.registry import COMMANDS, Command, list_names
 from vestige.settings import Input, Named, Settings, flag, nearest
 from vestige.timing import profile_phases
 
@@ -42,7 +43,7 @@ def as_function(command: Command, *, completing: bool = False) -> Callable[..., 
         given = {} if config is None else _read_config(config, settings)
         complete = settings(**(given | {name: _read_words(settings, name, value) for name, value in typed.items()}))
         with manner(quiet=bool(shared.get("quiet")), verbose=bool(shared.get("verbose"))), _log(command, complete):
-            check_inputs(complete)
+            registry.check_inputs(complete)
             command.run(complete)
             if command.next_command is not None:
                 announce(f"Next: {command.next_command.format_map(_spell_settings(complete))}")

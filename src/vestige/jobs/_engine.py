@@ -94,7 +94,7 @@ class Worker(ExitStack):
         # What the last piece leaves may still be on its way to the disk.
         self._compute = None
         try:
-            self._stack.close()
+            self.close()
         except Exception as error:
             self._fail(pieces[-1], error)
 
@@ -112,11 +112,7 @@ class Worker(ExitStack):
             with count_steps(self._meter.step):
                 self._compute(piece)
         except Exception as error:
-            fatal = error if isinstance(error, UserError) else disk_error(error, self._work.pieces.folder)
-            self._note_failure(piece, fatal or error)
-            if fatal is not None:
-                raise fatal from (None if fatal is error else error)
-            self.last_error = error
+            self._fail(piece, error)
             return False
         except BaseException as error:
             self._leave()
@@ -131,6 +127,14 @@ class Worker(ExitStack):
         self.computed += 1
         self._print(f"piece {piece}: done in {seconds:.1f} s")
         return True
+
+    def _fail(self, piece: int, error: Exception) -> None:
+        """Note how a piece failed, and raise what no retry can fix."""
+        fatal = error if isinstance(error, UserError) else disk_error(error, self._work.pieces.folder)
+        self._note_failure(piece, fatal or error)
+        if fatal is not None:
+            raise fatal from (None if fatal is error else error)
+        self.last_error = error
 
     def _note_failure(self, piece: int, error: Exception) -> None:
         noted = self._work.job.record_failure(piece, error)

@@ -73,6 +73,7 @@ def own_ray(monkeypatch):
     cluster = ray_cluster.Cluster()
     monkeypatch.setenv(ray_cluster.MARK, f"{cluster.token}-head")
     monkeypatch.setenv("RAY_TMPDIR", str(cluster.folder))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     yield cluster
     monkeypatch.undo()
     cluster.stop()

@@ -57,7 +57,9 @@ class Cluster:
         self._reaper.communicate(timeout=60)
 
     def _start(self, node: str, words: list[str]) -> None:
-        environment = os.environ | {MARK: f"{self.token}-{node}", "RAY_USAGE_STATS_ENABLED": "0"}
+        # Ray asks for a token if an earlier one has left its own in the home folder.
+        plain = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        environment = os.environ | plain | {MARK: f"{self.token}-{node}"}
         program = [sys.executable, "-m", "ray.scripts.scripts", "start"]
         with (self.folder / f"{node}.log").open("ab") as log:
             done = subprocess.run(

@@ -115,7 +115,7 @@ def test_products_in_bfloat16_learn_what_float32_learns(report, out, tmp_path, m
     # Measures are taken in float32: before the first step there is no difference, afterwards there is a small one.
     np.testing.assert_array_equal(start, read_measures(full / "start.parquet")[1]["answer_loss"])
     expected = read_measures(full / "end.parquet")[1]["answer_loss"]
-    assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected - start).max()
+    assert 0 < np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected - start)
 
 
 def test_a_training_that_is_killed_goes_on_to_the_same_numbers(report, out, tmp_path, monkeypatch):

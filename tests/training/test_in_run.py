@@ -1,23 +1,22 @@
 """`vestige train` from scratch, for a number of steps, and scored in the run by validation examples."""
 
-import os
 import signal
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import vestige
+from tests.training.death import dies
 from tests.training.workbench import files_of
 from vestige.cli import main
 from vestige.data import load_examples, tokenize
-from vestige.errors import SpecError
+from vestige.errors import DataError, SpecError
 from vestige.models import load_model
 from vestige.online import OnlineLog
 from vestige.runs import Scores
-from vestige.training import Recorder, TrainingRun
+from vestige.training import TrainingRun
 
 QUERY = [{"id": "sky", "prompt": "Tell me why the sky looks blue.", "completion": "Air scatters blue light."}]
 
@@ -102,19 +101,6 @@ def test_select_trains_on_the_best_of_each_batch(tmp_path, given):
             vestige.train(**settings | wrong, out=tmp_path / "wrong")
 
 
-def dies(settings: dict, out: Path, at: int) -> None:
-    """Train, and die by SIGKILL in the middle of the step after `at`."""
-    plain = Recorder.on_pre_optimizer_step
-
-    def deadly(self, args, state, control, **kwargs):
-        if state.global_step == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        plain(self)
-
-    Recorder.on_pre_optimizer_step = deadly
-    vestige.train(**settings, out=out)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3])
 def test_killed_and_resumed_gives_the_same_scores(tmp_path, given, at):
@@ -153,3 +139,9 @@ def test_the_command_scores_in_the_run_and_a_changed_validation_is_refused(tmp_p
     assert "validation" in capsys.readouterr().err
     main([*words, "--validation", "held-out.jsonl", "--overwrite"])
     assert (tmp_path / "run" / "in-run" / "run.json").is_file()
+
+
+def test_a_validation_without_a_token_to_predict_is_refused(tmp_path, given):
+    (tmp_path / "held-out.jsonl").write_text('{"id": "why", "prompt": "Why?"}\n')
+    with pytest.raises(DataError, match="Query 'why' has no token whose loss could be measured"):
+        vestige.train(**given, validation=tmp_path / "held-out.jsonl", out=tmp_path / "run")

@@ -1,16 +1,15 @@
 import json
-import os
 import random
 import re
 import signal
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import vestige
+from tests.training.death import dies
 from tests.training.workbench import files_of, same_bits
 from tests.workshop import write_rows
 from vestige.cli import main
@@ -37,19 +36,6 @@ LORA = {
     "alarm_below": 0.9999,
     "alarm_window": 4,
 }
-
-
-def dies(settings: dict, out: Path, at: int) -> None:
-    """Train, and die by SIGKILL in the middle of the step after `at`."""
-    plain = Recorder.on_pre_optimizer_step
-
-    def deadly(self, args, state, control, **kwargs):
-        if state.global_step == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        plain(self)
-
-    Recorder.on_pre_optimizer_step = deadly
-    vestige.train(**settings, out=out)
 
 
 @pytest.mark.slow

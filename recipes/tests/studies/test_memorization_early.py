@@ -106,16 +106,18 @@ def test_the_tiny_study_tells_places_and_what_the_last_checkpoint_gives(report, 
     assert not (out / "seed-0" / "unfinished").exists()
 
 
-def test_products_in_bfloat16_learn_what_float32_learns(report, out, tmp_path, monkeypatch):
-    plain = replace(TINY, lora=replace(TINY.lora, half=False))
-    monkeypatch.setitem(room.PLANS, "tiny", plain)
-    study("memorization-early", size="tiny", out=tmp_path / "study", seeds=1)
-    half, full = (folder / "seed-0" for folder in (out, tmp_path / "study"))
-    start, found = (read_measures(half / f"{moment}.parquet")[1]["answer_loss"] for moment in ("start", "end"))
+def test_products_in_bfloat16_learn_what_float32_learns(tmp_path, monkeypatch):
+    folders = {}
+    for half in (True, False):
+        # At the study's own rate its 18 steps change a loss by 0.02 nats: too little beside rounding.
+        monkeypatch.setitem(room.PLANS, "tiny", replace(TINY, lora=replace(TINY.lora, half=half, learning_rate=1e-2)))
+        study("memorization-early", size="tiny", out=tmp_path / str(half), seeds=1)
+        folders[half] = tmp_path / str(half) / "seed-0"
+    start, found = (read_measures(folders[True] / f"{one}.parquet")[1]["answer_loss"] for one in ("start", "end"))
     # Measures are taken in float32: before the first step there is no difference, afterwards there is a small one.
-    np.testing.assert_array_equal(start, read_measures(full / "start.parquet")[1]["answer_loss"])
-    expected = read_measures(full / "end.parquet")[1]["answer_loss"]
-    assert 0 < np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected - start)
+    np.testing.assert_array_equal(start, read_measures(folders[False] / "start.parquet")[1]["answer_loss"])
+    expected = read_measures(folders[False] / "end.parquet")[1]["answer_loss"]
+    assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected - start).max()
 
 
 def test_a_training_that_is_killed_goes_on_to_the_same_numbers(report, out, tmp_path, monkeypatch):

@@ -106,7 +106,6 @@ if TYPE_CHECKING:
         collect_scores as collect_scores,
         keep_run as keep_run,
         list_baselines as list_baselines,
-        read_queries as read_queries,
         read_together as read_together,
         reading_arguments as reading_arguments,
         require_own_files as require_own_files,

@@ -23,12 +23,13 @@ from torch import Tensor
 from vestige.compress import Compressor, compress_factors, compress_gradient, parse_spec
 from vestige.data import Example, TokenizedData, plan_batches, token_groups
 from vestige.errors import DataError, SpecError
-from vestige.evaluate import find_right_examples, read_queries
+from vestige.evaluate import find_right_examples
 from vestige.gradients import Gradients
 from vestige.indexes import batch_tokens, read_inputs
 from vestige.methods import lexical_scores, prompt_words
 from vestige.models import Component, LoadedModel, batch_sharing
 from vestige.settings import ComponentsSettings
+from vestige.training import read_questions
 
 _GRANULE = 512
 """Published budgets are whole multiples of it, for the whole and for every tensor."""
@@ -223,13 +224,7 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
         DataError: A query has no answer, or names no original.
     """
     loaded, train, selection = read_inputs(settings, settings.model, settings.data, settings.components)
-    queries = read_queries(settings, loaded, train, "the queries")
-    if (empty := np.flatnonzero(queries.target_counts == 0)).size:
-        raise DataError(
-            f"{len(empty)} of {len(queries)} queries have no token to learn, such as "
-            f"{queries.examples[int(empty[0])].id!r}: a query needs an answer (`completion`, or an assistant's turn) "
-            "that is not cut off. `vestige data generate` writes them."
-        )
+    queries = read_questions(settings.arguments()["queries"], settings, loaded, train, "the queries")
     right = np.zeros((len(queries), len(train)), dtype=bool)
     ids, examples = ([one.id for one in side.examples] for side in (queries, train))
     for query, rows in enumerate(find_right_examples(queries.examples, settings.truth, ids, examples)):

@@ -13,15 +13,14 @@ import numpy as np
 import pyarrow.compute as compute
 from jaxtyping import Bool, Float, Int
 
-from vestige.data import TokenizedData, ask, load_queries, load_records, tokenize
+from vestige.data import load_records
 from vestige.errors import IndexMismatch, SpecError, UserError
-from vestige.indexes import Index, tokens_at_most
+from vestige.indexes import Index
 from vestige.methods import METHODS, Method, attribute
-from vestige.models import LoadedModel
 from vestige.parsing import parse_json
 from vestige.progress import announce
 from vestige.runs import DenseFile, Scores, check_target, id_array, is_complete, is_run, open_dense
-from vestige.settings import QuestionSettings, ReadingSettings, ScoredSettings, Settings
+from vestige.settings import ReadingSettings, ScoredSettings, Settings
 from vestige.storage import make_folder, sha256_of, write_durably
 
 _WEIGHTS = (".safetensors", ".bin", ".json", ".gguf")
@@ -183,19 +182,6 @@ def require_own_files(settings: Settings, kind: str) -> None:
 def reading_arguments(settings: ReadingSettings) -> dict[str, Any]:
     """Return the settings of how text is read and the model runs, as arguments."""
     return {name: getattr(settings, name) for name in ReadingSettings.model_fields}
-
-
-def read_queries(settings: QuestionSettings, loaded: LoadedModel, data: TokenizedData, name: str) -> TokenizedData:
-    """Return the tokens of the `--queries`, which may ask about the data."""
-    given = load_queries(settings.arguments()["queries"], on_bad_text=settings.on_bad_text)
-    return tokenize(
-        ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries,
-        loaded.tokenizer,
-        max_length=tokens_at_most(settings, loaded),
-        name=name,
-        chat=bool(settings.chat),
-        vocabulary=loaded.vocabulary,
-    )
 
 
 def keep_run(

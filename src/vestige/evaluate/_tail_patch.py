@@ -20,7 +20,6 @@ from vestige.evaluate import (
     collect_scores,
     estimate_mean,
     interval_figure,
-    read_queries,
     write_evaluation,
 )
 from vestige.gradients import CausalLoss, token_losses
@@ -28,6 +27,7 @@ from vestige.indexes import batch_tokens, read_data
 from vestige.models import LoadedModel, batch_sharing, load_model
 from vestige.progress import progress
 from vestige.settings import TailPatchSettings, with_settings
+from vestige.training import read_questions
 
 
 @with_settings(TailPatchSettings)
@@ -81,13 +81,7 @@ def _read_inputs(settings: TailPatchSettings) -> tuple[LoadedModel, TokenizedDat
         settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
     )
     data = read_data(settings, settings.data, loaded)
-    queries = read_queries(settings, loaded, data, "queries")
-    if (empty := np.flatnonzero(queries.target_counts == 0)).size:
-        raise DataError(
-            f"Query {queries.examples[empty[0]].id!r} has no target whose probability could rise. Give each query a "
-            "`completion`."
-        )
-    return loaded, data, queries
+    return loaded, data, read_questions(settings.arguments()["queries"], settings, loaded, data, "queries")
 
 
 def measure_steps(

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         MethodsSettings as MethodsSettings,
         PreparationSettings as PreparationSettings,
         ReportSettings as ReportSettings,
+        SelectSettings as SelectSettings,
         SplitSettings as SplitSettings,
         StatusSettings as StatusSettings,
         TokenizeSettings as TokenizeSettings,
@@ -83,7 +84,6 @@ if TYPE_CHECKING:
     )
     from vestige.settings._train import (
         BankSettings as BankSettings,
-        SelectSettings as SelectSettings,
         TrainSettings as TrainSettings,
         list_epochs as list_epochs,
     )

@@ -236,7 +236,7 @@ class ReadingSettings(Settings):
 
     @property
     def reading(self) -> dict[str, Any]:
-        """Which rows of the data are read and how, as `load_examples` takes it."""
+        """The arguments of `load_examples` that say which rows are read, and how."""
         return {"limit": self.limit, "where": self.where, "on_bad_text": self.on_bad_text}
 
     @model_validator(mode="after")

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         only_answers as only_answers,
         read_inputs as read_inputs,
         read_learned as read_learned,
+        read_questions as read_questions,
         read_weights as read_weights,
         require_inputs as require_inputs,
         with_weights as with_weights,

@@ -156,7 +156,8 @@ def read_questions(
     if empty.size:
         raise DataError(
             f"Query {texts.examples[empty[0]].id!r} has no token whose loss could be measured ({empty.size} such "
-            "queries). Give each a `text`, or a `completion` to its `prompt`."
+            "queries). Give each a `text`, or an answer (`completion`, or an assistant's turn) that is not cut off; "
+            "`vestige data generate` writes answers."
         )
     return texts
 

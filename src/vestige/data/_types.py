@@ -175,10 +175,21 @@ class Batch(NamedTuple):
     input_ids: Int[Tensor, "example token"]
     labels: Int[Tensor, "example token"]
     """The token itself where its prediction enters the loss, `NO_TARGET` elsewhere (unshifted, as in transformers)."""
+    host_labels: Int[Tensor, "example token"] | None = None
+    """The labels on the CPU, where `labels` are on another device: what is found there waits for no device."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on `device`."""
-        return Batch(self.rows, self.input_ids.to(device), self.labels.to(device))
+        host = self.labels if self.labels.device.type == "cpu" else self.host_labels
+        ids, labels = send(self.input_ids, device), send(self.labels, device)
+        return Batch(self.rows, ids, labels, None if labels is host else host)
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on `device`; on its way to a CUDA card through pinned memory, so that the CPU need not wait."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def data_fingerprint(

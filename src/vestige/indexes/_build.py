@@ -12,7 +12,7 @@ from vestige.compress import FEWEST, CompressingSink, CompressionSpec, choose_co
 from vestige.data import TokenizedData, forget_tokens, make_batch
 from vestige.distributed import broadcast_from_rank0, exchange_rows, is_rank0, round_robin, this_rank
 from vestige.errors import DiskSpaceError, SpecError, UserError, WorkElsewhere
-from vestige.gradients import CausalLoss, GradientPass, Reduction
+from vestige.gradients import CausalLoss, GradientPass, Reduction, describe_device
 from vestige.indexes._examples import fingerprint_rows
 from vestige.indexes._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
 from vestige.indexes._manifest import (
@@ -266,6 +266,7 @@ def _announce_cost(
 
 def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spec: CompressionSpec) -> Manifest:
     """Return the manifest without its plan."""
+    parameters = list(inputs.loaded.model.parameters())
     return Manifest(
         model=ModelIdentity(name=inputs.loaded.name, fingerprint=inputs.loaded.fingerprint),
         data=DataIdentity(name=inputs.data.name, fingerprint=inputs.data.fingerprint, examples=len(inputs.data)),
@@ -273,7 +274,8 @@ def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spe
         seed=settings.seed,
         dtype=settings.dtype,
         loss=settings.loss,
-        precision=str(next(inputs.loaded.model.parameters()).dtype).removeprefix("torch."),
+        precision=str(parameters[0].dtype).removeprefix("torch."),
+        device=" + ".join(sorted({describe_device(one.device) for one in parameters})),
         max_length=tokens_at_most(settings, inputs.loaded),
         chat=settings.chat,
         token_budget=batch_tokens(settings, inputs.loaded),

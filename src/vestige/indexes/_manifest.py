@@ -126,6 +126,8 @@ class Manifest(_Frozen):
     dtype: StoredType = "float16"
     loss: Literal["sum", "mean"]
     precision: str
+    device: str = "cpu"
+    """`cpu`, or the name of the card, with TF32 where products of float32 may be rounded to it."""
     max_length: int | None
     chat: bool
     token_budget: int
@@ -134,10 +136,10 @@ class Manifest(_Frozen):
     imported: ImportRecord | None = None
 
     @model_serializer(mode="wrap")
-    def _without_an_empty_record(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # An index that was computed keeps the bytes, and the fingerprints, that it had before there were imports.
-        fields = serialise(self)
-        return fields if self.imported is not None else {k: v for k, v in fields.items() if k != "imported"}
+    def _without_the_usual(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # An index computed on a CPU keeps the bytes, and the fingerprints, that it had before there were these fields.
+        usual = {"imported": None, "device": "cpu"}
+        return {name: value for name, value in serialise(self).items() if name not in usual or value != usual[name]}
 
     @model_validator(mode="after")
     def _columns_are_covered(self) -> "Manifest":
@@ -289,9 +291,12 @@ def difference(old: Manifest, new: Manifest) -> list[Difference]:
         settings_of(manifest) | {"data": (manifest.data.fingerprint, manifest.data.examples)} for manifest in (old, new)
     )
     found = [
-        Difference(name.replace("_", "-"), _describe(name, before[name], old), _describe(name, after.get(name), new))
-        for name in dict.fromkeys(["format", "model", "data", *before])
-        if before[name] != after.get(name)
+        Difference(
+            name.replace("_", "-"),
+            *(_describe(name, *side) for side in ((before.get(name), old), (after.get(name), new))),
+        )
+        for name in dict.fromkeys(["format", "model", "data", *before, *after])
+        if before.get(name) != after.get(name)
     ]
     # The plan follows from the data and the token budget: on its own it is informative, beside them it is not.
     if not found and old.plan != new.plan:
@@ -345,6 +350,8 @@ def _describe(field: str, value: Any, manifest: Manifest) -> str:
         return value["spec"] + (" (whole model)" if value["scope"] == "model" else "")
     if field == "components":
         return f"{len(value)} components, {manifest.width:,} columns ({_digest(value)})"
+    if field == "device":
+        return value or "cpu, or not recorded"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return str(value)

@@ -39,10 +39,12 @@ WAITS = {
 }
 """Operations whose result, or its shape, the CPU reads."""
 ATOMICS = {
-    *("index_add_", "index_add", "scatter_add_", "scatter_add", "scatter_reduce_", "put_", "histc", "cumsum"),
-    *("embedding_dense_backward", "_embedding_bag_dense_backward"),
+    *("index_add_", "index_add", "scatter_add_", "scatter_add", "scatter_reduce_", "embedding_dense_backward"),
+    *("_scaled_dot_product_flash_attention_for_cpu_backward", "_embedding_bag_dense_backward"),
 }
-"""Operations that torch lists as varying for floating-point numbers, unless its deterministic mode is on."""
+"""Operations that vary for floating-point numbers unless torch is in its deterministic mode."""
+NO_KERNEL = {"cumsum", "put_", "histc", "nll_loss2d_forward", "kthvalue", "ctc_loss"}
+"""Those that vary in any mode; the deterministic one refuses them."""
 FREE = {
     *("view", "_unsafe_view", "_reshape_alias", "as_strided", "view_as_real", "view_as_complex", "alias", "detach"),
     *("slice", "select", "split", "split_with_sizes", "unbind", "diagonal", "unfold", "chunk", "narrow"),
@@ -343,9 +345,11 @@ def _count(card: PretendedCard, name: str, args: Any, tensors: list[Tensor]) -> 
             card.note("wait", f"{name} by a mask")
         if any(not on_card(each) for each in indices):
             card.note("copy", f"{name} by an index of the CPU")
-        if len(args) > 3 and args[3]:
-            card.note("atomic", f"{name} that accumulates")
-    if name in ATOMICS and any(each.is_floating_point() for each in tensors):
-        card.note("atomic", name)
+    ordered = torch.are_deterministic_algorithms_enabled()
+    if name in ATOMICS | NO_KERNEL and any(each.is_floating_point() for each in tensors):
+        if ordered and name in NO_KERNEL:
+            raise RuntimeError(f"{name} does not have a deterministic implementation, but you set the mode for it.")
+        if not ordered:
+            card.note("atomic", name)
     if name not in FREE:
         card.note("launch", name)

@@ -16,6 +16,22 @@ from vestige.models import acts_in_forward
 
 Reduction = Literal["sum", "mean"]
 
+LOGIT_BYTES, CARD_LOGIT_BYTES = 64 * 2**20, 2**30
+"""Most bytes of float32 logits alive at once, and most on a card; the loss is computed in chunks of this size."""
+_TILE = 128
+"""Positions that a card multiplies at once: a chunk that is no multiple leaves a part of it idle."""
+
+
+def logit_bytes_on(device: torch.device) -> int:
+    """Return the most bytes of a chunk of logits on a device: on a card a 64th of its memory, at most 1 GiB.
+
+    Of all its memory, not of what is free: the same work on the same card is cut alike.
+    """
+    if device.type != "cuda":
+        return LOGIT_BYTES
+    return min(max(torch.cuda.get_device_properties(device).total_memory // 64, LOGIT_BYTES), CARD_LOGIT_BYTES)
+
+
 HeadTap = Callable[[Tensor, Tensor, slice, Tensor], None]
 """Receives the factors of the output head, chunk by chunk, while the loss is computed: left `[example, row, out]`,
 right `[example, row, in]`, the batch's examples that they belong to, and the tokens of the rows `[example, row]`, -1
@@ -107,10 +123,8 @@ class CausalLoss:
     found out by comparison on two short sequences and runs whole instead.
     """
 
-    logit_bytes: ClassVar[int] = 64 * 2**20
-    """Most bytes of logits, in float32, that are alive at once on a CPU."""
-    device_logit_bytes: ClassVar[int] = 2**30
-    """The same on other devices, where each chunk reads the whole head again and starts some twenty kernels."""
+    logit_bytes: ClassVar[int | None] = None
+    """Most bytes of logits, in float32, that are alive at once; None: as on the device (`logit_bytes_on`)."""
 
     def __init__(self, reduction: Reduction = "sum") -> None:
         self.reduction: Reduction = reduction
@@ -122,6 +136,10 @@ class CausalLoss:
             self._split_heads[id(model)] = _find_plain_head(model)
         return self._split_heads[id(model)]
 
+    def _positions_at_once(self, weight: Tensor) -> int:
+        step = (self.logit_bytes or logit_bytes_on(weight.device)) // (4 * weight.shape[0])
+        return max(step // _TILE * _TILE, _TILE) if weight.device.type == "cuda" else max(step, 1)
+
     def losses(self, model: nn.Module, batch: Batch, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
         """Return the loss of every example: padding is on the right, so a causal model needs no attention mask."""
         path = self.head_module(model)
@@ -132,7 +150,8 @@ class CausalLoss:
         # Of a model on several devices, the head may be on another one than the last layer and the tokens.
         targets = _find_targets(batch, self.reduction, head.weight.device)
         hidden = _hidden_states(model, batch).to(head.weight.device)
-        return _HeadLoss.apply(hidden, head.weight, head.bias, targets, self._chunk(head), head_tap)  # type: ignore[no-any-return]
+        step = self._positions_at_once(head.weight)
+        return _HeadLoss.apply(hidden, head.weight, head.bias, targets, step, head_tap)  # type: ignore[no-any-return]
 
     def target_logits(self, model: nn.Module, batch: Batch) -> Iterator[tuple[slice, Float[Tensor, "position word"]]]:
         """Yield the logits at the positions that predict a target, examples in order: a chunk of these, and its logits.
@@ -140,26 +159,17 @@ class CausalLoss:
         A model whose head cannot be split off gives all at once.
         """
         path = self.head_module(model)
-        head = None if path is None else model.get_submodule(path)
-        device = next((head or model).parameters()).device
-        targets = _find_targets(batch, "sum", device)
-        if head is None:
-            states = model(input_ids=batch.input_ids, use_cache=False).logits.to(device)
+        if path is None:
+            states, head, step = model(input_ids=batch.input_ids, use_cache=False).logits, nn.Identity(), None
         else:
-            states = _hidden_states(model, batch).to(device)
-        states = states.flatten(0, 1).index_select(0, targets.place)
-        step = max(1, len(states)) if head is None else self._chunk(head)
+            head = model.get_submodule(path)
+            states, step = _hidden_states(model, batch), self._positions_at_once(head.weight)  # type: ignore[arg-type]
+            states = states.to(head.weight.device)  # type: ignore[arg-type]
+        states = states.flatten(0, 1).index_select(0, _find_targets(batch, "sum", states.device).place)
+        step = step or max(1, len(states))
         for start in range(0, max(1, len(states)), step):
             part = slice(start, start + step)
-            yield part, states[part] if head is None else head(states[part])
-
-    def _chunk(self, head: nn.Module) -> int:
-        """Return how many positions the head runs at, at once."""
-        row = 4 * head.weight.shape[0]  # type: ignore[index, operator]
-        if head.weight.device.type == "cpu":  # type: ignore[union-attr]
-            return max(1, self.logit_bytes // row)
-        # A matrix product is cut into tiles of 128 rows there, and a tile that is not full costs as much.
-        return max(128, self.device_logit_bytes // row // 128 * 128)
+            yield part, head(states[part])
 
 
 def token_losses(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "example token"]:

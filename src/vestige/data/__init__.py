@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         data_fingerprint as data_fingerprint,
         make_batch as make_batch,
         plan_batches as plan_batches,
+        send as send,
     )
     from vestige.data._write import record_line as record_line, write_rows as write_rows
     from vestige.parsing import words_of as words_of

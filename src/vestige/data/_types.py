@@ -178,7 +178,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on `device`."""
-        return Batch(self.rows, self.input_ids.to(device), self.labels.to(device))
+        return Batch(self.rows, send(self.input_ids, device), send(self.labels, device))
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on `device`; on its way to a CUDA card through pinned memory, so that the CPU need not wait."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def data_fingerprint(

@@ -16,7 +16,20 @@ from vestige.models import acts_in_forward
 
 Reduction = Literal["sum", "mean"]
 
-"""Most bytes of float32 logits alive at once; the loss is computed in chunks of positions of this size."""
+LOGIT_BYTES, CARD_LOGIT_BYTES = 64 * 2**20, 2**30
+"""Most bytes of float32 logits alive at once, and most on a card; the loss is computed in chunks of this size."""
+_TILE = 128
+"""Positions that a card multiplies at once: a chunk that is no multiple leaves a part of it idle."""
+
+
+def logit_bytes_on(device: torch.device) -> int:
+    """Return the most bytes of a chunk of logits on a device: on a card a 64th of its memory, at most 1 GiB.
+
+    Of all its memory, not of what is free: the same work on the same card is cut alike.
+    """
+    if device.type != "cuda":
+        return LOGIT_BYTES
+    return min(max(torch.cuda.get_device_properties(device).total_memory // 64, LOGIT_BYTES), CARD_LOGIT_BYTES)
 
 
 HeadTap = Callable[[Tensor, Tensor, slice, Tensor], None]
@@ -94,8 +107,8 @@ class CausalLoss:
     found out by comparison on two short sequences and runs whole instead.
     """
 
-    logit_bytes: ClassVar[int] = 64 * 2**20
-    """Most bytes of logits, in float32, that are alive at once."""
+    logit_bytes: ClassVar[int | None] = None
+    """Most bytes of logits, in float32, that are alive at once; None: as on the device (`logit_bytes_on`)."""
 
     def __init__(self, reduction: Reduction = "sum") -> None:
         self.reduction: Reduction = reduction
@@ -106,6 +119,10 @@ class CausalLoss:
         if id(model) not in self._split_heads:
             self._split_heads[id(model)] = _find_plain_head(model)
         return self._split_heads[id(model)]
+
+    def _positions_at_once(self, weight: Tensor) -> int:
+        step = (self.logit_bytes or logit_bytes_on(weight.device)) // (4 * weight.shape[0])
+        return max(step // _TILE * _TILE, _TILE) if weight.device.type == "cuda" else max(step, 1)
 
     def losses(self, model: nn.Module, batch: Batch, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
         """Return the loss of every example: padding is on the right, so a causal model needs no attention mask."""
@@ -119,7 +136,7 @@ class CausalLoss:
         # Of a model on several devices, the head may be on another one than the last layer and the tokens.
         device = head.weight.device
         hidden, targets = hidden.to(device), _Targets(*(tensor.to(device) for tensor in targets))
-        step = max(1, self.logit_bytes // (4 * head.weight.shape[0]))
+        step = self._positions_at_once(head.weight)
         return _HeadLoss.apply(hidden, head.weight, head.bias, targets, step, head_tap)  # type: ignore[no-any-return]
 
 

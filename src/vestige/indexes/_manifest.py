@@ -115,6 +115,9 @@ class PlanRecord(_Frozen):
     stages: tuple[PlanStage, ...] = ()
 
 
+_ADDED = ("imported", "quantize")
+
+
 class Manifest(_Frozen):
     """Everything that decides an index's bytes. No time, host or path is in it: two builds are byte-identical."""
 
@@ -126,6 +129,8 @@ class Manifest(_Frozen):
     dtype: StoredType = "float16"
     loss: Literal["sum", "mean"]
     precision: str
+    quantize: int | None = None
+    """Bits in which the maps of the model were kept, None if all weights were in `precision`."""
     max_length: int | None
     chat: bool
     token_budget: int
@@ -134,10 +139,10 @@ class Manifest(_Frozen):
     imported: ImportRecord | None = None
 
     @model_serializer(mode="wrap")
-    def _without_an_empty_record(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # An index that was computed keeps the bytes, and the fingerprints, that it had before there were imports.
+    def _without_empty_records(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # An index without them keeps the bytes, and the fingerprints, that it had before there were such fields.
         fields = serialise(self)
-        return fields if self.imported is not None else {k: v for k, v in fields.items() if k != "imported"}
+        return {name: value for name, value in fields.items() if name not in _ADDED or value is not None}
 
     @model_validator(mode="after")
     def _columns_are_covered(self) -> "Manifest":
@@ -288,10 +293,11 @@ def difference(old: Manifest, new: Manifest) -> list[Difference]:
     before, after = (
         settings_of(manifest) | {"data": (manifest.data.fingerprint, manifest.data.examples)} for manifest in (old, new)
     )
+    sides = ((before, old), (after, new))
     found = [
-        Difference(name.replace("_", "-"), _describe(name, before[name], old), _describe(name, after.get(name), new))
-        for name in dict.fromkeys(["format", "model", "data", *before])
-        if before[name] != after.get(name)
+        Difference(name.replace("_", "-"), *(_describe(name, side.get(name), of) for side, of in sides))
+        for name in dict.fromkeys(["format", "model", "data", *before, *after])
+        if before.get(name) != after.get(name)
     ]
     # The plan follows from the data and the token budget: on its own it is informative, beside them it is not.
     if not found and old.plan != new.plan:

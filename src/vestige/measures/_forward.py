@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches, tokenize
+from vestige.gradients import FittingBatches
 from vestige.indexes import tokens_at_most
 from vestige.jobs import PieceFiles, Tensors, is_worker, step_done
 from vestige.measures._extraction import greedy
@@ -81,10 +82,15 @@ def total_losses(
 ) -> Float[Tensor, "row"]:
     """Return the loss of each example summed over its target tokens, nats, float64; batch by batch."""
     losses = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    for chosen in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(model)):
-        batch = make_batch(data, rows[chosen]).to(next(model.parameters()).device)
+    device, fitting = next(model.parameters()).device, FittingBatches(data.lengths)
+
+    def run(part: Int[np.ndarray, "row"]) -> Float[Tensor, "row"]:
+        batch = make_batch(data, part).to(device)
         logits: Any = model(input_ids=batch.input_ids, use_cache=False).logits
-        losses[chosen] = -_score_targets(logits[:, :-1], batch.labels[:, 1:]).log_probability.sum(1).cpu()
+        return -_score_targets(logits[:, :-1], batch.labels[:, 1:]).log_probability.sum(1).cpu()
+
+    for chosen in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(model)):
+        losses[chosen] = torch.cat(fitting.run(rows[chosen], run))
         step_done(len(chosen))
     return losses
 

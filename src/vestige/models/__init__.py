@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Precision as Precision,
         context_length as context_length,
         everything_of as everything_of,
+        leave_card as leave_card,
         load_model as load_model,
         load_tokenizer as load_tokenizer,
         model_fingerprint as model_fingerprint,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         quiet_transformers as quiet_transformers,
         read_tokenizer as read_tokenizer,
     )
+    from vestige.models._quantize import Bits as Bits, quantized_bits as quantized_bits
     from vestige.models._selection import (
         WORDS as WORDS,
         layer_number as layer_number,

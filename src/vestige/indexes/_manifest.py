@@ -115,9 +115,6 @@ class PlanRecord(_Frozen):
     stages: tuple[PlanStage, ...] = ()
 
 
-_ADDED = ("imported", "quantize")
-
-
 class Manifest(_Frozen):
     """Everything that decides an index's bytes. No time, host or path is in it: two builds are byte-identical."""
 
@@ -139,10 +136,10 @@ class Manifest(_Frozen):
     imported: ImportRecord | None = None
 
     @model_serializer(mode="wrap")
-    def _without_empty_records(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # An index without them keeps the bytes, and the fingerprints, that it had before there were such fields.
-        fields = serialise(self)
-        return {name: value for name, value in fields.items() if name not in _ADDED or value is not None}
+    def _without_the_usual(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # An index without them keeps the bytes, and the fingerprints, that it had before there were these fields.
+        usual = {"imported": None, "quantize": None}
+        return {name: value for name, value in serialise(self).items() if name not in usual or value != usual[name]}
 
     @model_validator(mode="after")
     def _columns_are_covered(self) -> "Manifest":
@@ -293,9 +290,11 @@ def difference(old: Manifest, new: Manifest) -> list[Difference]:
     before, after = (
         settings_of(manifest) | {"data": (manifest.data.fingerprint, manifest.data.examples)} for manifest in (old, new)
     )
-    sides = ((before, old), (after, new))
     found = [
-        Difference(name.replace("_", "-"), *(_describe(name, side.get(name), of) for side, of in sides))
+        Difference(
+            name.replace("_", "-"),
+            *(_describe(name, *side) for side in ((before.get(name), old), (after.get(name), new))),
+        )
         for name in dict.fromkeys(["format", "model", "data", *before, *after])
         if before.get(name) != after.get(name)
     ]

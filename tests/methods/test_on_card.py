@@ -73,12 +73,8 @@ def test_an_index_on_a_card_keeps_the_budget_that_it_was_begun_with(place, card,
     free = {"now": 2**36}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free["now"], 2**36))
     model, tokenizer = read(place)
-    settings = {
-        "model": card.place(model),
-        "tokenizer": tokenizer,
-        "data": place / "train.jsonl",
-        "out": tmp_path / "i",
-    }
+    settings = {"model": card.place(model), "tokenizer": tokenizer, "data": place / "train.jsonl"}
+    settings |= {"out": tmp_path / "i"}
     begun = vestige.index(**settings)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert begun.manifest.token_budget > 1024

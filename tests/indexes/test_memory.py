@@ -1,7 +1,5 @@
 """An index on a card that is too small for its batches: the batches become smaller, the rows stay."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -46,6 +44,7 @@ def test_an_index_that_runs_out_of_memory_has_the_same_rows(place, monkeypatch, 
     rows = np.arange(whole.rows)
     torch.testing.assert_close(halved.gradients_of(rows), whole.gradients_of(rows), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(halved.losses_and_norms()[0], whole.losses_and_norms()[0], rtol=1e-5, atol=1e-5)
+    print("the same bytes:", halved.fingerprint == whole.fingerprint)
     # The plan is that of the budget, whatever the memory was.
     assert halved.manifest == whole.manifest
     assert halved.verify() == []
@@ -65,10 +64,9 @@ def test_exact_scores_that_run_out_of_memory_are_the_same(place, monkeypatch, me
     for number, most in enumerate((12, 4)):
         hold_at_most(most, monkeypatch)
         run = vestige.attribute(**settings, **asked, out=place / f"{method}-{number}")
-        found.append(json.loads(json.dumps([[one.id, one.score] for one in run.top(0)])))
+        found.append(run.dense_of(0))
         monkeypatch.undo()
-    assert [name for name, _ in found[0]] == [name for name, _ in found[1]]
-    np.testing.assert_allclose(*([score for _, score in each] for each in found), rtol=1e-4)
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5 * np.abs(found[0]).max())
 
 
 def test_a_pass_that_cannot_be_cut_says_what_to_type(place, monkeypatch):

@@ -32,9 +32,9 @@ from vestige.indexes._store import Index
 from vestige.indexes._work import TOKENS, IndexWork, ShardCompute, prepare_index, remove_index
 from vestige.jobs import is_worker, phase, profile, refuse_overwrite_by_ranks, run_pieces, worker_command, write_profile
 from vestige.models import Component, LoadedModel, batch_sharing, leave_card, quantized_bits
-from vestige.progress import announce, format_bytes, format_seconds
+from vestige.progress import announce, format_bytes, format_memory, format_seconds
 from vestige.settings import CompressionSettings, DoctorSettings, IndexSettings, Scope, with_settings
-from vestige.timing import peak_memory_bytes
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 MOST = 4096
 """Most numbers per component that `auto` takes: more bytes bring little."""
@@ -285,10 +285,14 @@ def _announce_cost(
     middle = batches[len(batches) // 2]
     stop = min(middle.stop, middle.start + max(1, int(PROBED * padded) // middle.longest))
     probe = shard.rows[middle.start - shard.start : stop - shard.start]
+    if next(inputs.loaded.model.parameters()).device.type == "cuda":
+        # The first pass on a card also loads its libraries.
+        compute.rows(inputs.data, [probe[:1]])
     started = time.perf_counter()
     compute.rows(inputs.data, [probe])
     seconds = padded * (time.perf_counter() - started) / (len(probe) * middle.longest)
     examples, selection = sum(shard.examples for shard in shards), inputs.selection
+    memory = format_memory(peak_memory_bytes(), peak_gpu_memory_bytes())
     announce(
         f"Covers {selection.selected_parameters:,} of {selection.total_parameters:,} parameters "
         f"({selection.fraction:.0%}) in {len(selection.components)} components; "
@@ -296,7 +300,7 @@ def _announce_cost(
     )
     announce(
         f"{examples:,} examples, {padded:,} tokens: about {format_seconds(seconds)}, "
-        f"{format_bytes(examples * manifest.row_bytes)} of disk, {format_bytes(peak_memory_bytes())} of memory. The "
+        f"{format_bytes(examples * manifest.row_bytes)} of disk, {memory}. The "
         f"first use of --method influence adds its curvature: {format_bytes(manifest.curvature_bytes)} of disk."
     )
 

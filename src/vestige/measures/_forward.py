@@ -261,9 +261,13 @@ class _Round:
     def _measure(self, turn: int, place: int) -> Tensors:
         """Measure one piece of one subject, and write its states."""
         model = self.job.models.of(self.job.subjects[turn].source).model
-        parts = []
+        fitting, parts = FittingBatches(self.job.data.lengths), []
+
+        def measure(part: np.ndarray) -> Tensors:
+            return {"rows": torch.from_numpy(part), **measure_batch(model, self.job, part)}
+
         for rows in self.groups[place]:
-            parts.append({"rows": torch.from_numpy(rows), **measure_batch(model, self.job, rows)})
+            parts += fitting.run(rows, measure)
             step_done(len(rows))
         found = join(parts)
         states = {name: found.pop(name) for name in [*found] if name.startswith("states_")}

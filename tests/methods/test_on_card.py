@@ -1,17 +1,14 @@
 """With a card, stored gradients are multiplied there, block by block, and give the scores of the CPU."""
 
-from unittest.mock import MagicMock
-
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vestige
+from tests.pretend_gpu import PretendedCard
 from tests.workshop import furnish
 from vestige.indexes import Index
-
-pretend_gpu = pytest.importorskip("tests.pretend_gpu")
 
 ASKED = {"queries": [{"prompt": "Who wrote Emma?", "completion": "Jane."}, {"text": "Bees."}], "trust": False}
 
@@ -30,9 +27,8 @@ def read(folder):
 
 
 @pytest.fixture
-def card(monkeypatch):
-    with pretend_gpu.PretendedCard() as card:
-        monkeypatch.setattr(torch.cuda, "Event", MagicMock)
+def card():
+    with PretendedCard() as card:
         yield card
 
 

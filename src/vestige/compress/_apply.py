@@ -10,7 +10,7 @@ from torch import Tensor
 from vestige.compress._mask import Coordinates
 from vestige.compress._registry import Composed, Compressor, Identity, LinearMap
 from vestige.compress._tensorsketch import Wrap
-from vestige.gradients import Factor, OneHot, Side
+from vestige.gradients import Factor, OneHot, Side, multiply_wide
 from vestige.timing import time_phase
 
 
@@ -23,6 +23,9 @@ class BlockSizes:
     """Numbers of one buffer on a CPU: half a megabyte in float32."""
     device_numbers: ClassVar[int] = 2**25
     """The same on other devices, where every piece costs the start of a few kernels: only memory is limited."""
+    multiplied: ClassVar[int] = 512
+    """Most numbers of a circular product that is taken as a matrix product there. K^2 multiply-adds a token and some
+    20 K^2 bytes an example then replace some 90 K bytes a token for the transforms: not measured."""
 
     @classmethod
     def numbers(cls, device: torch.device) -> int:
@@ -37,6 +40,12 @@ def is_mapped_late(compressor: Compressor, side: Side) -> bool:
     """
     one = compressor.left if side == "left" else compressor.right
     return one.in_size <= one.out_size
+
+
+def is_multiplied(compressor: Compressor, right: Float[Tensor, "example token _right"]) -> bool:
+    """Return whether a circular product is cheaper as the matrix product of both sides that `outer_form` has."""
+    size = compressor.left.out_size
+    return right.device.type != "cpu" and size <= BlockSizes.multiplied and size <= 4 * right.shape[1]
 
 
 def circular(
@@ -155,17 +164,20 @@ def combine(compressor: Compressor, left: LeftFactor, right: RightFactor) -> Flo
     so the sum over tokens does not lose the small terms; float64 stays float64.
     """
     assert not isinstance(right, OneHot), "only a left factor can be one-hot"
-    right = right.to(torch.promote_types(right.dtype, torch.float32))
+    wide = torch.promote_types(right.dtype, torch.float32)
     if compressor.product == "circular":
-        return compressor.tail.apply(circular(compressor, left, right))
+        if not is_multiplied(compressor, right):
+            return compressor.tail.apply(circular(compressor, left, right.to(wide)))
+        everything = slice(None), slice(None)
+        left = _map_side(compressor.left, "left", compressor, left, *everything)
+        right = _map_side(compressor.right, "right", compressor, right, *everything)
     shape = compressor.left.in_size, compressor.right.in_size
     gathered = compressor.product == "entrywise" and is_gathered(compressor.left.out_size, shape)
     if gathered and not isinstance(left, OneHot):
-        return compressor.tail.apply(entrywise(compressor, left.to(right.dtype), right))
+        return compressor.tail.apply(entrywise(compressor, left.to(wide), right.to(wide)))
     tail = compressor.tail if compressor.product == "outer" else outer_form(compressor).tail
     if isinstance(left, OneHot):
-        return _combine_one_hot(tail, left, right)
-    left = left.to(right.dtype)
+        return _combine_one_hot(tail, left, right.to(wide))
     if isinstance(tail, Identity):
         return _product(left, right)
     count = left.shape[2] * right.shape[2]
@@ -182,11 +194,12 @@ def _chunks(examples: int, numbers: int) -> Iterator[slice]:
 def _product(
     left: Float[Tensor, "example token left"], right: Float[Tensor, "example token right"]
 ) -> Float[Tensor, "example product"]:
-    """Return `sum_t left[t] (x) right[t]`, flattened with the left index major."""
+    """Return `sum_t left[t] (x) right[t]`, at least float32, flattened with the left index major."""
     if left.shape[1] == 1:
-        return (left.transpose(1, 2) * right).flatten(1)
+        wide = torch.promote_types(right.dtype, torch.float32)
+        return (left.to(wide).transpose(1, 2) * right.to(wide)).flatten(1)
     # bmm took 18 us where einsum took 28 (16 examples, 128 tokens, 16x16).
-    return torch.bmm(left.transpose(1, 2), right).flatten(1)
+    return multiply_wide(left.transpose(1, 2), right).flatten(1)
 
 
 def _combine_one_hot(

@@ -19,15 +19,16 @@ Shape = tuple[int, int]
 
 RATES = {
     "cpu": Work(products=1, streamed=15, gathered=70, transformed=9),
-    "cuda": Work(products=1, streamed=150, gathered=600, transformed=80),
+    "cuda": Work(products=1, streamed=350, gathered=600, transformed=300),
 }
 """Price of each kind of work, by kind of device; any other kind is taken for a GPU.
 
 `cpu` was fitted to `benchmarks/compressor_speed.py` on one core, which compares it with what it measures. `cuda` was
-not measured. It follows from what processors of that kind are built for: they do some hundred multiply-adds in the time
-that one number takes from memory, fetch numbers eight at a time (of which a gather may need one), and read and write a
-transform's numbers a few times. Its figures are on the high side, so that the costly is avoided rather than chosen;
-with them FactGraSS is 2 to 8 times cheaper than LoGra on GPT-2's layers, where 3.1 to 3.5 has been published.
+not measured. It follows from what an H200 is built for: 225 multiply-adds of halves in the time in which it moves 3.8
+bytes. A half that is signed and added up is read twice and written once, 6 bytes; a gather may fetch eight numbers for
+one; of a transform of K numbers some 45 K bytes are moved. Up to 512 numbers a matrix product replaces the transforms
+there, for less than this price: the figures are on the high side, so that the costly is avoided rather than chosen.
+With them FactGraSS is 2 to 8 times cheaper than LoGra on GPT-2's layers, where 3.1 to 3.5 has been published.
 """
 
 

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vestige.curvature._fisher import SavedPieces, add_pieces, read_tensors
@@ -30,7 +30,7 @@ from vestige.curvature._kfac import (
     kronecker_factors,
     with_eigenvalues,
 )
-from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
+from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches, send
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction
@@ -43,7 +43,10 @@ Labels = Literal["sampled", "data"]
 """`sampled`: true Fisher matrix; `data`: the empirical one, from the labels of the training data."""
 
 LOGIT_BYTES = 256 * 2**20
-"""Most bytes of float32 logits alive at once."""
+"""Most bytes of float32 logits alive at once, of a model whose head cannot be split off."""
+
+_BLOCK = 256
+"""Words whose chances are added up at once."""
 
 
 def sample_labels(model: nn.Module, data: TokenizedData, token_budget: int, seed: int) -> list[np.ndarray]:
@@ -51,27 +54,28 @@ def sample_labels(model: nn.Module, data: TokenizedData, token_budget: int, seed
 
     A draw depends on the seed and on the example's tokens alone: not on its row, its batch or the padding.
     """
-    device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    budget = max(1, min(token_budget, LOGIT_BYTES // (4 * vocabulary)))
+    device, loss = next(model.parameters()).device, CausalLoss()
+    if loss.head_module(model) is None:
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        token_budget = max(1, min(token_budget, LOGIT_BYTES // (4 * vocabulary)))
     labels = [np.full(len(ids), NO_TARGET, dtype=np.int64) for ids in data.input_ids]
-    for rows in plan_batches(data.lengths, budget, sharing=batch_sharing(model)):
-        batch = make_batch(data, rows).to(device)
+    for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
+        predicting = [np.flatnonzero(data.targets[row][1:]) for row in rows]
+        pairs = zip(rows, predicting, strict=True)
+        uniform = send(torch.cat([_uniform(data.input_ids[row], seed)[places] for row, places in pairs]), device)
         with torch.no_grad():
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits
-        for place, row in enumerate(rows):
-            predicting = np.flatnonzero(data.targets[row][1:])
-            uniform = _uniform(data.input_ids[row], seed)[predicting]
-            drawn = _draw(logits[place, torch.from_numpy(predicting).to(device)], uniform.to(device))
-            labels[row][predicting + 1] = drawn.cpu().numpy()
+            parts = loss.target_logits(model, make_batch(data, rows).to(device))
+            drawn = torch.cat([_draw(logits, uniform[part]) for part, logits in parts]).cpu().numpy()
+        for row, places in zip(rows, predicting, strict=True):
+            labels[row][places + 1], drawn = drawn[: len(places)], drawn[len(places) :]
     return labels
 
 
 def replace_labels(batch: Batch, labels: Mapping[int, np.ndarray]) -> Batch:
-    """Return the batch with these labels, `labels[i]` for row i of the data."""
+    """Return a batch on the CPU with these labels, `labels[i]` for row i of the data."""
     replaced = torch.full_like(batch.labels, NO_TARGET)
     for place, row in enumerate(batch.rows.tolist()):
-        replaced[place, : len(labels[row])] = torch.from_numpy(labels[row]).to(replaced.device)
+        replaced[place, : len(labels[row])] = torch.from_numpy(labels[row])
     return batch._replace(labels=replaced)
 
 
@@ -82,11 +86,25 @@ def _uniform(ids: np.ndarray, seed: int) -> Tensor:
     return torch.from_numpy(numbers)
 
 
-def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Return where the cumulative distribution passes the uniform number."""
-    cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
-    found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return found.clamp(max=logits.shape[-1] - 1)
+def _draw(logits: Float[Tensor, "position word"], uniform: Float[Tensor, "position"]) -> Int[Tensor, "position"]:
+    """Return where the cumulative distribution passes the uniform number: the block of words, then the word in it.
+
+    Sums up to a block or a word are products with a triangle of ones, which are the same each time on a card too.
+    """
+    chances = nn.functional.pad(torch.softmax(logits.double(), -1), (0, -logits.shape[-1] % _BLOCK))
+    chances = chances.unflatten(-1, (-1, _BLOCK))
+    totals = chances.sum(-1)
+    edges = totals @ _sum_up_to(totals.shape[1], totals)
+    wanted = uniform * edges[:, -1]
+    block = torch.searchsorted(edges, wanted[:, None], right=True).clamp(max=totals.shape[1] - 1)
+    inside = chances.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0] @ _sum_up_to(_BLOCK, totals)
+    rest = wanted[:, None] - (edges - totals).gather(1, block)
+    found = block * _BLOCK + torch.searchsorted(inside, rest, right=True)
+    return found[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _sum_up_to(size: int, like: Tensor) -> Float[Tensor, "size size"]:
+    return torch.ones(size, size, dtype=like.dtype, device=like.device).triu()
 
 
 PIECE_TOKENS = 2**16
@@ -185,10 +203,11 @@ class CurvatureData:
         drawn = self._labels_of(piece)
         with GradientPass(self.model, self.components, CausalLoss(self.reduction)) as gradient_pass:
             for rows in self.groups[piece]:
-                batch = make_batch(self.data, rows).to(self.device)
+                batch = make_batch(self.data, rows)
                 # The label of a position is predicted by the one before it.
                 sink.begin(len(rows), nn.functional.pad(batch.labels[:, 1:] != NO_TARGET, (0, 1)))
-                losses = gradient_pass.run(batch if drawn is None else replace_labels(batch, drawn), sink)
+                batch = batch if drawn is None else replace_labels(batch, drawn)
+                losses = gradient_pass.run(batch.to(self.device), sink)
                 if not torch.isfinite(losses).all():
                     bad = [self.data.examples[row] for row in rows[~torch.isfinite(losses).cpu().numpy()].tolist()]
                     raise NonFinite.of_examples("loss", [f'"{example.id}" (row {example.row})' for example in bad])

@@ -16,15 +16,16 @@ pair: `lambda_ij = E[(U_S^T G U_A)_ij^2]`. Its diagonal is exact in that basis, 
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.curvature._fisher import DiagonalSink, absolute_damping
+from vestige.data import send
 from vestige.errors import ModelError
-from vestige.gradients import Factor, FactorSink, OneHot, materialise
+from vestige.gradients import Factor, FactorSink, OneHot, materialise, multiply_wide
 from vestige.models import Component
 
 BlockKind = Literal["matrix", "vector", "diagonal"]
@@ -199,6 +200,8 @@ class KroneckerSink(FactorSink):
         self._blocks = {block.weight: block for block in blocks}
         self._heads = heads
         self._predicting: Tensor | None = None
+        self._counted: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._stray: dict[int, tuple[Tensor, int]] = {}
         self._positions: Tensor | None = None
         self._left: dict[int, Tensor] = {}
         self._right: dict[int, Tensor] = {}
@@ -208,10 +211,11 @@ class KroneckerSink(FactorSink):
         self._batch = self._examples = 0
 
     def begin(self, examples: int, predicting: Bool[Tensor, "example token"] | None = None) -> None:
-        """Start a batch."""
+        """Start a batch; `predicting` on the CPU, where the rows that count are found without a wait for the device."""
         self._diagonals.begin(examples)
         self._batch, self._totals = examples, {}
         self._predicting, self._positions = predicting, None
+        self._counted, self._stray = {}, {}
         self._examples += examples
 
     def locate(self, positions: Int[Tensor, "example row"]) -> None:
@@ -232,12 +236,24 @@ class KroneckerSink(FactorSink):
             total[examples] += part
         else:
             assert not isinstance(left, OneHot)
-            counted = self._count(component, examples, left, positions)
-            self._add(component, _wide(left[counted]), _with_ones(_wide(right[counted]), block.bias is not None))
+            rows = self._rows_that_count(component, examples, left, positions)
+            sides = (one.flatten(0, 1) if rows is None else one.flatten(0, 1)[rows] for one in (left, right))
+            # A card multiplies halves as they are.
+            left, right = (one if one.device.type == "cuda" else _wide(one) for one in sides)
+            self._add(component, left, _with_ones(right, block.bias is not None))
 
     def finish(self) -> None:
-        """Add what needed the whole batch."""
+        """Add what needed the whole batch.
+
+        Raises:
+            ModelError: Rows of a component cannot be split by token.
+        """
         self._diagonals.finish()
+        if self._stray:
+            found = [stray for stray, _ in self._stray.values()]
+            # Of a model on several devices, each layer has its own; only once is the result waited for.
+            if torch.stack([stray.to(found[0].device) for stray in found]).any():
+                self._refuse(*next((one, rows) for one, (stray, rows) in self._stray.items() if stray))
         for component, total in self._totals.items():
             self._add(component, total, torch.ones_like(total[:, :1]))
 
@@ -250,35 +266,54 @@ class KroneckerSink(FactorSink):
             found |= {f"{number}.left": left, f"{number}.right": self._right[number], f"{number}.tokens": tokens}
         return found
 
-    def _count(self, component: int, examples: slice, left: Tensor, positions: Tensor | None) -> Tensor:
-        """Return the rows of a piece whose tokens count, `[example, row]`."""
+    def _rows_that_count(
+        self, component: int, examples: slice, left: Tensor, positions: Tensor | None
+    ) -> Int[Tensor, "row"] | None:
+        """Return those rows of a piece, its examples flattened, whose tokens count; None if all do."""
         if self._predicting is None:
-            return torch.ones_like(left[..., 0], dtype=torch.bool)
-        counts = self._predicting[examples].to(left.device)
-        if component not in self._heads:
-            # From a position on, does any other predict a target?
-            counts = counts.flip(1).cumsum(1).flip(1) > 0
+            return None
+        head, device = component in self._heads, left.device
+        rows = left.shape[1] if positions is None else 0
+        key = head, examples.start, examples.stop, rows, device
+        if key not in self._counted:
+            counts = self._predicting[examples]
+            if not head:
+                # From a position on, does any other predict a target?
+                counts = counts.flip(1).cumsum(1).flip(1) > 0
+            if positions is None:
+                if rows % counts.shape[1]:
+                    self._refuse(component, rows)
+                # A layer may split a token into several rows (one a head), token after token.
+                counts = counts.repeat_interleave(rows // counts.shape[1], 1).flatten()
+                self._counted[key] = send(counts.nonzero()[:, 0], device), send((~counts).nonzero()[:, 0], device)
+            else:
+                self._counted[key] = send(counts, device), counts
+        counts, others = self._counted[key]
         if positions is not None:
-            return counts.gather(1, positions.clamp(min=0)) & (positions >= 0)
-        rows, tokens = left.shape[1], counts.shape[1]
-        # A layer may split a token into several rows (one a head), token after token.
-        counted = counts.repeat_interleave(rows // tokens, 1)
-        # Not a number is left to the loss to report: it names the example.
-        if rows % tokens or left[~counted].nan_to_num(0.0, 0.0, 0.0).any():
-            raise ModelError(
-                f"{self._names[component]} receives {rows} rows for {tokens} tokens, and they cannot be split by "
-                "token, which K-FAC and EK-FAC count. Leave it out with "
-                f"--components '!{self._names[component]}', or type --method datainf."
-            )
-        return counted
+            return (counts.gather(1, positions.clamp(min=0)) & (positions >= 0)).flatten().nonzero()[:, 0]
+        if len(others):
+            # Not a number is left to the loss to report: it names the example.
+            stray = left.flatten(0, 1)[others].nan_to_num(0.0, 0.0, 0.0).any()
+            self._stray[component] = stray | self._stray[component][0] if component in self._stray else stray, rows
+        return counts
+
+    def _refuse(self, component: int, rows: int) -> NoReturn:
+        assert self._predicting is not None
+        raise ModelError(
+            f"{self._names[component]} receives {rows} rows for {self._predicting.shape[1]} tokens, and they cannot be "
+            "split by token, which K-FAC and EK-FAC count. Leave it out with "
+            f"--components '!{self._names[component]}', or type --method datainf."
+        )
 
     def _add(self, number: int, left: Float[Tensor, "place out"], right: Float[Tensor, "place in"]) -> None:
         self._tokens[number] += len(left)
         for sums, side in ((self._left, left), (self._right, right)):
-            if number in sums:
+            if number not in sums:
+                sums[number] = multiply_wide(side.T, side)
+            elif side.dtype == sums[number].dtype:
                 sums[number].addmm_(side.T, side)
             else:
-                sums[number] = side.T @ side
+                sums[number] += multiply_wide(side.T, side)
 
 
 class EigenvalueSink(DiagonalSink):

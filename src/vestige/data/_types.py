@@ -175,10 +175,14 @@ class Batch(NamedTuple):
     input_ids: Int[Tensor, "example token"]
     labels: Int[Tensor, "example token"]
     """The token itself where its prediction enters the loss, `NO_TARGET` elsewhere (unshifted, as in transformers)."""
+    host_labels: Int[Tensor, "example token"] | None = None
+    """The labels on the CPU, where `labels` are on another device: what is found there waits for no device."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on `device`."""
-        return Batch(self.rows, send(self.input_ids, device), send(self.labels, device))
+        host = self.labels if self.labels.device.type == "cpu" else self.host_labels
+        ids, labels = send(self.input_ids, device), send(self.labels, device)
+        return Batch(self.rows, ids, labels, None if labels is host else host)
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         products as products,
         square_norms as square_norms,
     )
+    from vestige.gradients._determinism import describe_device as describe_device, deterministic as deterministic
     from vestige.gradients._factors import (
         BlockSizes as BlockSizes,
         Extent as Extent,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         dot_matrices as dot_matrices,
         inner_product as inner_product,
         materialise as materialise,
+        multiply_wide as multiply_wide,
     )
     from vestige.gradients._independence import (
         longest_and_shortest as longest_and_shortest,

@@ -176,6 +176,21 @@ def materialise(left: Factor, right: Float[Tensor, "example token in"]) -> Float
     return torch.bmm(left.transpose(1, 2), right)
 
 
+def multiply_wide(
+    first: Float[Tensor, "*batch row inner"], second: Float[Tensor, "*batch inner column"]
+) -> Float[Tensor, "*batch row column"]:
+    """Return the matrix products, at least float32: half precision is widened, so no sum loses its small terms.
+
+    A CUDA card multiplies halves as they are and adds them up in float32, which loses nothing and is many times faster.
+    """
+    wide = torch.promote_types(second.dtype, torch.float32)
+    multiply = torch.bmm if first.dim() == 3 else torch.mm
+    # Torch has it since 2.8.
+    if second.device.type == "cuda" and first.dtype == second.dtype != wide and hasattr(torch.ops.aten.bmm, "dtype"):
+        return multiply(first, second, out_dtype=wide)  # type: ignore[call-overload]
+    return multiply(first.to(wide), second.to(wide))
+
+
 class ReusedMemory:
     """Memory for gradients that live for one product only: fresh pages would cost a quarter of forming them."""
 

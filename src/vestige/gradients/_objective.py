@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vestige.data import NO_TARGET, Batch
+from vestige.data import NO_TARGET, Batch, send
 from vestige.models import acts_in_forward
 
 Reduction = Literal["sum", "mean"]
@@ -78,25 +78,41 @@ class FunctionObjective(Objective):
 
 
 class _Targets(NamedTuple):
-    """Positions that carry a label, flattened over the batch, examples in order."""
+    """Positions that carry a label, flattened over the batch, examples in order.
 
-    mask: Tensor
-    """bool [example, token - 1]: hidden states that predict a target."""
+    They are found on the CPU and sent to the device in one copy: to search them there would make the CPU wait for it.
+    """
+
+    owner: Int[Tensor, "position"]
+    """Example of each, on the CPU; everything else is on the device."""
+    place: Int[Tensor, "position"]
+    """Row of the hidden states `[example * token]` that predicts it."""
     labels: Int[Tensor, "position"]
     example: Int[Tensor, "position"]
     token: Int[Tensor, "position"]
+    counts: Int[Tensor, "example"]
     weights: Float[Tensor, "position"]
     """1, or one over the example's number of targets."""
 
 
-def _targets(labels: Int[Tensor, "example token"], reduction: Reduction) -> _Targets:
+def _find_targets(batch: Batch, reduction: Reduction, device: torch.device) -> _Targets:
+    labels = (batch.labels if batch.host_labels is None else batch.host_labels).cpu()
     shifted = labels[:, 1:]
     mask = shifted != NO_TARGET
     example, token = mask.nonzero().unbind(1)
-    weights = torch.ones(len(example), dtype=torch.float64, device=labels.device)
+    counts = mask.sum(1)
+    weights = torch.ones(len(example), dtype=torch.float64)
     if reduction == "mean":
-        weights = weights / mask.sum(1).clamp(min=1)[example]
-    return _Targets(mask, shifted[mask], example, token, weights)
+        weights = weights / counts.clamp(min=1)[example]
+    place = example * labels.shape[1] + token
+    parts = (place, shifted[mask], example, token, counts, weights.view(torch.int64))
+    *found, weights = send(torch.cat(parts), device).split([len(part) for part in parts])
+    return _Targets(example, *found, weights.view(torch.float64))
+
+
+def _sum_by_example(values: Float[Tensor, "position"], counts: Int[Tensor, "example"]) -> Float[Tensor, "example"]:
+    """Return the sums over each example's values, which follow one another, added in this order on every device."""
+    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)
 
 
 class CausalLoss:
@@ -126,36 +142,60 @@ class CausalLoss:
 
     def losses(self, model: nn.Module, batch: Batch, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
         """Return the loss of every example: padding is on the right, so a causal model needs no attention mask."""
-        targets = _targets(batch.labels, self.reduction)
         path = self.head_module(model)
         if path is None:
-            return _whole_losses(model, batch, targets)
-        hidden = _causal(model).base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            return _whole_losses(model, batch, self.reduction)
         head = model.get_submodule(path)
         assert isinstance(head, nn.Linear)
         # Of a model on several devices, the head may be on another one than the last layer and the tokens.
-        device = head.weight.device
-        hidden, targets = hidden.to(device), _Targets(*(tensor.to(device) for tensor in targets))
+        targets = _find_targets(batch, self.reduction, head.weight.device)
+        hidden = _hidden_states(model, batch).to(head.weight.device)
         step = self._positions_at_once(head.weight)
         return _HeadLoss.apply(hidden, head.weight, head.bias, targets, step, head_tap)  # type: ignore[no-any-return]
+
+    def target_logits(self, model: nn.Module, batch: Batch) -> Iterator[tuple[slice, Float[Tensor, "position word"]]]:
+        """Yield the logits at the positions that predict a target, examples in order: a chunk of these, and its logits.
+
+        A model whose head cannot be split off gives all at once.
+        """
+        path = self.head_module(model)
+        if path is None:
+            states, head, step = model(input_ids=batch.input_ids, use_cache=False).logits, nn.Identity(), None
+        else:
+            head = model.get_submodule(path)
+            states, step = _hidden_states(model, batch), self._positions_at_once(head.weight)  # type: ignore[arg-type]
+            states = states.to(head.weight.device)  # type: ignore[arg-type]
+        states = states.flatten(0, 1).index_select(0, _find_targets(batch, "sum", states.device).place)
+        step = step or max(1, len(states))
+        for start in range(0, max(1, len(states)), step):
+            part = slice(start, start + step)
+            yield part, head(states[part])
 
 
 def token_losses(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "example token"]:
     """Return every target token's cross-entropy at its own position, zero elsewhere; plain autograd, any model."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(
-        logits.float().transpose(1, 2) if logits.dtype.itemsize < 4 else logits.transpose(1, 2),
-        batch.labels[:, 1:],
-        ignore_index=NO_TARGET,
-        reduction="none",
-    )
-    return torch.nn.functional.pad(losses, (1, 0))
+    logits, labels = logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.labels[:, 1:]
+    if logits.device.type == "cpu":
+        logits = logits.transpose(1, 2)
+    else:  # with words on the second axis, a CUDA card has no kernel that gives the same bytes again
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+    losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=NO_TARGET, reduction="none")
+    return torch.nn.functional.pad(losses.view(len(batch.labels), -1), (1, 0))
 
 
-def _whole_losses(model: nn.Module, batch: Batch, targets: _Targets) -> Float[Tensor, "example"]:
-    losses = token_losses(model, batch)[:, 1:][targets.mask]
-    losses = losses * targets.weights.to(losses.dtype)
-    return losses.new_zeros(len(batch.labels)).index_add(0, targets.example, losses)
+def _whole_losses(model: nn.Module, batch: Batch, reduction: Reduction) -> Float[Tensor, "example"]:
+    losses = token_losses(model, batch)[:, 1:]
+    if reduction == "mean":
+        counts = (batch.labels[:, 1:] != NO_TARGET).sum(1, keepdim=True).clamp(min=1)
+        losses = losses * (1 / counts.double()).to(losses)
+    counts = torch.full((len(losses),), losses.shape[1], device=losses.device)
+    return _sum_by_example(losses.flatten(), counts)
+
+
+def _hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "example token width"]:
+    """Return what the head is applied to: padding is on the right, so a causal model needs no attention mask."""
+    return _causal(model).base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
 
 
 def _causal(model: nn.Module) -> Any:
@@ -235,10 +275,10 @@ class _HeadLoss(torch.autograd.Function):
         head_tap: HeadTap | None,
     ):
         """Compute logits, loss, softmax gradient, and that times the head's weight, `step` positions at a time."""
-        states = hidden[:, :-1][targets.mask]
+        states = hidden.flatten(0, 1).index_select(0, targets.place)
         gradients = torch.empty_like(states)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        losses = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
+        losses = torch.empty(len(states), dtype=wide, device=hidden.device)
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             logits = torch.nn.functional.linear(states[part], weight, bias).to(wide)
@@ -248,7 +288,7 @@ class _HeadLoss(torch.autograd.Function):
             picked = logits[rows, labels]
             slope = logits.sub_(highest).exp_()
             total = slope.sum(1)
-            losses.index_add_(0, targets.example[part], (total.log() + highest[:, 0] - picked) * scale)
+            losses[part] = (total.log() + highest[:, 0] - picked) * scale
             share = (scale / total)[:, None]
             if weight.dtype == wide and head_tap is None:
                 # Dividing the product touches fewer numbers, and without the label's own large term the sum over the
@@ -260,31 +300,32 @@ class _HeadLoss(torch.autograd.Function):
             slope = slope.to(weight.dtype)
             gradients[part] = slope @ weight
             if head_tap is not None:
-                _tap_head(head_tap, slope, states[part], targets.example[part], targets.token[part])
-        ctx.mask, ctx.example, ctx.shape = targets.mask, targets.example, hidden.shape
+                _tap_head(head_tap, slope, states[part], targets.owner[part], targets.token[part])
+        ctx.place, ctx.example, ctx.shape = targets.place, targets.example, hidden.shape
         ctx.save_for_backward(gradients)
-        return losses
+        return _sum_by_example(losses, targets.counts)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """Scatter the stored gradients to their positions."""
         (gradients,) = ctx.saved_tensors
         full = gradients.new_zeros(ctx.shape)
-        full[:, :-1][ctx.mask] = gradients * outer[0].to(gradients.dtype)[ctx.example, None]
+        full.flatten(0, 1)[ctx.place] = gradients * outer[0].to(gradients.dtype)[ctx.example, None]
         return full, None, None, None, None, None
 
 
-def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, example: Tensor, token: Tensor) -> None:
-    """Pass a flat chunk on as `[example, token, ...]`, padded with zeros to its longest example."""
-    first, last = int(example[0]), int(example[-1])
-    counts = torch.bincount(example - first, minlength=last - first + 1)
-    place = torch.arange(len(example), device=example.device) - (counts.cumsum(0) - counts)[example - first]
+def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, owner: Tensor, token: Tensor) -> None:
+    """Pass a flat chunk on as `[example, token, ...]`, padded with zeros to its longest example; `owner` on the CPU."""
+    first, last = int(owner[0]), int(owner[-1])
+    counts = torch.bincount(owner - first)
+    starts = counts.cumsum(0) - counts
     shape = (last - first + 1, int(counts.max()))
+    row = (owner - first) * shape[1] + torch.arange(len(owner)) - starts[owner - first]
+    row = send(row, slope.device)
     left, right = slope.new_zeros(*shape, slope.shape[1]), states.new_zeros(*shape, states.shape[1])
-    left[example - first, place] = slope
-    right[example - first, place] = states
     positions = token.new_full(shape, -1)
-    positions[example - first, place] = token
+    for whole, part in ((left, slope), (right, states), (positions, token)):
+        whole.flatten(0, 1)[row] = part
     head_tap(left, right, slice(first, last + 1), positions)
 
 

@@ -1,7 +1,7 @@
 """One forward and backward pass over a batch that hands the factors of every component to a sink."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import DataError, ModelError
 from vestige.gradients._cross import FormingBudget, Gradients, HeldGradients, numbers
+from vestige.gradients._determinism import deterministic, lacks_kernel
 from vestige.gradients._factors import Factor, FactorSink, Side
 from vestige.gradients._functions import FunctionUses, UncoveredUse, table_of
 from vestige.gradients._objective import Objective, example_count
@@ -18,6 +19,7 @@ from vestige.gradients._rules import Handle, Receive, deliver, locate, watch
 from vestige.gradients._sinks import KeepingSink
 from vestige.gradients._taps import attach_all, keep_examples_apart, modules_of
 from vestige.models import Component
+from vestige.progress import announce
 from vestige.timing import time_phase
 
 
@@ -35,6 +37,8 @@ class GradientPass:
     That no use of a parameter is missed is proven, not assumed: until a batch has brought every parameter a gradient
     through its module, each function that the model calls is watched, and a parameter that took part in the loss but
     got no gradient is an error.
+
+    On a CUDA card torch is in its deterministic mode inside the context, so the same batch gives the same bytes again.
     """
 
     def __init__(self, model: nn.Module, components: Sequence[Component], objective: Objective) -> None:
@@ -49,6 +53,7 @@ class GradientPass:
         self._uses: FunctionUses | None = None
         self._settled = False
         self._idle: set[str] = set()
+        self._mode = ExitStack()
 
     @property
     def by_function(self) -> bool:
@@ -62,9 +67,12 @@ class GradientPass:
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
         self._place_hooks()
+        devices = {parameter.device.type: parameter.device for parameter, _ in self._flags}
+        self._mode.enter_context(deterministic(devices.get("cuda", torch.device("cpu"))))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._mode.close()
         self._remove_hooks()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
@@ -100,7 +108,20 @@ class GradientPass:
         return losses.detach()
 
     def _losses(self, batch: Any) -> Float[Tensor, "example"]:
-        return self._objective.losses(self._model, batch, self._tap_head if self._head else None)
+        head_tap = self._tap_head if self._head else None
+        try:
+            return self._objective.losses(self._model, batch, head_tap)
+        except RuntimeError as error:
+            if not lacks_kernel(error):
+                raise
+            announce(
+                f"{str(error).splitlines()[0]} The model runs without it, and gradients of the same example may differ "
+                "in their last bits from one run to the next. On --device cpu they do not."
+            )
+        self._mode.close()
+        if self._uses is not None:
+            self._uses.find_unexplained()
+        return self._objective.losses(self._model, batch, head_tap)
 
     def _prove(self, batch: Any, delivered: set[str]) -> None:
         """Raise if a parameter that got no factor takes part in the loss; decide how closely the next batch is watched.

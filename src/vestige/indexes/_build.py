@@ -13,7 +13,14 @@ from vestige.compress import FEWEST, CompressingSink, CompressionSpec, choose_co
 from vestige.data import TokenizedData, forget_tokens, make_batch
 from vestige.distributed import broadcast_from_rank0, exchange_rows, is_rank0, round_robin, this_rank
 from vestige.errors import DiskSpaceError, SpecError, WorkElsewhere
-from vestige.gradients import CausalLoss, FittingBatches, GradientPass, Reduction, card_memory
+from vestige.gradients import (
+    CausalLoss,
+    FittingBatches,
+    GradientPass,
+    Reduction,
+    card_memory,
+    describe_device,
+)
 from vestige.indexes._examples import fingerprint_rows
 from vestige.indexes._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
 from vestige.indexes._manifest import (
@@ -310,6 +317,7 @@ def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spe
     columns = lay_out(inputs.selection.components, spec, settings.compress_scope)
     # On a card a batch's rows are computed and copied, in float32.
     of_rows = 8 * max(part.stop for part in columns) / max(float(np.mean(inputs.data.lengths)), 1)
+    parameters = list(inputs.loaded.model.parameters())
     return Manifest(
         model=ModelIdentity(name=inputs.loaded.name, fingerprint=inputs.loaded.fingerprint),
         data=DataIdentity(name=inputs.data.name, fingerprint=inputs.data.fingerprint, examples=len(inputs.data)),
@@ -317,8 +325,9 @@ def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spe
         seed=settings.seed,
         dtype=settings.dtype,
         loss=settings.loss,
-        precision=str(next(inputs.loaded.model.parameters()).dtype).removeprefix("torch."),
+        precision=str(parameters[0].dtype).removeprefix("torch."),
         quantize=quantized_bits(inputs.loaded.model),
+        device=" + ".join(sorted({describe_device(one.device) for one in parameters})),
         max_length=tokens_at_most(settings, inputs.loaded),
         chat=settings.chat,
         token_budget=batch_tokens(settings, inputs.loaded, only_free=True, more_per_token=of_rows),

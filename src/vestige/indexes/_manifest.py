@@ -128,6 +128,8 @@ class Manifest(_Frozen):
     precision: str
     quantize: int | None = None
     """Bits in which the maps of the model were kept, None if all weights were in `precision`."""
+    device: str = "cpu"
+    """`cpu`, or the name of the card, with TF32 where products of float32 may be rounded to it."""
     max_length: int | None
     chat: bool
     token_budget: int
@@ -137,8 +139,8 @@ class Manifest(_Frozen):
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # An index without them keeps the bytes, and the fingerprints, that it had before there were these fields.
-        usual = {"imported": None, "quantize": None}
+        # An index computed on a CPU keeps the bytes, and the fingerprints, that it had before there were these fields.
+        usual = {"imported": None, "quantize": None, "device": "cpu"}
         return {name: value for name, value in serialise(self).items() if name not in usual or value != usual[name]}
 
     @model_validator(mode="after")
@@ -350,6 +352,8 @@ def _describe(field: str, value: Any, manifest: Manifest) -> str:
         return value["spec"] + (" (whole model)" if value["scope"] == "model" else "")
     if field == "components":
         return f"{len(value)} components, {manifest.width:,} columns ({_digest(value)})"
+    if field == "device":
+        return value or "cpu, or not recorded"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return str(value)

@@ -194,6 +194,8 @@ class Marker(NamedTuple):
     torch: str
     skipped: tuple[int, ...] = ()
     """Rows of the data whose loss or gradient was not finite, and which hold zeros; in the file only if there are."""
+    device: str = "cpu"
+    """As in the manifest; in the file only if it is another."""
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -219,6 +221,7 @@ class ShardFile:
         expected: What the manifest records about the shard.
         name_of: Names the example at a row of the data in an error.
         skip_bad: Store zeros for an example whose loss or gradient is not finite, and list it in the marker.
+        device: What computes it, as in the manifest.
     """
 
     def __init__(
@@ -230,8 +233,10 @@ class ShardFile:
         name_of: Callable[[int], str] = "row {}".format,
         *,
         skip_bad: bool = False,
+        device: str = "cpu",
     ) -> None:
         self._folder, self._number, self._expected = folder, number, expected
+        self._device = device
         self._dtype: StoredType = dtype
         self._name_of, self._skip_bad = name_of, skip_bad
         self._small: dict[str, list[Tensor]] = {}
@@ -283,8 +288,9 @@ class ShardFile:
                 remove_durably(path)
         made_by = version("vestige"), str(torch.__version__)
         size, (rows, made_from) = self._file.size, self._expected
-        marker = Marker(self._number, rows, size, digest, made_from, *made_by, tuple(self._skipped))
-        fields = {name: value for name, value in marker._asdict().items() if marker.skipped or name != "skipped"}
+        marker = Marker(self._number, rows, size, digest, made_from, *made_by, tuple(self._skipped), self._device)
+        usual = Marker._field_defaults
+        fields = {name: value for name, value in marker._asdict().items() if name not in usual or value != usual[name]}
         with NewFile(path) as file:
             file.write((json.dumps(fields, indent=1) + "\n").encode())
         count_bytes("written", size)

@@ -128,7 +128,8 @@ class IndexWork:
             return f'"{self.examples[row].id}" (row {row})'
 
         options = self.manifest.dtype, self.expected[piece], name_of
-        writer.write(ShardFile(self.folder, piece, *options, skip_bad=self.skip_bad), parts)
+        kept = {"skip_bad": self.skip_bad, "device": self.manifest.device}
+        writer.write(ShardFile(self.folder, piece, *options, **kept), parts)
 
 
 def _require_planned(

@@ -126,7 +126,7 @@ class Index:
                 rows = slice(start, start + step)
                 # Copies, so that a block that is kept does not keep its shard's file mapped.
                 example, loss, norm = (each[rows].clone() for each in (stored.example, stored.loss, stored.norm))
-                yield IndexBlock(example, stored.decode(rows, device), loss, norm)
+                yield IndexBlock(example, stored.decode(rows, device or "cpu"), loss, norm)
 
     def scan(
         self, vectors: Float[Tensor, "query column"], *, shards: range | None = None

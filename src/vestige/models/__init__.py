@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         layer_kind as layer_kind,
         parameter_view as parameter_view,
     )
+    from vestige.models._fingerprint import model_fingerprint as model_fingerprint
     from vestige.models._generate import (
         Answer as Answer,
         answer_prompts as answer_prompts,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
         leave_card as leave_card,
         load_model as load_model,
         load_tokenizer as load_tokenizer,
-        model_fingerprint as model_fingerprint,
         own_gpu as own_gpu,
         own_part as own_part,
         write_own_part as write_own_part,

@@ -1,7 +1,5 @@
 """Loading of a model by any of its names, frozen and in evaluation mode."""
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from vestige.distributed import FSDP, broadcast_from_rank0
 from vestige.errors import ModelError
 from vestige.models._components import LoadedModel
+from vestige.models._fingerprint import files_identity, hash_once
 from vestige.models._pretrained import (
     Reading,
     peft_configs,
@@ -26,7 +25,7 @@ from vestige.models._pretrained import (
     refuse_virtual_tokens,
     short,
 )
-from vestige.models._quantize import Bits, quantization_scales
+from vestige.models._quantize import Bits
 from vestige.models._source import find_source, unpack_gguf
 from vestige.parsing import parse_json
 from vestige.terminal import shorten
@@ -167,23 +166,6 @@ DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Return the sha256 (hex) of the name, shape, dtype and bytes of every parameter, in the model's own order.
-
-    A tied parameter counts once, under its first name. The device does not enter, so the same weights give
-    the same fingerprint on CPU and GPU; the dtype does, since scores computed in another precision are other
-    scores, and so do the scales of quantised weights. Weights on a GPU are brought over one tensor at a time.
-    """
-    digest = hashlib.sha256()
-    named = [*model.named_parameters(), *quantization_scales(model)]
-    for name, parameter in named:
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        # NumPy has no bfloat16, so the bytes are viewed by torch; hashing a view copies nothing.
-        content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().data)
-    return digest.hexdigest()
-
-
 def load_model(
     model: str | Path | nn.Module,
     *,
@@ -232,7 +214,9 @@ def load_model(
 
     def read(place: torch.device | str, *, stay: bool = False) -> LoadedModel:
         module, own_tokenizer = _read(model, Reading(dtype, place, stay, quantize))
-        return _freeze(module, given_tokenizer or own_tokenizer, str(model), _identity(model, module, quantize))
+        return _freeze(
+            module, given_tokenizer or own_tokenizer, str(model), files_identity(_folders(model), module, quantize)
+        )
 
     if device == FSDP:
         own = _device("auto")
@@ -388,36 +372,17 @@ def leave_card(model: nn.Module, wanted: bool) -> Iterator[None]:
         model.to(card)
 
 
-_FINGERPRINTS = "VESTIGE_FINGERPRINTS"
-"""Environment variable in which a process hands the fingerprints of models on to the workers that it starts: to bring
-all weights from a card and hash them takes ten seconds for each worker at 8B."""
-
-
-def _identity(model: str | Path, module: nn.Module, quantize: Bits | None) -> str:
-    """Return a digest of the files that a model was read from, as they are now, and of how they were read."""
+def _paths(model: str | Path) -> list[Path]:
+    """Return the file or folder that a model is read from, and that of the base of an adapter."""
     source = find_source(model)
-    folders = [source.folder]
-    if source.kind == "adapter":
-        base = find_source(_adapter_base(source.folder))
-        folders.append(base.folder)
-    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-    parts: list[Any] = [[str(file.resolve()), *_version(file.stat())] for file in files]
-    kinds = sorted({f"{parameter.dtype} {parameter.device.type}" for parameter in module.parameters()})
-    return hashlib.sha256(json.dumps([parts, kinds, quantize, str(source.gguf)]).encode()).hexdigest()
-
-
-def _version(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    base = _paths(_adapter_base(source.folder)) if source.kind == "adapter" else []
+    return [source.gguf or source.folder, *base]
 
 
 def _freeze(
     model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None", name: str, identity: str | None = None
 ) -> LoadedModel:
-    """Return the model frozen; `identity` is that of its files, whose weights are hashed once for all processes."""
+    """Return the model frozen; `identity` is that of its files, None for a live one."""
     model.eval()
     model.requires_grad_(False)
-    known = json.loads(os.environ.get(_FINGERPRINTS, "{}"))
-    fingerprint = known.get(identity) or model_fingerprint(model)
-    if identity is not None and identity not in known:
-        os.environ[_FINGERPRINTS] = json.dumps(known | {identity: fingerprint})
-    return LoadedModel(model, tokenizer, name, fingerprint, context_length(model))
+    return LoadedModel(model, tokenizer, name, hash_once(model, identity), context_length(model))

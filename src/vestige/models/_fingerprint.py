@@ -44,9 +44,10 @@ def files_identity(paths: Sequence[Path], model: nn.Module, quantize: Bits | Non
 
 def hash_once(model: nn.Module, identity: str | None) -> str:
     """Return the fingerprint of a model; that of unchanged files is taken from the process that started this one."""
+    if identity is None:
+        return model_fingerprint(model)
     known = json.loads(os.environ.get(_KNOWN, "{}"))
     if identity not in known:
         known[identity] = model_fingerprint(model)
-        if identity is not None:
-            os.environ[_KNOWN] = json.dumps(known)
+        os.environ[_KNOWN] = json.dumps(known)
     return known[identity]

@@ -214,9 +214,8 @@ def load_model(
 
     def read(place: torch.device | str, *, stay: bool = False) -> LoadedModel:
         module, own_tokenizer = _read(model, Reading(dtype, place, stay, quantize))
-        return _freeze(
-            module, given_tokenizer or own_tokenizer, str(model), files_identity(_folders(model), module, quantize)
-        )
+        identity = files_identity(_paths(model), module, quantize)
+        return _freeze(module, given_tokenizer or own_tokenizer, str(model), identity)
 
     if device == FSDP:
         own = _device("auto")

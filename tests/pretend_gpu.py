@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,7 @@ def _one_card(place: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
         **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device", "_lazy_init", "init")),
         **dict.fromkeys(("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all")),
         "device_count": 1,
+        "Event": MagicMock(),
         "mem_get_info": (2**36, 2**36),
         "get_device_name": "Pretended Card",
         "get_device_capability": (9, 0),

@@ -56,6 +56,36 @@ def test_a_phase_may_be_entered_by_the_thread_its_caller_waits_for(clock):
     assert profile.seconds["backward"] == 0
 
 
+def test_on_a_gpu_time_is_that_of_its_queue_and_nothing_waits(clock, monkeypatch):
+    """The CPU runs ahead: what it launches in a moment takes the card longer, and is charged to the phase."""
+    queue, waits = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = queue[0]
+
+        def synchronize(self):
+            waits.append(self)
+
+        def elapsed_time(self, later):
+            return 1000 * (later.at - self.at)
+
+    cuda = type("Cuda", (), {"Event": Event, "is_initialized": lambda: True, "device_count": lambda: 0})
+    monkeypatch.setitem(sys.modules, "torch", type("Torch", (), {"cuda": cuda}))
+    monkeypatch.setattr(timing, "peak_gpu_memory_bytes", lambda: 0)
+    with profile_phases(True) as profile:
+        for _ in range(3):
+            with time_phase("forward"):
+                clock(0.001)
+                queue[0] += 0.2
+        assert waits == []
+    assert profile.seconds["forward"] == pytest.approx(0.6)
+    assert profile.total == pytest.approx(0.6)
+
+
 def test_a_process_does_not_inherit_the_peak_of_its_parent():
     held = b"x" * 400_000_000
     assert timing.peak_memory_bytes() > len(held)

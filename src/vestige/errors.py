@@ -20,6 +20,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
+def memory_error(error: BaseException) -> "UserError | None":
+    """Return the error to show where one of PyTorch, or its cause, says that the memory of a GPU is full."""
+    seen: BaseException | None = error
+    while seen is not None and type(seen).__name__ != "OutOfMemoryError":
+        seen = seen.__cause__ or seen.__context__
+    if seen is None:
+        return None
+    return UserError(
+        "The memory of the GPU is full. Type a smaller --token-budget, such as --token-budget 1024, or fewer "
+        f"--components. `vestige doctor` prints what fits. PyTorch reports: {str(seen).splitlines()[0]}"
+    )
+
+
 class VestigeError(Exception):
     """Base of every error that Vestige raises on purpose."""
 

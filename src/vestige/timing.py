@@ -10,13 +10,30 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vestige.progress import format_bytes
 
 PHASES = ("forward", "backward", "compression", "reading", "writing", "preconditioning", "scoring")
 """In the order of the table; everything else is `OTHER`."""
 OTHER = "other"
+_MOST_SPANS = 10_000
+"""Spans whose time on a GPU is still to be read: reading one waits for it."""
+
+
+class _Mark(NamedTuple):
+    """A moment: on the clock of this process and, where a job uses a GPU, in its queue."""
+
+    time: float
+    event: Any = None
+
+
+def _mark() -> _Mark:
+    event = None
+    if (torch := _cuda()) is not None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+    return _Mark(time.perf_counter(), event)
 
 
 @dataclass
@@ -29,17 +46,29 @@ class Profile:
     """Bytes read and written."""
     total: float = 0.0
     _stack: list[str] = field(default_factory=lambda: [OTHER])
-    _since: float = field(default_factory=lambda: time.perf_counter())
+    _since: _Mark = field(default_factory=_mark)
+    _spans: list[tuple[str, _Mark, _Mark]] = field(default_factory=list)
 
     def charge(self) -> None:
-        """Count the seconds since the last call as those of the innermost phase."""
-        if (torch := _cuda()) is not None:
-            torch.cuda.synchronize()  # work that was launched belongs to the phase that launched it
-        now = time.perf_counter()
-        phase = self._stack[-1]
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
-        self.total += now - self._since
-        self._since = now
+        """Count the time since the last call as that of the innermost phase.
+
+        On a GPU that is the time in its queue: work belongs to the phase that launched it, and nothing waits for it.
+        """
+        before, self._since = self._since, _mark()
+        self._spans.append((self._stack[-1], before, self._since))
+        if self._since.event is None or len(self._spans) >= _MOST_SPANS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add up the spans so far; waits for the GPU where one is used."""
+        for phase, before, after in self._spans:
+            seconds = after.time - before.time
+            if before.event is not None and after.event is not None:
+                after.event.synchronize()
+                seconds = before.event.elapsed_time(after.event) / 1000
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            self.total += seconds
+        self._spans.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -100,6 +129,7 @@ def profile_phases(wanted: bool) -> Iterator[Profile | None]:
         yield profile
     finally:
         profile.charge()
+        profile.settle()
         _current = outer
 
 

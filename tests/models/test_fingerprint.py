@@ -1,3 +1,6 @@
+import json
+import os
+
 import torch
 
 from tests.architectures import build
@@ -31,3 +34,21 @@ def test_memory_order_bfloat16_and_scalars_are_no_obstacle():
     contiguous = model_fingerprint(torch.nn.ParameterDict({"a": weight.T.contiguous()}))
     assert model_fingerprint(torch.nn.ParameterDict({"a": weight.T})) == contiguous
     model_fingerprint(torch.nn.ParameterDict({"a": torch.ones(3).bfloat16(), "b": torch.tensor(1.0)}))
+
+
+def test_weights_are_hashed_once_for_a_process_and_those_that_it_starts(saved, monkeypatch):
+    """A worker is handed the fingerprint by the environment, as long as the files are those that were hashed."""
+    monkeypatch.delenv("VESTIGE_FINGERPRINTS", raising=False)
+    folder = saved("llama")
+    first = load_model(folder, device="cpu")
+    handed = os.environ["VESTIGE_FINGERPRINTS"]
+    assert list(json.loads(handed).values()) == [first.fingerprint]
+    # Were it hashed again, it would not be what a process that started this one handed on.
+    monkeypatch.setenv("VESTIGE_FINGERPRINTS", handed.replace(first.fingerprint, "handed"))
+    assert load_model(folder, device="cpu").fingerprint == "handed"
+    assert load_model(folder, device="cpu", precision="float64").fingerprint not in ("handed", first.fingerprint)
+    model = first.model
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(2)
+    model.save_pretrained(folder)
+    assert load_model(folder, device="cpu").fingerprint == model_fingerprint(model)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from vestige.checks._doctor import (
         ALTERNATIVES as ALTERNATIVES,
         Trial as Trial,
+        check_batches as check_batches,
         check_disk_space as check_disk_space,
         check_memory as check_memory,
         check_time as check_time,

@@ -28,13 +28,21 @@ from vestige.checks._report import Check, Cost, DoctorReport
 from vestige.compress import CompressionSpec, parse_spec
 from vestige.data import CutBatches, TokenizedData, make_batch
 from vestige.errors import ModelError
-from vestige.gradients import CausalLoss, longest_and_shortest, measure_knowledge
+from vestige.gradients import (
+    BatchMemory,
+    CardMemory,
+    CausalLoss,
+    card_memory,
+    longest_and_shortest,
+    measure_knowledge,
+)
 from vestige.indexes import (
     PART_BYTES,
     CompressedGradients,
     Inputs,
     Manifest,
     ShardContent,
+    batch_memory,
     batch_tokens,
     choose_spec,
     draft_manifest,
@@ -130,7 +138,9 @@ def _try_gradients(
     exact = check_autograd(model, components, loss, data, loaded.context_length)
     known = check_knowledge(measure_knowledge(model, sample, batch_tokens(settings, loaded)))
     costs = estimate_costs(settings, inputs, manifest, spec, trial)
-    estimates = [
+    card, memory = card_memory(model), batch_memory(loaded)
+    estimates = [] if card is None or memory is None else [check_batches(memory, card, manifest.token_budget, data)]
+    estimates += [
         check_time(costs[0], trial),
         check_memory(costs[0], _memory_limit(device), device.type),
         check_disk_space(costs[0], settings.dtype, free, len(data)),
@@ -272,6 +282,29 @@ def check_memory(cost: Cost, limit: int, device: str) -> Check:
     if needed > 0.8 * limit:
         return Check("memory", "warn", value, "It is close; a smaller --token-budget needs less.", needed)
     return Check("memory", "good", value, "It fits.", needed)
+
+
+def check_batches(memory: BatchMemory, card: CardMemory, tokens: int, data: TokenizedData) -> Check:
+    """Check that the model and its batches, of `tokens` tokens at most, fit into the memory of the card."""
+    name, longest = "batches", int(data.lengths.max())
+    peak, one = memory.peak(max(tokens, longest)), memory.peak(longest)
+    sizes = f"{format_bytes(card.free)} free of {format_bytes(card.total)} on the GPU"
+    value = f"{tokens:,} tokens at once, about {format_bytes(peak)} at most, with {sizes}"
+    smaller = "--quantize 4 for a LoRA adapter, or --device balanced, which spreads the model over all GPUs"
+    if memory.weights + memory.fixed > card.free:
+        value = f"the model takes {format_bytes(memory.weights)}, with {sizes}"
+        return Check(name, "bad", value, f"The model does not fit. Type --precision bfloat16, {smaller}.", peak)
+    if one > card.free:
+        advice = f"The longest example, {longest:,} tokens, takes about {format_bytes(one)}: --max-length, {smaller}."
+        return Check(name, "bad", value, advice, peak)
+    if peak > card.free:
+        fitting = memory.tokens_within(card.free)
+        advice = f"Batches will be halved as they run. Type --token-budget {max(fitting, longest)} to begin with less."
+        return Check(name, "warn", value, advice, peak)
+    if not memory.tokens_within(card.free):
+        advice = f"The model leaves little memory to batches, and passes will be slow: {smaller}."
+        return Check(name, "warn", value, advice, peak)
+    return Check(name, "good", value, "Measured by two small batches; a batch that does not fit is halved.", peak)
 
 
 def check_time(cost: Cost, trial: Trial) -> Check:

@@ -300,6 +300,10 @@ class Measure(NamedTuple):
     matrices: tuple[Float[Tensor, "k k"], ...]
     columns: tuple[slice, ...]
 
+    def to(self, device: torch.device) -> "Measure":
+        """Return the same measure of gradients on a device."""
+        return self._replace(matrices=tuple(matrix.to(device) for matrix in self.matrices))
+
     def __call__(self, gradients: Float[Tensor, "row column"]) -> Float[Tensor, "row"]:
         """Return the length of every row."""
         pairs = zip(self.matrices, self.columns, strict=True)
@@ -319,6 +323,10 @@ class Measures(NamedTuple):
         """The names of all."""
         return " ".join(one.name for one in self.measures)
 
+    def to(self, device: torch.device) -> "Measures":
+        """Return the same measures of gradients on a device."""
+        return self._replace(measures=tuple(one.to(device) for one in self.measures))
+
     def __call__(self, gradients: Float[Tensor, "row column"]) -> Float[Tensor, "line row"]:
         """Return the length of every row, line by line."""
         return torch.stack([one(gradients) for one in self.measures]).repeat_interleave(self.lines, dim=0)
@@ -337,15 +345,19 @@ def _cholesky(block: FisherBlock, damping: float) -> Float[Tensor, "k k"]:
 def fisher_sums(
     columns: Sequence[slice], blocks: Iterable[Float[Tensor, "row column"]]
 ) -> tuple[list[Float[Tensor, "k k"]], int]:
-    """Return `sum_i g_i g_i^T` of every component from a stream of gradients, and their number."""
+    """Return `sum_i g_i g_i^T` of every component from a stream of gradients, on the CPU, and their number.
+
+    Products are taken where the gradients lie.
+    """
     sums, examples = [torch.zeros(part.stop - part.start, part.stop - part.start) for part in columns], 0
     for gradients in blocks:
         examples += len(gradients)
+        sums = [total.to(gradients.device) for total in sums]
         with time_phase("preconditioning"):
             for total, part in zip(sums, columns, strict=True):
                 piece = gradients[:, part]
                 total.addmm_(piece.T, piece)
-    return sums, examples
+    return [total.cpu() for total in sums], examples
 
 
 def accumulate_fisher(

@@ -67,7 +67,10 @@ def precondition(settings: PreconditionSettings) -> FisherBlocks:
 
 
 def fisher_of(
-    index: Index, settings: LaunchSettings | None = None, command: Sequence[str] | None = None
+    index: Index,
+    settings: LaunchSettings | None = None,
+    command: Sequence[str] | None = None,
+    device: torch.device | None = None,
 ) -> FisherBlocks:
     """Return the Fisher blocks of all rows of `index`; read from `curvature/` when they belong to just these shards.
 
@@ -75,6 +78,7 @@ def fisher_of(
         index: A finished index.
         settings: Where to compute the pieces. Not given: in this process.
         command: What a worker runs to come here, as for `run_pieces`.
+        device: Where the products are taken. Not given: on the CPU.
 
     Raises:
         UserError: One matrix of all columns does not fit into memory.
@@ -84,7 +88,7 @@ def fisher_of(
     path = fisher_path(index)
     found = read_tensors(path) if broadcast_from_rank0(path.exists) else None
     if found is None:
-        plan = plan_fisher(index)
+        plan = plan_fisher(index, device)
         if len(plan.weights) > 1:
             found = plan.run(settings, command)
         else:
@@ -95,17 +99,19 @@ def fisher_of(
     return FisherBlocks(blocks, tuple(span.columns for span in index.spans))
 
 
-def plan_fisher(index: Index) -> SavedPieces:
+def plan_fisher(index: Index, device: torch.device | None = None) -> SavedPieces:
     """Return the plan of the Fisher blocks: a piece leaves `sum_i g_i g_i^T` of its shards for every component."""
     names, columns = [span.name for span in index.spans], [span.columns for span in index.spans]
     # The sums of a piece are written and read once: an eighth of what the piece reads at most.
     matrices = 4 * sum((part.stop - part.start) ** 2 for part in columns)
     groups, path = index.shard_groups(max(GROUP_BYTES, 8 * matrices)), fisher_path(index)
-    text = f"fisher {FISHER_FORMAT} {index.fingerprint} {groups}"
+    # Sums that a card and a CPU computed, which differ by rounding, do not mix.
+    place = "" if device is None or device.type == "cpu" else f" {device.type}"
+    text = f"fisher {FISHER_FORMAT} {index.fingerprint} {groups}{place}"
 
     def compute(piece: int) -> Tensors:
         def gradients() -> Iterator[Tensor]:
-            for block in index.blocks(shards=groups[piece]):
+            for block in index.blocks(shards=groups[piece], device=device):
                 yield block.gradients
                 step_done(len(block.example))
 
@@ -134,14 +140,16 @@ def fisher_path(index: Index) -> Path:
     return index.folder / "curvature" / f"fisher-{index.fingerprint[:16]}.safetensors"
 
 
-def whole_fisher(index: Index) -> FisherBlocks:
+def whole_fisher(index: Index, device: torch.device | None = None) -> FisherBlocks:
     """Return one Fisher matrix of all columns of `index`, between components too; read from `curvature/` as above.
+
+    Products are taken on `device`, by default the CPU.
 
     Raises:
         UserError: The matrix and its factors, 28 bytes for each pair of columns, do not fit into memory.
     """
     if len(index.spans) == 1:
-        return fisher_of(index)
+        return fisher_of(index, device=device)
     _require_memory(index.width)
     columns = (slice(0, index.width),)
     path = index.folder / "curvature" / f"fisher-model-{index.fingerprint[:16]}.safetensors"
@@ -150,8 +158,10 @@ def whole_fisher(index: Index) -> FisherBlocks:
         skipped = torch.tensor(index.skipped)
         # The examples that were left out hold zeros.
         rows = (
-            block.gradients[~torch.isin(block.example, skipped)] if len(skipped) else block.gradients
-            for block in index.blocks()
+            block.gradients[(~torch.isin(block.example, skipped)).to(block.gradients.device)]
+            if len(skipped)
+            else block.gradients
+            for block in index.blocks(device=device)
         )
         whole = accumulate_fisher([WHOLE_MODEL], columns, rows)
         found = write_tensors(path, {WHOLE_MODEL: whole.blocks[0].matrix})

@@ -78,9 +78,7 @@ def _correlate_with_noise(settings: RandomisationSettings, scored: Scored) -> Fl
 
 def _score_noise(settings: RandomisationSettings, method: str, seed: int) -> Scores:
     folder = settings.out / "runs" / f"{method}-random-weights-{seed}"
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
+    loaded = load_model(settings.model, **settings.loading)
     with randomise(loaded.model, seed) as model:
         live: dict[str, Any] = {"model": model, "tokenizer": loaded.tokenizer, "precision": "auto", "device": "auto"}
         # The same answers: a model of noise would generate noise.

@@ -77,9 +77,7 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
 
 
 def _read_inputs(settings: TailPatchSettings) -> tuple[LoadedModel, TokenizedData, TokenizedData]:
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
+    loaded = load_model(settings.model, **settings.loading)
     data = read_data(settings, settings.data, loaded)
     return loaded, data, read_questions(settings.arguments()["queries"], settings, loaded, data, "queries")
 

@@ -45,6 +45,14 @@ if TYPE_CHECKING:
         second_derivatives as second_derivatives,
         token_derivatives as token_derivatives,
     )
+    from vestige.gradients._memory import (
+        FEWEST_TOKENS as FEWEST_TOKENS,
+        BatchMemory as BatchMemory,
+        CardMemory as CardMemory,
+        FittingBatches as FittingBatches,
+        card_memory as card_memory,
+        measure_batch_memory as measure_batch_memory,
+    )
     from vestige.gradients._objective import (
         CausalLoss as CausalLoss,
         FunctionObjective as FunctionObjective,
@@ -54,6 +62,7 @@ if TYPE_CHECKING:
         Reduction as Reduction,
         Seq2SeqLoss as Seq2SeqLoss,
         example_count as example_count,
+        logit_bytes_on as logit_bytes_on,
         token_losses as token_losses,
     )
     from vestige.gradients._pass import GradientPass as GradientPass, pairwise_products as pairwise_products

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from vestige.data import Batch, TokenizedData, make_batch, plan_batches
+from vestige.gradients._memory import FittingBatches
 from vestige.gradients._objective import CausalLoss, token_losses
 from vestige.models import batch_sharing
 
@@ -147,10 +148,14 @@ def measure_knowledge(
 
 def _sum_losses(model: nn.Module, data: TokenizedData, token_budget: int) -> float:
     device, total = next(model.parameters()).device, 0.0
+    objective, fitting = CausalLoss("sum"), FittingBatches(data.lengths)
+
+    def run(rows: np.ndarray) -> float:
+        return float(objective.losses(model, make_batch(data, rows).to(device)).double().sum())
+
     with torch.no_grad():
-        for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
-            losses = CausalLoss("sum").losses(model, make_batch(data, rows).to(device))
-            total += float(losses.double().sum())
+        for batch in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
+            total += sum(fitting.run(batch, run))
     return total
 
 

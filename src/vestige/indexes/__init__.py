@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vestige.indexes._export import export as export, export_index as export_index
     from vestige.indexes._inputs import (
         Inputs as Inputs,
+        batch_memory as batch_memory,
         batch_tokens as batch_tokens,
         read_data as read_data,
         read_inputs as read_inputs,

@@ -1,18 +1,26 @@
 """`vestige index`: from a model and its training data to an index on disk."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vestige.compress import FEWEST, CompressingSink, CompressionSpec, choose_compressor, list_candidates, parse_spec
 from vestige.data import TokenizedData, forget_tokens, make_batch
 from vestige.distributed import broadcast_from_rank0, exchange_rows, is_rank0, round_robin, this_rank
 from vestige.errors import DiskSpaceError, SpecError, WorkElsewhere
-from vestige.gradients import CausalLoss, GradientPass, Reduction, describe_device
+from vestige.gradients import (
+    CausalLoss,
+    FittingBatches,
+    GradientPass,
+    Reduction,
+    card_memory,
+    describe_device,
+)
 from vestige.indexes._examples import fingerprint_rows
 from vestige.indexes._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
 from vestige.indexes._manifest import (
@@ -30,10 +38,10 @@ from vestige.indexes._shards import ShardContent, parts_of
 from vestige.indexes._store import Index
 from vestige.indexes._work import TOKENS, IndexWork, ShardCompute, prepare_index, remove_index
 from vestige.jobs import is_worker, phase, profile, refuse_overwrite_by_ranks, run_pieces, worker_command, write_profile
-from vestige.models import Component, LoadedModel, batch_sharing
-from vestige.progress import announce, format_bytes, format_seconds
+from vestige.models import Component, LoadedModel, batch_sharing, leave_card, quantized_bits
+from vestige.progress import announce, format_bytes, format_memory, format_seconds
 from vestige.settings import CompressionSettings, DoctorSettings, IndexSettings, Scope, with_settings
-from vestige.timing import peak_memory_bytes
+from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 MOST = 4096
 """Most numbers per component that `auto` takes: more bytes bring little."""
@@ -136,14 +144,29 @@ class CompressedGradients:
 
     def rows(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> ShardContent:
         """Return gradients, losses and norms of the batches' examples, in that order, on the CPU in float32."""
-        return self._compute(data, sum(map(len, batches)), iter(batches))
+        return self._compute(data, FittingBatches(data.lengths), sum(map(len, batches)), iter(batches))()
 
     def parts(self, data: TokenizedData, batches: Sequence[np.ndarray]) -> Iterator[ShardContent]:
-        """Yield `rows` of a shard's batches, part by part: memory does not grow with the shard."""
-        for count, part in parts_of(batches, self._sink.width, fewest=this_rank().world_size):
-            yield self._compute(data, count, part)
+        """Yield `rows` of a shard's batches, part by part: memory does not grow with the shard.
 
-    def _compute(self, data: TokenizedData, count: int, batches: Iterator[np.ndarray]) -> ShardContent:
+        A card is given the next part before the one before is copied from it, so that it never waits for the disk.
+        """
+        fitting, before = FittingBatches(data.lengths), None
+        for count, part in parts_of(batches, self._sink.width, fewest=this_rank().world_size):
+            finish = self._compute(data, fitting, count, part)
+            if self._device.type != "cuda":
+                yield finish()
+                continue
+            if before is not None:
+                yield before()
+            before = finish
+        if before is not None:
+            yield before()
+
+    def _compute(
+        self, data: TokenizedData, fitting: FittingBatches, count: int, batches: Iterator[np.ndarray]
+    ) -> Callable[[], ShardContent]:
+        """Compute the batches, and return what waits for the device and returns their rows."""
         # One array for all from the start: joined at the end, they would be in memory twice.
         gradients, losses = torch.empty(count, self._sink.width), torch.empty(count)
         rows = torch.empty(count, dtype=torch.int64)
@@ -155,14 +178,35 @@ class CompressedGradients:
                 rows[starts[-2] : starts[-1]] = torch.as_tensor(np.asarray(batch, dtype=np.int64))
                 yield batch
 
+        def run(part: np.ndarray) -> tuple[Tensor, Tensor]:
+            self._sink.begin(len(part), self._device)
+            loss = self._pass.run(make_batch(data, part).to(self._device), self._sink).float()
+            # From a card into pinned memory, which is filled when `copied` is.
+            return loss.to("cpu", non_blocking=True), self._sink.gradients.to("cpu", non_blocking=True)
+
+        waiting = list[tuple[slice, tuple[Tensor, Tensor]]]()
         for number, batch, counts in round_robin(note_rows()):
-            self._sink.begin(len(batch), self._device)
-            loss = self._pass.run(make_batch(data, batch).to(self._device), self._sink).float().cpu()
-            if counts:
-                places = slice(starts[number], starts[number + 1])
-                losses[places], gradients[places] = loss, self._sink.gradients.cpu()
-        exchange_rows((gradients, losses), np.diff(starts).tolist())
-        return ShardContent(gradients, losses, gradients.norm(dim=1), rows)
+            first = starts[number]
+            for found in fitting.run(batch, run):
+                places = slice(first, first + len(found[0]))
+                first = places.stop
+                if self._device.type == "cuda":
+                    waiting += [(places, found)] if counts else []
+                elif counts:
+                    losses[places], gradients[places] = found
+        copied = torch.cuda.Event() if self._device.type == "cuda" else None
+        if copied is not None:
+            copied.record()
+
+        def finish() -> ShardContent:
+            if copied is not None:
+                copied.synchronize()
+            for places, found in waiting:
+                losses[places], gradients[places] = found
+            exchange_rows((gradients, losses), np.diff(starts).tolist())
+            return ShardContent(gradients, losses, gradients.norm(dim=1), rows)
+
+        return finish
 
 
 PROBED = 0.02
@@ -195,6 +239,9 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
         refuse_overwrite_by_ranks()
         broadcast_from_rank0(lambda: remove_index(settings.out))
     draft = draft_manifest(settings, inputs, spec)
+    if begun and settings.token_budget is None and card_memory(inputs.loaded.model) is not None:
+        # What was free when the index was begun decides its batches, not what is free now.
+        draft = draft.model_copy(update={"token_budget": begun.token_budget})
     lengths, fingerprint_of = inputs.data.lengths, partial(fingerprint_rows, inputs.data)
     options = {"append": settings.append, "sharing": batch_sharing(inputs.loaded.model)}
     manifest, plan = broadcast_from_rank0(lambda: plan_index(settings.out, draft, lengths, fingerprint_of, **options))
@@ -224,7 +271,8 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
             for piece in missing:
                 examples.append(plan.shards[piece].examples)
                 tokens.append(plan.shards[piece].tokens)
-            return run_pieces(work.pieces, settings, command)
+            with leave_card(inputs.loaded.model, settings.has_workers and not is_worker()):
+                return run_pieces(work.pieces, settings, command)
     except WorkElsewhere as note:
         if settings.part is None:
             raise
@@ -244,10 +292,14 @@ def _announce_cost(
     middle = batches[len(batches) // 2]
     stop = min(middle.stop, middle.start + max(1, int(PROBED * padded) // middle.longest))
     probe = shard.rows[middle.start - shard.start : stop - shard.start]
+    if next(inputs.loaded.model.parameters()).device.type == "cuda":
+        # The first pass on a card also loads its libraries.
+        compute.rows(inputs.data, [probe[:1]])
     started = time.perf_counter()
     compute.rows(inputs.data, [probe])
     seconds = padded * (time.perf_counter() - started) / (len(probe) * middle.longest)
     examples, selection = sum(shard.examples for shard in shards), inputs.selection
+    memory = format_memory(peak_memory_bytes(), peak_gpu_memory_bytes())
     announce(
         f"Covers {selection.selected_parameters:,} of {selection.total_parameters:,} parameters "
         f"({selection.fraction:.0%}) in {len(selection.components)} components; "
@@ -255,13 +307,16 @@ def _announce_cost(
     )
     announce(
         f"{examples:,} examples, {padded:,} tokens: about {format_seconds(seconds)}, "
-        f"{format_bytes(examples * manifest.row_bytes)} of disk, {format_bytes(peak_memory_bytes())} of memory. The "
+        f"{format_bytes(examples * manifest.row_bytes)} of disk, {memory}. The "
         f"first use of --method influence adds its curvature: {format_bytes(manifest.curvature_bytes)} of disk."
     )
 
 
 def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spec: CompressionSpec) -> Manifest:
     """Return the manifest without its plan."""
+    columns = lay_out(inputs.selection.components, spec, settings.compress_scope)
+    # On a card a batch's rows are computed and copied, in float32.
+    of_rows = 8 * max(part.stop for part in columns) / max(float(np.mean(inputs.data.lengths)), 1)
     parameters = list(inputs.loaded.model.parameters())
     return Manifest(
         model=ModelIdentity(name=inputs.loaded.name, fingerprint=inputs.loaded.fingerprint),
@@ -271,9 +326,10 @@ def draft_manifest(settings: IndexSettings | DoctorSettings, inputs: Inputs, spe
         dtype=settings.dtype,
         loss=settings.loss,
         precision=str(parameters[0].dtype).removeprefix("torch."),
+        quantize=quantized_bits(inputs.loaded.model),
         device=" + ".join(sorted({describe_device(one.device) for one in parameters})),
         max_length=tokens_at_most(settings, inputs.loaded),
         chat=settings.chat,
-        token_budget=batch_tokens(settings, inputs.loaded),
-        components=lay_out(inputs.selection.components, spec, settings.compress_scope),
+        token_budget=batch_tokens(settings, inputs.loaded, only_free=True, more_per_token=of_rows),
+        components=columns,
     )

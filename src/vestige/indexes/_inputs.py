@@ -5,14 +5,20 @@ from typing import NamedTuple
 
 from vestige.data import TokenizedData, tokenize_source
 from vestige.errors import DataError
-from vestige.gradients import require_independence
+from vestige.gradients import (
+    FEWEST_TOKENS,
+    BatchMemory,
+    card_memory,
+    measure_batch_memory,
+    require_independence,
+)
 from vestige.jobs import is_worker
 from vestige.models import LoadedModel, Selection, load_model, select_components
 from vestige.settings import LaunchSettings, ReadingSettings
 
-CPU_TOKENS, GPU_TOKENS = 1024, 16384
-"""Tokens per batch by default. On a CPU larger batches fall out of the cache: 16 x 128 tokens ran 5 % and 32 x 128
-17 % slower than 8 x 128."""
+CPU_TOKENS, UNMEASURED_TOKENS = 1024, 16_384
+"""Tokens per batch by default: on a CPU, and on other devices where no memory is measured. On a CPU larger batches fall
+out of the cache: 16 x 128 tokens ran 5 % and 32 x 128 17 % slower than 8 x 128."""
 
 
 class Inputs(NamedTuple):
@@ -33,8 +39,7 @@ def read_inputs(
     checked: bool = True,
 ) -> Inputs:
     """Load the model and the training data; the rest is as for `read_data`."""
-    options = {"tokenizer": settings.tokenizer, "precision": settings.precision, "device": settings.device}
-    loaded = load_model(model, **options)  # type: ignore[arg-type]
+    loaded = load_model(model, **settings.loading)  # type: ignore[arg-type]
     selection = select_components(loaded.model, components)
     return Inputs(loaded, read_data(settings, data, loaded, tokens=tokens, checked=checked), selection)
 
@@ -90,9 +95,35 @@ def tokens_at_most(settings: ReadingSettings, loaded: LoadedModel) -> int | None
     return min(limits, default=None)
 
 
-def batch_tokens(settings: ReadingSettings, loaded: LoadedModel) -> int:
-    """Return the token budget of a batch."""
+def batch_tokens(
+    settings: ReadingSettings, loaded: LoadedModel, *, only_free: bool = False, more_per_token: float = 0.0
+) -> int:
+    """Return the token budget of a batch: as requested, else what the memory of the model's device takes.
+
+    Args:
+        settings: What was requested.
+        loaded: The model; on a card two small batches of it are measured, once.
+        only_free: Count what is free on the card now. Not so, all of its memory: every process on such a card, now or
+            after a kill, then cuts the same batches; where others hold some of it, a batch becomes smaller as it runs.
+        more_per_token: Bytes that this pass holds beside those of the model.
+    """
     if settings.token_budget is not None:
         return settings.token_budget
-    on_cpu = next(loaded.model.parameters()).device.type == "cpu"
-    return CPU_TOKENS if on_cpu else GPU_TOKENS
+    if next(loaded.model.parameters()).device.type == "cpu":
+        return CPU_TOKENS
+    card, memory = card_memory(loaded.model), batch_memory(loaded)
+    if card is None or memory is None:
+        return UNMEASURED_TOKENS
+    memory = memory._replace(per_token=memory.per_token + more_per_token)
+    return memory.tokens_within(card.free if only_free else card.total) or FEWEST_TOKENS
+
+
+def batch_memory(loaded: LoadedModel) -> BatchMemory | None:
+    """Return what a batch of the model takes on its cards; None elsewhere, and where processes hold it in parts."""
+    parameters = list(loaded.model.parameters())
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters)
+    if sharded or parameters[0].device.type != "cuda":
+        return None
+    if "batch memory" not in loaded.measured:
+        loaded.measured["batch memory"] = measure_batch_memory(loaded.model)
+    return loaded.measured["batch memory"]

@@ -126,6 +126,8 @@ class Manifest(_Frozen):
     dtype: StoredType = "float16"
     loss: Literal["sum", "mean"]
     precision: str
+    quantize: int | None = None
+    """Bits in which the maps of the model were kept, None if all weights were in `precision`."""
     device: str = "cpu"
     """`cpu`, or the name of the card, with TF32 where products of float32 may be rounded to it."""
     max_length: int | None
@@ -138,7 +140,7 @@ class Manifest(_Frozen):
     @model_serializer(mode="wrap")
     def _without_the_usual(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # An index computed on a CPU keeps the bytes, and the fingerprints, that it had before there were these fields.
-        usual = {"imported": None, "device": "cpu"}
+        usual = {"imported": None, "quantize": None, "device": "cpu"}
         return {name: value for name, value in serialise(self).items() if name not in usual or value != usual[name]}
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 import numpy as np
 from jaxtyping import Float, Int
 
-from vestige.data import StoredExamples
+from vestige.data import StoredExamples, send
 from vestige.errors import CorruptFile, UserError
 from vestige.indexes._examples import examples_paths, read_lengths
 from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest, require_index
@@ -24,8 +24,8 @@ from vestige.timing import count_bytes, time_phase
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK_BYTES = 4 * 2**20
-"""Gradients in float32 that are in memory at once, unless a row alone has more."""
+BLOCK_BYTES, CARD_BLOCK_BYTES = 4 * 2**20, 256 * 2**20
+"""Gradients in float32 that are in memory at once, or on a card, unless a row alone has more."""
 _SHOWN = 10
 """Faults that a message lists."""
 _SCAN_NUMBERS = 2**20
@@ -109,21 +109,24 @@ class Index:
         """Columns that hold one compressed gradient each: a component's, or the sum of all components'."""
         return self.manifest.spans
 
-    def blocks(self, max_bytes: int = BLOCK_BYTES, *, shards: range | None = None) -> Iterator[IndexBlock]:
+    def blocks(
+        self, max_bytes: int | None = None, *, shards: range | None = None, device: torch.device | None = None
+    ) -> Iterator[IndexBlock]:
         """Yield every row once, in the order of the plan; the next shard is read in the background.
 
         Args:
-            max_bytes: Most bytes of float32 gradients per block (one row may exceed it); small ones stay in the
-                processor's cache.
+            max_bytes: Most bytes of float32 gradients per block (one row may exceed it). Not given: on the CPU as many
+                as stay in the processor's cache.
             shards: Only the rows of these shards.
+            device: Where the gradients are put; everything else is on the CPU. Not given: on the CPU.
         """
-        step = max(max_bytes // (4 * self.width), 1)
+        step = max((max_bytes or (CARD_BLOCK_BYTES if _is_card(device) else BLOCK_BYTES)) // (4 * self.width), 1)
         for stored in self._read_ahead(shards):
             for start in range(0, len(stored.loss), step):
                 rows = slice(start, start + step)
                 # Copies, so that a block that is kept does not keep its shard's file mapped.
                 example, loss, norm = (each[rows].clone() for each in (stored.example, stored.loss, stored.norm))
-                yield IndexBlock(example, stored.decode(rows), loss, norm)
+                yield IndexBlock(example, stored.decode(rows, device or "cpu"), loss, norm)
 
     def scan(
         self, vectors: Float[Tensor, "query column"], *, shards: range | None = None
@@ -134,18 +137,22 @@ class Index:
         are multiplied at once follows from the index alone, and so does every bit of a score.
 
         Args:
-            vectors: One for each query, float32.
+            vectors: One for each query, float32; where they lie, rows are multiplied. What is yielded is on the CPU.
             shards: Only the rows of these shards.
         """
-        columns, step = vectors.T.contiguous(), max(_SCAN_NUMBERS // self.width, 1)
-        numbers = torch.empty(min(step, max(self.manifest.shard_rows)), self.width)
+        columns, on_card = vectors.T.contiguous(), _is_card(vectors.device)
+        step = max((CARD_BLOCK_BYTES // 4 if on_card else _SCAN_NUMBERS) // self.width, 1)
+        numbers = torch.empty(0 if on_card else min(step, max(self.manifest.shard_rows)), self.width)
         at_once = step * max(_SCAN_SCORES // (step * max(len(vectors), 1)), 1)
         for stored in self._read_ahead(shards):
             for first in range(0, len(stored.loss), at_once):
                 rows = slice(first, min(first + at_once, len(stored.loss)))
                 with time_phase("scoring"):
                     parts = stored.gradients[rows].split(step)
-                    products = torch.cat([numbers[: len(part)].copy_(part) @ columns for part in parts])
+                    if on_card:
+                        products = torch.cat([(send(part, vectors.device).float() @ columns).cpu() for part in parts])
+                    else:
+                        products = torch.cat([numbers[: len(part)].copy_(part) @ columns for part in parts])
                     if stored.scale is not None:
                         products.mul_(stored.scale[rows, None])
                 yield stored.example[rows].clone(), products.T.contiguous(), stored.norm[rows].clone()
@@ -276,6 +283,10 @@ class Index:
             for number, expected in enumerate(expect_shards(self.manifest))
             if (reason := shard_fault(self.folder, number, expected, contents=contents))
         ]
+
+
+def _is_card(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
 
 
 def find_places(folder: Path, manifest: Manifest, *, checked: bool = True) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from vestige.errors import UserError
+from vestige.errors import UserError, memory_error
 from vestige.jobs._pieces import Compute, Pieces
 from vestige.jobs._record import Failure, JobFolder, make_failure_error
 from vestige.jobs._steps import Meter, Stopped, check_stop, count_steps, stop_signal, stopping_at_steps
@@ -130,7 +130,8 @@ class Worker(ExitStack):
 
     def _fail(self, piece: int, error: Exception) -> None:
         """Note how a piece failed, and raise what no retry can fix."""
-        fatal = error if isinstance(error, UserError) else disk_error(error, self._work.pieces.folder)
+        full = disk_error(error, self._work.pieces.folder) or memory_error(error)
+        fatal = error if isinstance(error, UserError) else full
         self._note_failure(piece, fatal or error)
         if fatal is not None:
             raise fatal from (None if fatal is error else error)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches, tokenize
+from vestige.gradients import FittingBatches
 from vestige.indexes import tokens_at_most
 from vestige.jobs import PieceFiles, Tensors, is_worker, step_done
 from vestige.measures._extraction import greedy
@@ -81,10 +82,15 @@ def total_losses(
 ) -> Float[Tensor, "row"]:
     """Return the loss of each example summed over its target tokens, nats, float64; batch by batch."""
     losses = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    for chosen in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(model)):
-        batch = make_batch(data, rows[chosen]).to(next(model.parameters()).device)
+    device, fitting = next(model.parameters()).device, FittingBatches(data.lengths)
+
+    def run(part: Int[np.ndarray, "row"]) -> Float[Tensor, "row"]:
+        batch = make_batch(data, part).to(device)
         logits: Any = model(input_ids=batch.input_ids, use_cache=False).logits
-        losses[chosen] = -_score_targets(logits[:, :-1], batch.labels[:, 1:]).log_probability.sum(1).cpu()
+        return -_score_targets(logits[:, :-1], batch.labels[:, 1:]).log_probability.sum(1).cpu()
+
+    for chosen in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(model)):
+        losses[chosen] = torch.cat(fitting.run(rows[chosen], run))
         step_done(len(chosen))
     return losses
 
@@ -255,9 +261,13 @@ class _Round:
     def _measure(self, turn: int, place: int) -> Tensors:
         """Measure one piece of one subject, and write its states."""
         model = self.job.models.of(self.job.subjects[turn].source).model
-        parts = []
+        fitting, parts = FittingBatches(self.job.data.lengths), []
+
+        def measure(part: np.ndarray) -> Tensors:
+            return {"rows": torch.from_numpy(part), **measure_batch(model, self.job, part)}
+
         for rows in self.groups[place]:
-            parts.append({"rows": torch.from_numpy(rows), **measure_batch(model, self.job, rows)})
+            parts += fitting.run(rows, measure)
             step_done(len(rows))
         found = join(parts)
         states = {name: found.pop(name) for name in [*found] if name.startswith("states_")}

@@ -70,7 +70,7 @@ class Models:
         if source is not self._held:
             del self._loaded
             self._held = None
-            self._loaded = models.load_model(source, precision=self._settings.precision, device=self._settings.device)
+            self._loaded = models.load_model(source, **(self._settings.loading | {"tokenizer": None}))
             self._held = source
         return self._loaded
 
@@ -86,9 +86,7 @@ class AuditJob:
             UserError: Something about the model, the data or the settings needs the caller.
         """
         self.settings, self.measures = settings, choose_measures(settings)
-        loaded = models.load_model(
-            settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-        )
+        loaded = models.load_model(settings.model, **settings.loading)
         model, self.tokenizer = loaded.model, loaded.tokenizer
         self.subjects = find_subjects(settings, loaded)
         self.main = self.subjects[-1]

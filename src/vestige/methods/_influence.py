@@ -124,8 +124,8 @@ class Influence(GradientMethod):
         if self.relative == "cosine":
             raise SpecError("Self-influence as a cosine is 1 for every example. Drop --option relative=cosine.")
         fisher, damping, store = self._curvature(job), job.settings.damping, _open_index(job, None)
-        squared = fisher.measure(damping, 1)
-        divisor = fisher.measure(damping, 2) if self.relative == "theta" else squared
+        squared = fisher.measure(damping, 1).to(store.compute_device)
+        divisor = fisher.measure(damping, 2).to(store.compute_device) if self.relative == "theta" else squared
 
         def blocks(piece: int) -> Iterator[ScoreBlock]:
             for block in store.piece_blocks(piece):
@@ -134,7 +134,7 @@ class Influence(GradientMethod):
                     if self.relative != "none":
                         lengths = divisor(block.gradients)
                         scores /= torch.where(lengths > 0, lengths, 1.0)
-                yield ScoreBlock(block.example, scores[None])
+                yield ScoreBlock(block.example, scores[None].cpu())
 
         return blocks
 
@@ -144,8 +144,11 @@ class Influence(GradientMethod):
         return _open_index(job, fisher.measure(damping, 2 if self.relative == "theta" else 1))
 
     def _curvature(self, job: Job) -> FisherBlocks:
-        index = _open_index(job, None).index
-        found = fisher_of(index, *curvature_work(job)) if self.fisher == "component" else whole_fisher(index)
+        store = _open_index(job, None)
+        if self.fisher == "component":
+            found = fisher_of(store.index, *curvature_work(job), device=store.compute_device)
+        else:
+            found = whole_fisher(store.index, store.compute_device)
         return found.in_unit_of_one() if self.damping_unit == "one" else found
 
 

@@ -140,9 +140,9 @@ def _load(settings: AttributeSettings, method: Method, index: indexes.Index | No
         source = index.manifest.model.name
     if source is None:
         return None
-    loaded = models.load_model(
-        source, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
+    if index is not None and settings.quantize is None:
+        settings = settings.model_copy(update={"quantize": index.manifest.quantize})
+    loaded = models.load_model(source, **settings.loading)
     if index is not None and method.needs_gradients and loaded.fingerprint != index.manifest.model.fingerprint:
         raise IndexMismatch(
             f"The index {index.folder} was made with another model: {index.manifest.model.name} "
@@ -283,9 +283,14 @@ def compute_losses(
     """Measure the loss of each of the rows, of all if none are given, in nats, whatever they are batched with."""
     wanted = np.arange(len(data)) if rows is None else rows
     losses, objective = np.zeros(len(wanted)), gradients.CausalLoss(reduction)
+    device, fitting = next(model.parameters()).device, gradients.FittingBatches(data.lengths)
+
+    def run(rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+        return objective.losses(model, make_batch(data, rows).to(device)).double().cpu().numpy()
+
     with torch.no_grad():
-        for positions, batch in read_batches(model, data, token_budget, wanted):
-            losses[positions] = objective.losses(model, batch).double().cpu().numpy()
+        for positions in plan_batches(data.lengths[wanted], token_budget, sharing=models.batch_sharing(model)):
+            losses[positions] = np.concatenate(fitting.run(wanted[positions], run))
             step_done(len(positions))
     return losses
 

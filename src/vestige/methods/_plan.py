@@ -23,6 +23,7 @@ from vestige.errors import NonFinite
 from vestige.jobs import (
     PieceFiles,
     Tensors,
+    is_worker,
     phase,
     run_pieces,
     run_with_rate,
@@ -32,6 +33,7 @@ from vestige.jobs import (
 )
 from vestige.lazy import torch
 from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
+from vestige.models import leave_card
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
@@ -184,7 +186,11 @@ def _run(
     pieces = tensor_pieces(
         name, files, weights, begin, lambda found: collect(ScoreBlock(**each) for each in found), unit=unit
     )
-    return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
+    away = nullcontext()
+    if job.loaded is not None:
+        away = leave_card(job.loaded.model, job.settings.has_workers and not is_worker())
+    with away:
+        return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
 
 
 def _share_queries(job: Job, method: Method, store: GradientStore) -> methods.Prepared:

@@ -23,6 +23,7 @@ from vestige.gradients import (
     BothSinks,
     CausalLoss,
     DotSink,
+    FittingBatches,
     GradientPass,
     Gradients,
     GradientSink,
@@ -113,12 +114,17 @@ class ExactGradients(GradientStore):
         sink, losses = GradientSink(components), torch.zeros(len(data), dtype=torch.float64)
         at_once = max(1, GRADIENT_NUMBERS // max(sum(part.size for part in components), 1))
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
-            for rows in plan_batches(data.lengths, self._budget, at_once, sharing=self._sharing):
+
+            def run(rows: np.ndarray) -> None:
                 sink.begin(len(rows), self.device)
                 places = torch.from_numpy(rows)
                 losses[places] = gradient_pass.run(make_batch(data, rows).to(self.device), sink).double().cpu()
                 for stored, gradient in zip(gradients, sink.gradients, strict=True):
                     stored[places] = gradient.flatten(1)
+
+            fitting = FittingBatches(data.lengths)
+            for batch in plan_batches(data.lengths, self._budget, at_once, sharing=self._sharing):
+                fitting.run(batch, run)
         return gradients, losses
 
     def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
@@ -174,14 +180,19 @@ class ExactGradients(GradientStore):
         sink = BothSinks(dot, norm) if norms else dot
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
 
-            def multiply(batch: np.ndarray) -> Products:
-                dot.begin(len(batch))
-                norm.begin(len(batch))
-                losses = gradient_pass.run(make_batch(data, batch).to(self.device), sink)
-                scores, lengths = dot.scores.cpu(), norm.finish().sum(0).sqrt().cpu() if norms else None
-                self._require_finite(batch, losses, scores.sum((0, 1)))
-                return Products(scores, lengths)
+            def run(part: np.ndarray) -> tuple[Tensor, Tensor]:
+                dot.begin(len(part))
+                norm.begin(len(part))
+                losses = gradient_pass.run(make_batch(data, part).to(self.device), sink)
+                scores, lengths = dot.scores.cpu(), norm.finish().sum(0).sqrt().cpu() if norms else losses.cpu()
+                self._require_finite(part, losses, scores.sum((0, 1)))
+                return scores, lengths
 
+            def multiply(batch: np.ndarray) -> Products:
+                scores, lengths = zip(*fitting.run(batch, run), strict=True)
+                return Products(torch.cat(scores, dim=2), torch.cat(lengths) if norms else None)
+
+            fitting = FittingBatches(data.lengths)
             yield from compute_round_robin(batches, multiply)
 
     def _measure_lengths(self, piece: int) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
@@ -190,7 +201,7 @@ class ExactGradients(GradientStore):
         sink = NormSink(components)
         gradient_pass = GradientPass(model, components, self._objective) if components else None
 
-        def measure(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        def run(rows: np.ndarray) -> tuple[Tensor, Tensor]:
             batch = make_batch(self._job.train, rows).to(self.device)
             if gradient_pass is None:
                 with torch.no_grad():
@@ -200,6 +211,11 @@ class ExactGradients(GradientStore):
             losses = gradient_pass.run(batch, sink)
             return losses.cpu(), sink.finish().sum(0).cpu()
 
+        def measure(batch: np.ndarray) -> tuple[Tensor, Tensor]:
+            losses, squared = zip(*fitting.run(batch, run), strict=True)
+            return torch.cat(losses), torch.cat(squared)
+
+        fitting = FittingBatches(self._job.train.lengths)
         with gradient_pass or nullcontext():
             for rows, (losses, squared) in compute_round_robin(self._groups[piece], measure):
                 yield rows, losses, squared
@@ -236,6 +252,7 @@ class IndexedGradients(GradientStore):
     def __init__(self, job: Job, index: Index, measure: Measure | Measures | None = None) -> None:
         self._job, self.index, self.measure = job, index, measure
         self.device = torch.device("cpu")
+        self.compute_device = compute_device(job)
         self._groups = index.shard_groups(self.piece_bytes)
         manifest = index.manifest
         self._spec = parse_spec(manifest.compression.spec)
@@ -246,7 +263,9 @@ class IndexedGradients(GradientStore):
     def identity(self) -> str:
         """The index's content."""
         measure = "" if self.measure is None else f" {self.measure.name}"
-        return f"index {self.index.fingerprint} {self._groups}{measure}"
+        # Scores that a card and a CPU computed, which differ by rounding, do not mix.
+        place = "" if self.compute_device.type == "cpu" else f" {self.compute_device.type}"
+        return f"index {self.index.fingerprint} {self._groups}{measure}{place}"
 
     @property
     def pieces(self) -> int:
@@ -258,8 +277,8 @@ class IndexedGradients(GradientStore):
         return self.index.rows_of(self._groups[piece])
 
     def piece_blocks(self, piece: int) -> Iterator[IndexBlock]:
-        """Yield the rows of a piece."""
-        return self.index.blocks(shards=self._groups[piece])
+        """Yield the rows of a piece, their gradients on `compute_device`."""
+        return self.index.blocks(shards=self._groups[piece], device=self.compute_device)
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Return compressed gradients of the queries, in their order."""
@@ -278,27 +297,28 @@ class IndexedGradients(GradientStore):
 
     def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
         """Yield the scores of a piece: inner products with its stored rows."""
-        whole = torch.cat(vectors, dim=1)
+        whole = torch.cat(vectors, dim=1).to(self.compute_device)
         if self.measure is None:
             for rows, scores, lengths in self.index.scan(whole, shards=self._groups[piece]):
                 yield rows, scores, lengths if norms else None
             return
+        measure = self.measure.to(self.compute_device)
         for block in self.piece_blocks(piece):
             with time_phase("scoring"):
-                scores, lengths = whole @ block.gradients.T, self.measure(block.gradients)
+                scores, lengths = (whole @ block.gradients.T).cpu(), measure(block.gradients).cpu()
             yield block.example, scores, lengths if norms else None
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield squared norms of the stored rows."""
         for block in self.piece_blocks(piece):
             with time_phase("scoring"):
-                squared = block.gradients.square().sum(1)
+                squared = block.gradients.square().sum(1).cpu()
             yield block.example, squared
 
     def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
         """Yield the stored rows."""
         for block in self.piece_blocks(piece):
-            yield block.example, self.split(block.gradients)
+            yield block.example, self.split(block.gradients.cpu())
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """Compute inner products component by component.
@@ -378,6 +398,12 @@ def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor,
             f"Component scores, computed again, add up to the listed scores within {apart / largest:.1%} of the "
             "largest one: the index stores rounded numbers, or was made on another device."
         )
+
+
+def compute_device(job: Job) -> torch.device:
+    """Return where stored gradients are multiplied: on the card that the model runs on, else on the CPU."""
+    device = torch.device("cpu") if job.loaded is None else next(job.loaded.model.parameters()).device
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def open_store(job: Job) -> GradientStore:

@@ -173,9 +173,7 @@ def open_untrac_job(settings: UntracSettings) -> UntracJob:
     Raises:
         UserError: Something about the model or the data needs the caller.
     """
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
+    loaded = load_model(settings.model, **settings.loading)
     train = read_data(settings, settings.data, loaded)
     given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
     name = settings.queries if isinstance(settings.queries, str) else "queries"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         layer_kind as layer_kind,
         parameter_view as parameter_view,
     )
+    from vestige.models._fingerprint import model_fingerprint as model_fingerprint
     from vestige.models._generate import (
         Answer as Answer,
         answer_prompts as answer_prompts,
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
         Precision as Precision,
         context_length as context_length,
         everything_of as everything_of,
+        leave_card as leave_card,
         load_model as load_model,
         load_tokenizer as load_tokenizer,
-        model_fingerprint as model_fingerprint,
         own_gpu as own_gpu,
         own_part as own_part,
         write_own_part as write_own_part,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         quiet_transformers as quiet_transformers,
         read_tokenizer as read_tokenizer,
     )
+    from vestige.models._quantize import Bits as Bits, quantized_bits as quantized_bits
     from vestige.models._selection import (
         WORDS as WORDS,
         layer_number as layer_number,

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -33,6 +33,8 @@ class LoadedModel:
     """sha256 over parameter names, shapes, dtypes and bytes."""
     context_length: int | None
     """Maximum number of tokens that the model accepts, None if it states none."""
+    measured: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was measured of the model and is not measured again, by name."""
 
     @property
     def vocabulary(self) -> int | None:

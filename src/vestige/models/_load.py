@@ -1,8 +1,8 @@
 """Loading of a model by any of its names, frozen and in evaluation mode."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from vestige.distributed import FSDP, broadcast_from_rank0
 from vestige.errors import ModelError
 from vestige.models._components import LoadedModel
-from vestige.models._pretrained import peft_configs, put_on, read_model, read_tokenizer, refuse_virtual_tokens, short
+from vestige.models._fingerprint import files_identity, hash_once
+from vestige.models._pretrained import (
+    Reading,
+    peft_configs,
+    put_on,
+    read_model,
+    read_tokenizer,
+    refuse_virtual_tokens,
+    short,
+)
+from vestige.models._quantize import Bits
 from vestige.models._source import find_source, unpack_gguf
 from vestige.parsing import parse_json
 from vestige.terminal import shorten
@@ -156,28 +166,13 @@ DEVICE_MAPS = ("balanced", "balanced_low_0", "sequential")
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Return the sha256 (hex) of the name, shape, dtype and bytes of every parameter, in the model's own order.
-
-    A tied parameter counts once, under its first name. The device does not enter, so the same weights give
-    the same fingerprint on CPU and GPU; the dtype does, since scores computed in another precision are other
-    scores. Weights on a GPU are brought over one tensor at a time.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        # NumPy has no bfloat16, so the bytes are viewed by torch; hashing a view copies nothing.
-        content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().data)
-    return digest.hexdigest()
-
-
 def load_model(
     model: str | Path | nn.Module,
     *,
     tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
     precision: Precision = "auto",
     device: str | torch.device = "auto",
+    quantize: Bits | None = None,
 ) -> LoadedModel:
     """Load a causal language model in evaluation mode with every weight frozen, ready for per-example gradients.
 
@@ -192,10 +187,11 @@ def load_model(
             module stays where it is. `balanced`, `balanced_low_0` and `sequential` spread the layers over all GPUs
             that this process sees. `fsdp` gives a part of every layer to each process of the group
             (`vestige.distributed`); only the first one needs memory for the whole model, on its CPU.
+        quantize: Keep the maps of the base model in 4 bits (NF4) or 8, by bitsandbytes; an adapter on it stays whole.
 
     Raises:
         ModelError: The model is not found, does not load or is no causal model; the message contains what to type.
-        MissingExtra: A GGUF file without the package that reads it.
+        MissingExtra: A GGUF file, or `quantize`, without the package that it needs.
     """
     if precision not in _DTYPES:
         raise ModelError(f"precision={precision!r} is not known; choose one of {', '.join(_DTYPES)}.")
@@ -208,12 +204,18 @@ def load_model(
         _check_live(model, dtype)
         if device in (*DEVICE_MAPS, FSDP):
             raise ModelError(f"device={device!r} is for models that are loaded; a live module stays where it is.")
+        if quantize is not None:
+            raise ModelError(
+                f"quantize={quantize} is for models that are loaded; a live module is used as it is. Load it in "
+                f"{quantize} bits yourself: from_pretrained(..., quantization_config=BitsAndBytesConfig(...))."
+            )
         module = model if device == "auto" else model.to(_device(device))
         return _freeze(module, given_tokenizer, type(model).__name__)
 
     def read(place: torch.device | str, *, stay: bool = False) -> LoadedModel:
-        module, own_tokenizer = _read(model, dtype, place, stay=stay)
-        return _freeze(module, given_tokenizer or own_tokenizer, str(model))
+        module, own_tokenizer = _read(model, Reading(dtype, place, stay, quantize))
+        identity = files_identity(_paths(model), module, quantize)
+        return _freeze(module, given_tokenizer or own_tokenizer, str(model), identity)
 
     if device == FSDP:
         own = _device("auto")
@@ -230,29 +232,26 @@ def context_length(model: nn.Module) -> int | None:
     return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
-def _read(
-    model: str | Path, dtype: torch.dtype | None, device: torch.device | str, *, stay: bool
-) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
+def _read(model: str | Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
     source = find_source(model)
     if source.kind == "adapter":
-        return _read_adapter(source.folder, dtype, device, stay=stay)
+        return _read_adapter(source.folder, reading)
     folder = unpack_gguf(source.gguf) if source.gguf else source.folder
-    return read_model(folder, dtype, device, stay=stay), read_tokenizer(folder)
+    return read_model(folder, reading), read_tokenizer(folder)
 
 
-def _read_adapter(
-    folder: Path, dtype: torch.dtype | None, device: torch.device | str, *, stay: bool
-) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
+def _read_adapter(folder: Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
     place = _adapter_base(folder)
-    base, base_tokenizer = _read(place, dtype, device, stay=stay)
+    base, base_tokenizer = _read(place, reading)
     model = put_on(base, folder)
     if isinstance(place, Path):
         # Trained further and saved elsewhere, the adapter still finds its base.
         model.active_peft_config.base_model_name_or_path = str(place.resolve())
-    if dtype is not None:
+    if reading.dtype is not None:
         # PEFT keeps adapter weights in float32 beside a half-precision base; an explicit precision is for all.
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(reading.dtype)
     return model, read_tokenizer(folder) or base_tokenizer
 
 
@@ -356,7 +355,33 @@ def _device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _freeze(model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None", name: str) -> LoadedModel:
+@contextmanager
+def leave_card(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Keep the model on the CPU while the block runs, if that is `wanted` and it lies on one card."""
+    places = {parameter.device for parameter in model.parameters()}
+    card = places.pop() if len(places) == 1 else None
+    if not wanted or card is None or card.type != "cuda":
+        yield
+        return
+    model.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        model.to(card)
+
+
+def _paths(model: str | Path) -> list[Path]:
+    """Return the file or folder that a model is read from, and that of the base of an adapter."""
+    source = find_source(model)
+    base = _paths(_adapter_base(source.folder)) if source.kind == "adapter" else []
+    return [source.gguf or source.folder, *base]
+
+
+def _freeze(
+    model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None", name: str, identity: str | None = None
+) -> LoadedModel:
+    """Return the model frozen; `identity` is that of its files, None for a live one."""
     model.eval()
     model.requires_grad_(False)
-    return LoadedModel(model, tokenizer, name, model_fingerprint(model), context_length(model))
+    return LoadedModel(model, tokenizer, name, hash_once(model, identity), context_length(model))

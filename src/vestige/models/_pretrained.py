@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from vestige.data import Sharing
-from vestige.errors import ModelError
+from vestige.errors import ModelError, UserError
+from vestige.models._quantize import Bits, quantization_of
 from vestige.progress import is_verbose
 
 if TYPE_CHECKING:
@@ -48,22 +49,28 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_model(
-    folder: Path, dtype: torch.dtype | None, device: torch.device | str, *, stay: bool = False
-) -> "PreTrainedModel":
-    """Read the causal language model saved in `folder`, with every weight from there.
+class Reading(NamedTuple):
+    """How the weights of a model are read."""
 
-    Args:
-        folder: Holds config.json and the weights.
-        dtype: None takes the checkpoint's own, except that half precision becomes float32 on a CPU: CPUs are
-            slow at it, and gradients lose digits for nothing.
-        device: Where the model is put; a word is a way to spread its layers, as accelerate names it.
-        stay: Leave it on the CPU, in the number format that it would have on `device`.
+    dtype: torch.dtype | None
+    """None takes the checkpoint's own, except that half precision becomes float32 on a CPU: CPUs are slow at it, and
+    gradients lose digits for nothing."""
+    device: torch.device | str
+    """Where the model is put; a word is a way to spread its layers, as accelerate names it."""
+    stay: bool = False
+    """Leave it on the CPU, in the number format that it would have on `device`."""
+    quantize: Bits | None = None
+    """Bits in which its maps are kept."""
+
+
+def read_model(folder: Path, reading: Reading) -> "PreTrainedModel":
+    """Read the causal language model saved in `folder`, with every weight from there.
 
     Raises:
         ModelError: It does not load, has no causal head, lacks weights (which would be drawn at random), or is larger
-            than all GPUs together.
+            than the memory of the GPUs.
     """
+    dtype, device, stay, quantize = reading
     spread = isinstance(device, str)
     on_cpu = not torch.cuda.is_available() if spread else device.type == "cpu"
     with quiet_transformers():
@@ -74,23 +81,34 @@ def read_model(
             raise ModelError(f"{folder / 'config.json'} is not readable: {short(error)}") from error
         _refuse_foreign_kernels(config, folder)
         _require_causal(config, folder)
+        kind = dtype or _own_dtype(config, on_cpu=on_cpu)
+        # Tensor by tensor onto a card: the host never holds all of them.
+        direct = quantize is not None or (not on_cpu and not stay)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype or _own_dtype(config, on_cpu=on_cpu),
-                device_map=device if spread else None,
+                dtype=kind,
+                device_map=device if spread else {"": device} if direct else None,
+                quantization_config=None if quantize is None else quantization_of(quantize, kind, config, folder),
                 output_loading_info=True,
                 local_files_only=True,
                 trust_remote_code=False,
             )
+        except UserError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{folder} is larger than the memory of {device}. Type --precision bfloat16, --quantize 4 if it has a "
+                "LoRA adapter, or --device balanced, which spreads it over all GPUs."
+            ) from error
         except LOADING_ERRORS as error:
             _refuse_own_code(error, folder)
             raise ModelError(f"{folder} does not load as a causal language model: {short(error)}") from error
     model, info = loaded
     _require_all_weights(model, info["missing_keys"], folder, info["unexpected_keys"])
-    if dtype is None and on_cpu and next(model.parameters()).dtype in _HALF:
+    if dtype is None and on_cpu and quantize is None and next(model.parameters()).dtype in _HALF:
         model = model.float()
-    return model if spread or stay else model.to(device)
+    return model if spread or stay or direct else model.to(device)
 
 
 def _require_all_weights(model: Any, missing: Iterable[str], folder: Path, unexpected: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from vestige.models._components import (
     owners_of_parameters,
 )
 from vestige.models._pretrained import adapter_kind, adapter_parameters, find_unsupported_adapter
+from vestige.models._quantize import quantized_bits
 from vestige.progress import announce
 
 WORDS = {
@@ -78,6 +79,12 @@ def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) 
         rows.append(CoverageRow(owned.name, owned.parameter.numel(), bool(found), reason))
     if tuple(patterns) == ("default",):
         _report_adapter(model, [row for row in rows if row.name in trained and not row.selected], bool(components))
+    if not components and (bits := quantized_bits(model)):
+        raise SpecError(
+            f"The maps of this model are packed in {bits} bits and have no gradient of their own. Give a LoRA adapter "
+            "on it as the model, which is attributed to, name what is not packed, such as --components norm, or drop "
+            "--quantize."
+        )
     if not components:
         raise SpecError(
             f"--components {' '.join(patterns)} selects no parameter that Vestige can attribute to. "

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from vestige.errors import ModelError, SpecError
 from vestige.models._components import LoadedModel
 from vestige.models._pretrained import quiet_transformers
+from vestige.models._quantize import quantized_bits
 from vestige.storage import stage_folder
 
 _ALL_LINEAR = "all-linear"
@@ -44,15 +45,21 @@ def trainable_copy(
         seed: Of the LoRA matrices or the random weights.
 
     Raises:
-        ModelError: It is no transformers model, an adapter was to begin from scratch, or a target is no layer.
+        ModelError: It is no transformers model, an adapter was to begin from scratch, a target is no layer, or whole
+            weights of a quantised model were to be trained.
         SpecError: LoRA matrices were requested beside those of an adapter.
     """
     if not hasattr(loaded.model, "save_pretrained"):
         raise ModelError(f"{loaded.name} has no `save_pretrained`; fine-tuning needs a transformers model.")
+    adapter = hasattr(loaded.model, "peft_config")
+    if (bits := quantized_bits(loaded.model)) and (from_scratch or (lora_rank is None and not adapter)):
+        raise ModelError(
+            f"The maps of {loaded.name} are packed in {bits} bits, and training would not reach them. Train LoRA "
+            "matrices beside them: --lora-rank 8, or drop --quantize."
+        )
     if from_scratch:
         return _draw_weights(loaded, seed).requires_grad_(True)
     model: Any = copy.deepcopy(loaded.model)
-    adapter = hasattr(model, "peft_config")
     if lora_rank is None:
         model.requires_grad_(not adapter)
         if adapter:

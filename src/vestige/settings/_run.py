@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from vestige.distributed import FSDP, is_helper, process_group
-from vestige.errors import SpecError, UserError
+from vestige.errors import SpecError, UserError, memory_error
 from vestige.settings._base import Settings, flag
 from vestige.settings._shared import LaunchSettings
 from vestige.storage import disk_error, hold_folder
@@ -228,7 +228,7 @@ def _restore_modules(settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _write(settings: Settings, command: str) -> Iterator[None]:
-    """Hold the output of a command while the block runs; a full disk ends it with what to do.
+    """Hold the output of a command while the block runs; a full disk or GPU ends it with what to do.
 
     Processes with the same settings may share the work on one folder, but for `overwrite`, which begins with removing.
 
@@ -236,6 +236,7 @@ def _write(settings: Settings, command: str) -> Iterator[None]:
         SpecError: An input is the output, or lies where it would be replaced.
         UserError: Another command writes to that folder, or it was removed during the work.
         DiskSpaceError: The disk is full.
+        UserError: The memory of the GPU is full.
     """
     out = getattr(settings, "out", None)
     writes = not getattr(settings, "dry_run", False)
@@ -245,7 +246,8 @@ def _write(settings: Settings, command: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if (full := disk_error(error, out or getattr(settings, "index", None) or Path("its folder"))) is None:
+        folder = out or getattr(settings, "index", None) or Path("its folder")
+        if (full := disk_error(error, folder) or memory_error(error)) is None:
             raise
         raise full from error
 

@@ -141,6 +141,11 @@ class LaunchSettings(Settings):
         return cards
 
     @property
+    def has_workers(self) -> bool:
+        """Whether other processes do the work."""
+        return self.workers > 1 or self.engine != "local"
+
+    @property
     def part(self) -> tuple[int, int] | None:
         """`shard` as (zero-based part, number of parts)."""
         if self.shard is None:
@@ -150,6 +155,7 @@ class LaunchSettings(Settings):
 
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Bits = Literal[4, 8]
 StoredType = Literal["float16", "bfloat16", "float32", "int8"]
 Reduction = Literal["sum", "mean"]
 Scope = Literal["component", "model"]
@@ -231,6 +237,10 @@ class ReadingSettings(Settings):
         description="Where the model runs: auto, cpu, cuda, cuda:1, mps; balanced, balanced_low_0, sequential, which "
         "spread its layers over all GPUs of a process; or fsdp: each process of torchrun holds a part of every layer.",
     )
+    quantize: Bits | None = Field(
+        None,
+        description="Keep the maps of the model in 4 or 8 bits, by bitsandbytes; a LoRA adapter is then attributed to.",
+    )
     tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
 
@@ -239,10 +249,17 @@ class ReadingSettings(Settings):
         """The arguments of `load_examples` that say which rows are read, and how."""
         return {"limit": self.limit, "where": self.where, "on_bad_text": self.on_bad_text}
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The arguments of `load_model` that say how a model is read, and where it runs."""
+        return {name: getattr(self, name) for name in ("tokenizer", "precision", "device", "quantize")}
+
     @model_validator(mode="after")
     def _check_sharded(self) -> Self:
         if self.device != FSDP:
             return self
+        if self.quantize is not None:
+            raise SpecError(f"--quantize does not work with --device {FSDP}: packed weights are not cut. Drop one.")
         if not self.runs_sharded:
             raise SpecError(
                 f"--device {FSDP} works with vestige index and vestige attribute. Here type --device balanced, which "

@@ -69,9 +69,7 @@ def bank(settings: BankSettings) -> Bank:
     """
     if settings.from_trainings:
         return _adopt(settings)
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
+    loaded = load_model(settings.model, **settings.loading)
     data = read_data(settings, settings.data, loaded)
     queries = _read_queries(settings, loaded, data)
     learned, weights = as_learned(data, settings.learn, loaded)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Example, TokenizedData, ask, load_queries, make_batch, plan_batches, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError, differences
+from vestige.gradients import FittingBatches
 from vestige.indexes import read_data, tokens_at_most
 from vestige.measures import margin
 from vestige.models import LoadedModel, batch_sharing, load_model
@@ -92,9 +93,7 @@ def read_inputs(settings: TrainSettings) -> TrainInputs:
     Raises:
         UserError: Something about the model or the data needs the caller.
     """
-    loaded = load_model(
-        settings.model, tokenizer=settings.tokenizer, precision=settings.precision, device=settings.device
-    )
+    loaded = load_model(settings.model, **settings.loading)
     data, weights = read_learned(settings, loaded)
     given, validation = settings.validation, None
     if given is not None:
@@ -246,12 +245,17 @@ def measure(model: nn.Module, data: TokenizedData, token_budget: int, *, mean: b
     zero, both averaged over target tokens. Without a target token the loss is 0 and the rest NaN.
     """
     found, counts = np.full((3, len(data)), np.nan), data.target_counts
-    for rows in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
-        if counts[rows].any():
-            batch = make_batch(data, rows).to(next(model.parameters()).device)
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits
-            measured = example_losses(logits, batch.labels)
-            found[:, rows] = measured.loss, measured.gap, measured.accuracy
+    device, fitting = next(model.parameters()).device, FittingBatches(data.lengths)
+
+    def run(rows: np.ndarray) -> None:
+        batch = make_batch(data, rows).to(device)
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        measured = example_losses(logits, batch.labels)
+        found[:, rows] = measured.loss, measured.gap, measured.accuracy
+
+    for batch in plan_batches(data.lengths, token_budget, sharing=batch_sharing(model)):
+        if counts[batch].any():
+            fitting.run(batch, run)
     loss, gap, accuracy = found
     whole = np.where(counts > 0, loss * (1 if mean else counts), 0.0)
     return {"loss": whole, "margin": margin(loss), "gap": gap, "accuracy": accuracy}

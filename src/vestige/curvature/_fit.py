@@ -91,8 +91,8 @@ def _draw(logits: Float[Tensor, "position word"], uniform: Float[Tensor, "positi
 
     Sums up to a block or a word are products with a triangle of ones, which are the same each time on a card too.
     """
-    chances = nn.functional.pad(torch.softmax(logits.double(), -1), (0, -logits.shape[-1] % _BLOCK))
-    chances = chances.unflatten(-1, (-1, _BLOCK))
+    padded = nn.functional.pad(logits, (0, -logits.shape[-1] % _BLOCK), value=-torch.inf)
+    chances = torch.softmax(padded, -1, dtype=torch.float64).unflatten(-1, (-1, _BLOCK))
     totals = chances.sum(-1)
     edges = totals @ _sum_up_to(totals.shape[1], totals)
     wanted = uniform * edges[:, -1]

@@ -9,7 +9,9 @@ costs time or bytes is counted, by the line of Vestige that caused it:
 - `atomic`: numbers are added in an order that varies;
 - `launch`: the start of a kernel.
 
-It has no kernels, no time and no memory of its own, and its backward passes run in the thread that starts them.
+It has no kernels, no time and no memory of its own, and its backward passes run in the thread that starts them. What
+runs inside `torch.func.jvp` (`attribute --tokens`) cannot be pretended: torch takes operations apart there and looks at
+the devices itself, below what a tensor can report.
 """
 
 import sys
@@ -97,9 +99,7 @@ class _Mode(TorchFunctionMode):
 
 
 def on_card(value: Any) -> bool:
-    """Return whether a value is a tensor of the pretended card, also inside a derivative of `torch.func`."""
-    while isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
+    """Return whether a value is a tensor of the pretended card."""
     return isinstance(value, CardTensor)
 
 
@@ -222,8 +222,6 @@ def _call(func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> 
         return _move(first, name, args, kwargs)
     if first is not None and name == "pin_memory":
         return first
-    if func is Tensor.device.__get__:  # type: ignore[attr-defined]
-        return CARD if on_card(first) else HOST
     composed = name == "scaled_dot_product_attention" and not torch.backends.cuda.flash_sdp_enabled()
     if composed and on_card(first) and kwargs.get("is_causal"):
         # It makes its mask in C++, which knows of no card.

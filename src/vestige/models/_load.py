@@ -357,7 +357,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def leave_card(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keep the model on the CPU while the block runs, if that is `wanted` and it lies on one card; not packed weights."""
+    """Keep the model on the CPU while the block runs, if that is `wanted`; one on several cards, or packed, stays."""
     places = {parameter.device for parameter in model.parameters()}
     card = places.pop() if len(places) == 1 else None
     if not wanted or card is None or card.type != "cuda" or quantized_bits(model) is not None:

@@ -9,8 +9,7 @@ costs time or bytes is counted, by the line of Vestige that caused it:
 - `atomic`: numbers are added in an order that varies;
 - `launch`: the start of a kernel.
 
-It has no kernels, no time and no memory of its own. Masks that a C++ function makes for itself cannot be told from
-tensors of the CPU, which concerns the composed attention alone.
+It has no kernels, no time and no memory of its own, and its backward passes run in the thread that starts them.
 """
 
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +97,9 @@ class _Mode(TorchFunctionMode):
 
 
 def on_card(value: Any) -> bool:
-    """Return whether a value is a tensor of the pretended card."""
+    """Return whether a value is a tensor of the pretended card, also inside a derivative of `torch.func`."""
+    while isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
     return isinstance(value, CardTensor)
 
 
@@ -162,17 +163,27 @@ class PretendedCard:
         PretendedCard.current = None
 
 
+class _Event:
+    """A mark in the queue of the card."""
+
+    def __init__(self, **_: Any) -> None:
+        self.record = lambda *_: None
+        self.elapsed_time = lambda _: 1.0
+
+    def synchronize(self) -> None:
+        _note(PretendedCard.current, "wait", "event")
+
+
 @contextmanager
 def _one_card(place: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
     """Make torch find a card, and its modules and backward passes use it."""
     move, engines = nn.Module.to, (torch.autograd, torch.autograd.graph)
     facts = {
         **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
-        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "current_device"), 0),
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "current_device"), 0),
         **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device", "_lazy_init", "init")),
         **dict.fromkeys(("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all")),
         "device_count": 1,
-        "Event": MagicMock(),
         "mem_get_info": (2**36, 2**36),
         "get_device_name": "Pretended Card",
         "get_device_capability": (9, 0),
@@ -196,6 +207,7 @@ def _one_card(place: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for name, value in facts.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, value=value, **__: value))
+        stack.enter_context(patch.object(torch.cuda, "Event", _Event))
         stack.enter_context(patch.object(nn.Module, "to", to))
         for owner in engines:
             stack.enter_context(patch.object(owner, "_engine_run_backward", watched(owner._engine_run_backward)))
@@ -210,6 +222,13 @@ def _call(func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> 
         return _move(first, name, args, kwargs)
     if first is not None and name == "pin_memory":
         return first
+    if func is Tensor.device.__get__:  # type: ignore[attr-defined]
+        return CARD if on_card(first) else HOST
+    composed = name == "scaled_dot_product_attention" and not torch.backends.cuda.flash_sdp_enabled()
+    if composed and on_card(first) and kwargs.get("is_causal"):
+        # It makes its mask in C++, which knows of no card.
+        mask = torch.ones(args[0].shape[-2], args[1].shape[-2], dtype=torch.bool).tril()
+        kwargs = {**kwargs, "attn_mask": CardTensor(mask), "is_causal": False}
     if on_card(first) and name in ("numpy", "__array__"):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
     if on_card(first) and name == "tolist":
@@ -239,7 +258,8 @@ def _move(tensor: Tensor, name: str, args: Any, kwargs: Any) -> Tensor:
     if target.type == "cuda":
         _note(PretendedCard.current, "copy", "pageable" if blocking else "pinned")
         return _enter(tensor)
-    _note(PretendedCard.current, "wait", "copy to the CPU")
+    if blocking:
+        _note(PretendedCard.current, "wait", "copy to the CPU")
     return _leave(tensor)
 
 

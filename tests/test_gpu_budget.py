@@ -19,6 +19,7 @@ from vestige.data import Example, TokenizedData, make_batch
 from vestige.errors import IndexMismatch
 from vestige.gradients import CausalLoss, FunctionObjective, GradientPass, NormSink
 from vestige.indexes import Index
+from vestige.methods import METHODS, CheckpointMethod
 from vestige.models import select_components
 
 CARD = torch.device("cuda", 0)
@@ -122,10 +123,11 @@ def test_compression_starts_few_kernels_a_layer(spec, tokens, most, card):
     for device in ("cpu", "cuda"):
         one = parse_spec(spec).build("layer", shape, 0, torch.device(device))
         sinks.append(CompressingSink([one], [0], one.size))
-        sinks[-1].begin(2, device)
         left, right = (factor.to(device) for factor in factors)
-        card.reset()
-        sinks[-1].accumulate(0, slice(0, 2), sinks[-1].reduce(0, "left", left), sinks[-1].reduce(0, "right", right))
+        for _ in range(2):  # signs are brought into the format of the factors once
+            sinks[-1].begin(2, device)
+            card.reset()
+            sinks[-1].accumulate(0, slice(0, 2), sinks[-1].reduce(0, "left", left), sinks[-1].reduce(0, "right", right))
     assert card.total("launch") <= most, card.table("launch")
     assert card.total("atomic") == card.total("wait") == card.total("copy") == 0
     expected, found = (sink.gradients.cpu() for sink in sinks)
@@ -315,4 +317,27 @@ def test_an_index_waits_twice_a_batch_and_adds_up_in_order(folder, card):
         build_index(folder, f"waits-{limit}", device="cuda", limit=limit, token_budget=32, components=("all",))
         waits.append(card.total("wait"))
         assert card.total("atomic") == 0, card.table("atomic")
-    assert waits[1] - waits[0] <= 2 * 6 + 1, card.table("wait")
+    assert waits[1] - waits[0] <= 2 * 6, card.table("wait")
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    with PretendedCard():
+        given = {"model": str(folder / "tiny-model"), "data": str(folder / "train.jsonl"), "device": "cuda"}
+        return vestige.train(**given, out=folder / "trained", epochs=2, batch_size=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS.names())
+def test_no_method_mixes_devices(name, folder, trained, card, tmp_path):
+    method = METHODS.find(name)
+    given = {"queries": str(folder / "queries.jsonl"), "method": name, "device": "cuda", "trust": False}
+    if method.needs_training:
+        given["training"] = str(folder / "trained")
+    else:
+        given |= {"model": str(folder / "tiny-model"), "data": str(folder / "train.jsonl")}
+    if issubclass(method, CheckpointMethod):
+        given["checkpoints"] = str(folder / "trained")
+    run = vestige.attribute(**given, out=tmp_path / "run")
+    assert np.isfinite(run.scores.to_pandas()["score"]).all()
+    assert card.total("atomic", "compress") == 0

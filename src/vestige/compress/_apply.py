@@ -65,7 +65,7 @@ def circular(
             rows.append(total)
     if not rows:
         return right.new_zeros(right.shape[0], size)
-    return torch.fft.irfft(torch.cat(rows), n=size)
+    return torch.fft.irfft(torch.cat(rows) if len(rows) > 1 else rows[0], n=size)
 
 
 def _map_side(

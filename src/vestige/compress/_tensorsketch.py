@@ -28,6 +28,7 @@ class Fold:
         self.order = order
         self._source = torch.argsort(order)
         self._ordered = bool((order[1:] > order[:-1]).all())
+        self._signs: dict[torch.dtype, Tensor] = {}
 
     def apply(self, vectors: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return the signed sums, in float32 for halves until they are complete."""
@@ -48,17 +49,19 @@ class Fold:
         return F.pad(sums, (0, size - self.in_size)) if self.in_size < size else sums
 
     def _at_once(self, flat: Float[Tensor, "vector in"]) -> Float[Tensor, "vector _out"]:
-        """Add up all whole runs of K coordinates in one reduction, which elsewhere reads every number once.
+        """Add up all runs of K coordinates in one reduction; torch adds halves up in float32.
 
-        A sign times a half is a half, so nothing is rounded before the sum.
+        A sign times a half is a half, so nothing is rounded before.
         """
-        size, wide = self.out_size, torch.promote_types(flat.dtype, torch.float32)
-        whole = self.in_size // size * size
-        sign = self.sign.to(flat.dtype)
-        sums = (flat[:, :whole].unflatten(1, (-1, size)) * sign[:whole].view(-1, size)).sum(1, dtype=wide)
-        if whole < self.in_size:
-            sums[:, : self.in_size - whole].addcmul_(flat[:, whole:].to(wide), self.sign[whole:].to(wide))
-        return sums
+        if flat.dtype not in self._signs:
+            self._signs[flat.dtype] = self.sign.to(flat.dtype)
+        sign, missing = self._signs[flat.dtype], -self.in_size % self.out_size
+        if missing:
+            signed = flat.new_zeros(len(flat), self.in_size + missing)
+            torch.mul(flat, sign, out=signed[:, : self.in_size])
+        else:
+            signed = flat * sign
+        return signed.view(len(flat), -1, self.out_size).sum(1)
 
     def columns(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch out"]:
         """Return a row with the sign at the coordinate's position."""

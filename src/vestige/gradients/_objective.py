@@ -106,8 +106,8 @@ def _find_targets(batch: Batch, reduction: Reduction, device: torch.device) -> _
         weights = weights / counts.clamp(min=1)[example]
     place = example * labels.shape[1] + token
     parts = (place, shifted[mask], example, token, counts, weights.view(torch.int64))
-    *found, weights = send(torch.cat(parts), device).split([len(part) for part in parts])
-    return _Targets(example, *found, weights.view(torch.float64))
+    sent = list(send(torch.cat(parts), device).split([len(part) for part in parts]))
+    return _Targets(example, *sent[:-1], sent[-1].view(torch.float64))
 
 
 def _sum_by_example(values: Float[Tensor, "position"], counts: Int[Tensor, "example"]) -> Float[Tensor, "example"]:

@@ -14,6 +14,7 @@ from tests.workshop import furnish
 from vestige.data import Batch
 from vestige.errors import IndexMismatch, MissingExtra, ModelError, SpecError
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
+from vestige.methods import randomise
 from vestige.models import load_model, quantized_bits, select_components
 
 has_library = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs vestige[quantize]")
@@ -132,10 +133,12 @@ def test_an_index_of_an_adapter_on_packed_weights(place):
     with pytest.raises(IndexMismatch, match="quantize"):
         vestige.index(model=str(place / "adapter"), **data)
     # The index says how its model is read.
-    asked = {"queries": ["Who wrote Emma?"], "trust": False, "max_new_tokens": 4}
+    asked = {"queries": ["Who wrote Emma?"], "max_new_tokens": 4}
     run = vestige.attribute(index=place / "idx", out=place / "run", device="cpu", **asked)
     assert len(run.top(0)) == 10
     assert np.isfinite([row.score for row in run.top(0)]).all()
+    random = next(check for check in run.run.checks if check.name == "randomised-model correlation")
+    assert "quantised" in random.reading
 
 
 @has_library
@@ -165,3 +168,12 @@ def test_lora_matrices_are_trained_beside_packed_maps(place):
         device="cpu",
     )
     assert run.record["config"]["quantize"] == 4
+
+
+@has_library
+@pytest.mark.slow
+def test_a_model_of_packed_weights_is_not_randomised(place):
+    """What is packed would stay as it is, and pass for random."""
+    loaded = load_model(place / "tiny-model", quantize=4, device="cpu")
+    with pytest.raises(ModelError, match="Drop --quantize"), randomise(loaded.model, 0):
+        pass

@@ -15,7 +15,7 @@ from vestige.data import Batch
 from vestige.errors import IndexMismatch, MissingExtra, ModelError, SpecError
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
 from vestige.methods import randomise
-from vestige.models import load_model, quantized_bits, select_components
+from vestige.models import load_model, quantized_bits, quiet_transformers, select_components
 
 has_library = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs vestige[quantize]")
 both = pytest.mark.parametrize("bits", [4, 8])
@@ -26,7 +26,8 @@ def place(tmp_path_factory):
     """A tiny model, and a LoRA adapter on it whose matrices are all random."""
     folder = furnish(tmp_path_factory.mktemp("quantize"))
     base = AutoModelForCausalLM.from_pretrained(folder / "tiny-model")
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    with quiet_transformers():
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
+from transformers import PreTrainedModel
 
 import vestige
 
@@ -178,6 +179,7 @@ class _Event:
 def _one_card(place: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
     """Make torch find a card, and its modules and backward passes use it."""
     move, engines = nn.Module.to, (torch.autograd, torch.autograd.graph)
+    pretrained = PreTrainedModel.from_pretrained.__func__
     facts = {
         **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
         **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "current_device"), 0),
@@ -196,6 +198,13 @@ def _one_card(place: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
         device = _device_of((None, *args), kwargs)
         return place(module) if device is not None and device.type == "cuda" else move(module, *args, **kwargs)
 
+    def read(kind: Any, *args: Any, device_map: Any = None, **kwargs: Any) -> Any:
+        # The threads that read tensors onto a card know nothing of this one.
+        made = pretrained(kind, *args, **kwargs)
+        if device_map is not None:
+            place(made[0] if isinstance(made, tuple) else made)
+        return made
+
     def watched(run: Callable[..., Any]) -> Callable[..., Any]:
         # torch leaves modes while it handles a function; the hooks of a backward pass belong inside this one.
         def engine(*args: Any, **kwargs: Any) -> Any:
@@ -209,6 +218,7 @@ def _one_card(place: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, value=value, **__: value))
         stack.enter_context(patch.object(torch.cuda, "Event", _Event))
         stack.enter_context(patch.object(nn.Module, "to", to))
+        stack.enter_context(patch.object(PreTrainedModel, "from_pretrained", classmethod(read)))
         for owner in engines:
             stack.enter_context(patch.object(owner, "_engine_run_backward", watched(owner._engine_run_backward)))
         yield

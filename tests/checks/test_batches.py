@@ -21,10 +21,10 @@ def data_of(longest: int) -> TokenizedData:
 @pytest.mark.parametrize(
     ("free", "total", "tokens", "longest", "verdict", "words"),
     [
-        (80, 80, 4096, 512, "good", "4,096 tokens at once, about 47.7 GB at most, with 80.0 GB free of 80.0 GB"),
-        (141, 141, 12_288, 512, "good", "about 105.0 GB"),
-        (15, 24, 128, 512, "bad", r"the model takes 16.0 GB.*does not fit.*--quantize 4"),
-        (24, 24, 128, 2000, "bad", "longest example, 2,000 tokens, takes about 33.0 GB: --max-length"),
+        (80, 80, 4096, 512, "good", "4,096 tokens at once, about 48 GB at most, with 80 GB free of 80 GB"),
+        (141, 141, 12_288, 512, "good", "about 105 GB"),
+        (15, 24, 128, 512, "bad", r"the model takes 16 GB.*does not fit.*--quantize 4"),
+        (24, 24, 128, 2000, "bad", "longest example, 2,000 tokens, takes about 33 GB: --max-length"),
         (60, 80, 8192, 512, "warn", "halved as they run. Type --token-budget 4096"),
         (24, 24, 128, 256, "warn", "leaves little memory"),
     ],

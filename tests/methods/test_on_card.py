@@ -91,4 +91,4 @@ def test_the_doctor_prints_budget_and_peak(place, card):
     check = report["batches"]
     assert check.verdict == "good"
     assert "65,536 tokens at once, about" in check.value
-    assert "free of 68.7 GB on the GPU" in check.value
+    assert "free of 69 GB on the GPU" in check.value

@@ -14,7 +14,8 @@ from tests.workshop import furnish
 from vestige.data import Batch
 from vestige.errors import IndexMismatch, MissingExtra, ModelError, SpecError
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
-from vestige.models import load_model, quantized_bits, select_components
+from vestige.methods import randomise
+from vestige.models import load_model, quantized_bits, quiet_transformers, select_components
 
 has_library = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs vestige[quantize]")
 both = pytest.mark.parametrize("bits", [4, 8])
@@ -25,7 +26,8 @@ def place(tmp_path_factory):
     """A tiny model, and a LoRA adapter on it whose matrices are all random."""
     folder = furnish(tmp_path_factory.mktemp("quantize"))
     base = AutoModelForCausalLM.from_pretrained(folder / "tiny-model")
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    with quiet_transformers():
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -132,10 +134,12 @@ def test_an_index_of_an_adapter_on_packed_weights(place):
     with pytest.raises(IndexMismatch, match="quantize"):
         vestige.index(model=str(place / "adapter"), **data)
     # The index says how its model is read.
-    asked = {"queries": ["Who wrote Emma?"], "trust": False, "max_new_tokens": 4}
+    asked = {"queries": ["Who wrote Emma?"], "max_new_tokens": 4}
     run = vestige.attribute(index=place / "idx", out=place / "run", device="cpu", **asked)
     assert len(run.top(0)) == 10
     assert np.isfinite([row.score for row in run.top(0)]).all()
+    random = next(check for check in run.run.checks if check.name == "randomised-model correlation")
+    assert "quantised" in random.reading
 
 
 @has_library
@@ -165,3 +169,12 @@ def test_lora_matrices_are_trained_beside_packed_maps(place):
         device="cpu",
     )
     assert run.record["config"]["quantize"] == 4
+
+
+@has_library
+@pytest.mark.slow
+def test_a_model_of_packed_weights_is_not_randomised(place):
+    """What is packed would stay as it is, and pass for random."""
+    loaded = load_model(place / "tiny-model", quantize=4, device="cpu")
+    with pytest.raises(ModelError, match="Drop --quantize"), randomise(loaded.model, 0):
+        pass

@@ -116,6 +116,8 @@ def check_randomised(
     """
     if rows < FEWEST_ROWS:
         return make_check(CORRELATION_NAME, None, "There are too few training examples to correlate.")
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        return make_check(CORRELATION_NAME, None, "The weights are quantised, and noise does not replace packed ones.")
     learned = score()
     try:
         with methods.randomise(model, seed):

@@ -211,9 +211,8 @@ class ExactGradients(GradientStore):
             losses = gradient_pass.run(batch, sink)
             return losses.cpu(), sink.finish().sum(0).cpu()
 
-        def measure(batch: np.ndarray) -> tuple[Tensor, Tensor]:
-            losses, squared = zip(*fitting.run(batch, run), strict=True)
-            return torch.cat(losses), torch.cat(squared)
+        def measure(batch: np.ndarray) -> tuple[Tensor, ...]:
+            return tuple(map(torch.cat, zip(*fitting.run(batch, run), strict=True)))
 
         fitting = FittingBatches(self._job.train.lengths)
         with gradient_pass or nullcontext():
@@ -251,8 +250,9 @@ class IndexedGradients(GradientStore):
 
     def __init__(self, job: Job, index: Index, measure: Measure | Measures | None = None) -> None:
         self._job, self.index, self.measure = job, index, measure
-        self.device = torch.device("cpu")
-        self.compute_device = compute_device(job)
+        self.device = self.compute_device = torch.device("cpu")
+        if job.loaded is not None and (card := next(job.loaded.model.parameters()).device).type == "cuda":
+            self.compute_device = card
         self._groups = index.shard_groups(self.piece_bytes)
         manifest = index.manifest
         self._spec = parse_spec(manifest.compression.spec)
@@ -310,15 +310,15 @@ class IndexedGradients(GradientStore):
 
     def piece_squared_norms(self, piece: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield squared norms of the stored rows."""
-        for block in self.piece_blocks(piece):
+        for block in self.index.blocks(shards=self._groups[piece]):
             with time_phase("scoring"):
-                squared = block.gradients.square().sum(1).cpu()
+                squared = block.gradients.square().sum(1)
             yield block.example, squared
 
     def piece_gradients(self, piece: int) -> Iterator[tuple[Tensor, Vectors]]:
         """Yield the stored rows."""
-        for block in self.piece_blocks(piece):
-            yield block.example, self.split(block.gradients.cpu())
+        for block in self.index.blocks(shards=self._groups[piece]):
+            yield block.example, self.split(block.gradients)
 
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """Compute inner products component by component.
@@ -398,12 +398,6 @@ def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor,
             f"Component scores, computed again, add up to the listed scores within {apart / largest:.1%} of the "
             "largest one: the index stores rounded numbers, or was made on another device."
         )
-
-
-def compute_device(job: Job) -> torch.device:
-    """Return where stored gradients are multiplied: on the card that the model runs on, else on the CPU."""
-    device = torch.device("cpu") if job.loaded is None else next(job.loaded.model.parameters()).device
-    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def open_store(job: Job) -> GradientStore:

@@ -242,7 +242,15 @@ def randomise(model: nn.Module, seed: int) -> Iterator[nn.Module]:
     Each floating-point parameter becomes normal noise with the mean and the standard deviation that it had, so a
     constant one (a fresh norm weight) stays. The noise depends on seed and parameter name alone. Tied weights stay
     tied. Costs a copy of the weights on the CPU.
+
+    Raises:
+        ModelError: Weights are quantised.
     """
+    if packed := [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]:
+        raise ModelError(
+            f"{len(packed)} weights ({packed[0]}, ...) are quantised, and a model is random only if all of its weights "
+            "are. Drop --quantize."
+        )
     kept = [(parameter, own_part(parameter).to("cpu", copy=True)) for parameter in model.parameters()]
     try:
         with torch.no_grad():

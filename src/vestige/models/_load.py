@@ -25,7 +25,7 @@ from vestige.models._pretrained import (
     refuse_virtual_tokens,
     short,
 )
-from vestige.models._quantize import Bits
+from vestige.models._quantize import Bits, quantized_bits
 from vestige.models._source import find_source, unpack_gguf
 from vestige.parsing import parse_json
 from vestige.terminal import shorten
@@ -357,10 +357,10 @@ def _device(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def leave_card(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keep the model on the CPU while the block runs, if that is `wanted` and it lies on one card."""
+    """Keep the model on the CPU while the block runs, if that is `wanted`; one on several cards, or packed, stays."""
     places = {parameter.device for parameter in model.parameters()}
     card = places.pop() if len(places) == 1 else None
-    if not wanted or card is None or card.type != "cuda":
+    if not wanted or card is None or card.type != "cuda" or quantized_bits(model) is not None:
         yield
         return
     model.to("cpu")

@@ -243,7 +243,7 @@ def _call(func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> 
         _note(card, "wait", "tolist")
         return first.detach().host.tolist()
     device = kwargs.get("device")
-    if device is None or isinstance(device, int):
+    if not _names_device(device):
         return run(args, kwargs)
     made = run(args, {**kwargs, "device": HOST})
     if torch.device(device).type == "cuda":
@@ -277,7 +277,7 @@ def _note(card: PretendedCard | None, kind: str, what: str) -> None:
 
 
 def _names_device(value: Any) -> bool:
-    return isinstance(value, torch.device) or (isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda"))
+    return isinstance(value, str | torch.device) and str(value).split(":")[0] in ("cpu", "cuda")
 
 
 def _device_of(args: Any, kwargs: Any) -> torch.device | None:
@@ -328,7 +328,7 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
     _compare(name, args, tensors)
     if card is not None:
         _count(card, name, args, tensors)
-    if kwargs.get("device") is not None:
+    if _names_device(kwargs.get("device")):
         kwargs = {**kwargs, "device": HOST}
     if func is torch.ops.aten.bmm.dtype or func is torch.ops.aten.mm.dtype:  # only a card has these
         func, args = func.overloadpacket.default, [each.to(args[2]) for each in map(_host, args[:2])]

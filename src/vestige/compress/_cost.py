@@ -29,7 +29,8 @@ bytes. A half that is signed and added up is read twice and written once, 6 byte
 one; for both sides' transforms of K numbers and their product some 45 K bytes are moved, which is 110 to 130 for each
 `n log2 n` from 1024 to 4096 numbers, and up to 512 a matrix product replaces them for half of that. Otherwise the
 figures are on the high side, so that the costly is avoided rather than chosen.
-With them FactGraSS is 2 to 8 times cheaper than LoGra on GPT-2's layers, where 3.1 to 3.5 has been published.
+With them FactGraSS is 2 to 8 times cheaper than LoGra on GPT-2's layers (4,096 numbers), where 3.1 to 3.5 has been
+published.
 """
 
 

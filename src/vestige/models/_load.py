@@ -315,8 +315,8 @@ def _check_live(model: nn.Module, dtype: torch.dtype | None) -> None:
         raise ModelError(f"The {type(model).__name__} that was given has no weights.")
     if hasattr(model, "_orig_mod") or any(part._compiled_call_impl is not None for part in model.modules()):
         raise ModelError(
-            f"The live {type(model).__name__} is compiled by torch.compile, which does not run the hooks that gradients "
-            "are taken from. Give the module that was compiled (model._orig_mod), or one without compile()."
+            f"The live {type(model).__name__} is compiled by torch.compile, which does not run the hooks that "
+            "gradients are taken from. Give the module that was compiled (model._orig_mod), or one without compile()."
         )
     for config in peft_configs(model):
         refuse_virtual_tokens(config, f"The live {type(model).__name__}")

@@ -9,7 +9,9 @@ costs time or bytes is counted, by the line of Vestige that caused it:
 - `atomic`: numbers are added in an order that varies;
 - `launch`: the start of a kernel.
 
-It has no kernels, no time and no memory of its own, and its backward passes run in the thread that starts them.
+It has no kernels, no time and no memory of its own, and its backward passes run in the thread that starts them. What
+runs inside `torch.func.jvp` (`attribute --tokens`) cannot be pretended: torch takes operations apart there and looks at
+the devices itself, below what a tensor can report.
 """
 
 import sys
@@ -98,9 +100,7 @@ class _Mode(TorchFunctionMode):
 
 
 def on_card(value: Any) -> bool:
-    """Return whether a value is a tensor of the pretended card, also inside a derivative of `torch.func`."""
-    while isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
+    """Return whether a value is a tensor of the pretended card."""
     return isinstance(value, CardTensor)
 
 
@@ -232,8 +232,6 @@ def _call(func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> 
         return _move(first, name, args, kwargs)
     if first is not None and name == "pin_memory":
         return first
-    if func is Tensor.device.__get__:  # type: ignore[attr-defined]
-        return CARD if on_card(first) else HOST
     composed = name == "scaled_dot_product_attention" and not torch.backends.cuda.flash_sdp_enabled()
     if composed and on_card(first) and kwargs.get("is_causal"):
         # It makes its mask in C++, which knows of no card.
@@ -245,7 +243,7 @@ def _call(func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> 
         _note(card, "wait", "tolist")
         return first.detach().host.tolist()
     device = kwargs.get("device")
-    if device is None or isinstance(device, int):
+    if not _names_device(device):
         return run(args, kwargs)
     made = run(args, {**kwargs, "device": HOST})
     if torch.device(device).type == "cuda":
@@ -279,7 +277,7 @@ def _note(card: PretendedCard | None, kind: str, what: str) -> None:
 
 
 def _names_device(value: Any) -> bool:
-    return isinstance(value, torch.device) or (isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda"))
+    return isinstance(value, str | torch.device) and str(value).split(":")[0] in ("cpu", "cuda")
 
 
 def _device_of(args: Any, kwargs: Any) -> torch.device | None:
@@ -330,7 +328,7 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
     _compare(name, args, tensors)
     if card is not None:
         _count(card, name, args, tensors)
-    if kwargs.get("device") is not None:
+    if _names_device(kwargs.get("device")):
         kwargs = {**kwargs, "device": HOST}
     if func is torch.ops.aten.bmm.dtype or func is torch.ops.aten.mm.dtype:  # only a card has these
         func, args = func.overloadpacket.default, [each.to(args[2]) for each in map(_host, args[:2])]

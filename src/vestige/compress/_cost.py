@@ -19,16 +19,18 @@ Shape = tuple[int, int]
 
 RATES = {
     "cpu": Work(products=1, streamed=15, gathered=70, transformed=9),
-    "cuda": Work(products=1, streamed=350, gathered=600, transformed=300),
+    "cuda": Work(products=1, streamed=350, gathered=600, transformed=100),
 }
 """Price of each kind of work, by kind of device; any other kind is taken for a GPU.
 
 `cpu` was fitted to `benchmarks/compressor_speed.py` on one core, which compares it with what it measures. `cuda` was
 not measured. It follows from what an H200 is built for: 225 multiply-adds of halves in the time in which it moves 3.8
 bytes. A half that is signed and added up is read twice and written once, 6 bytes; a gather may fetch eight numbers for
-one; of a transform of K numbers some 45 K bytes are moved. Up to 512 numbers a matrix product replaces the transforms
-there, for less than this price: the figures are on the high side, so that the costly is avoided rather than chosen.
-With them FactGraSS is 2 to 8 times cheaper than LoGra on GPT-2's layers, where 3.1 to 3.5 has been published.
+one; for both sides' transforms of K numbers and their product some 45 K bytes are moved, which is 110 to 130 for each
+`n log2 n` from 1024 to 4096 numbers, and up to 512 a matrix product replaces them for half of that. Otherwise the
+figures are on the high side, so that the costly is avoided rather than chosen.
+With them FactGraSS is 2 to 8 times cheaper than LoGra on GPT-2's layers (4,096 numbers), where 3.1 to 3.5 has been
+published.
 """
 
 

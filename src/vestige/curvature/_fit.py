@@ -33,7 +33,7 @@ from vestige.curvature._kfac import (
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches, send
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
-from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction
+from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction, describe_device
 from vestige.jobs import PieceFiles, Tensors, step_done
 from vestige.models import Component, batch_sharing
 from vestige.progress import progress
@@ -91,8 +91,8 @@ def _draw(logits: Float[Tensor, "position word"], uniform: Float[Tensor, "positi
 
     Sums up to a block or a word are products with a triangle of ones, which are the same each time on a card too.
     """
-    chances = nn.functional.pad(torch.softmax(logits.double(), -1), (0, -logits.shape[-1] % _BLOCK))
-    chances = chances.unflatten(-1, (-1, _BLOCK))
+    padded = nn.functional.pad(logits, (0, -logits.shape[-1] % _BLOCK), value=-torch.inf)
+    chances = torch.softmax(padded, -1, dtype=torch.float64).unflatten(-1, (-1, _BLOCK))
     totals = chances.sum(-1)
     edges = totals @ _sum_up_to(totals.shape[1], totals)
     wanted = uniform * edges[:, -1]
@@ -353,9 +353,13 @@ def _bases_plan(measured: CurvatureData, path: Path, factors: KroneckerCurvature
 
 
 def _pieces(path: Path, measured: CurvatureData, of: str) -> PieceFiles:
-    """Return the files of the pieces of `path`: the same only where the data is cut into the same batches."""
-    dtype = next(measured.model.parameters()).dtype
+    """Return the files of the pieces of `path`: the same only where the data is cut into the same batches.
+
+    Nor are sums of two devices added up, which differ by rounding.
+    """
+    dtype, device = next(measured.model.parameters()).dtype, measured.device
     content = [path.name, of, str(dtype), [[len(batch) for batch in group] for group in measured.groups]]
+    content += [] if device.type == "cpu" else [describe_device(device)]
     suffix = "-vectors" if of == "vectors" else ""
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return PieceFiles(path.with_name(path.stem + suffix), digest)

@@ -53,6 +53,13 @@ def test_weights_that_no_gpu_has_room_for_are_named(saved, monkeypatch):
         load_model(saved("llama"), device="balanced")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compile_it", [torch.compile, lambda model: model.model.layers[0].compile() or model])
+def test_a_compiled_module_is_refused_because_its_gradients_would_be_missed(compile_it):
+    with pytest.raises(ModelError, match=r"compiled by torch\.compile"):
+        load_model(compile_it(build("llama", torch.float32)))
+
+
 def test_a_live_module_is_not_spread():
     with pytest.raises(ModelError, match="stays where it is"):
         load_model(build("gpt2", torch.float32), device="balanced")

@@ -313,6 +313,13 @@ def _check_live(model: nn.Module, dtype: torch.dtype | None) -> None:
     first = next(model.parameters(), None)
     if first is None or first.is_meta:
         raise ModelError(f"The {type(model).__name__} that was given has no weights.")
+    compiled = [part for part in model.modules() if part._compiled_call_impl is not None]
+    # Norms and activations may be compiled: no map is hidden inside of them.
+    if hasattr(model, "_orig_mod") or any(weight.ndim > 1 for part in compiled for weight in part.parameters()):
+        raise ModelError(
+            f"The live {type(model).__name__} is compiled by torch.compile, which does not run the hooks that "
+            "gradients are taken from. Give the module that was compiled (model._orig_mod), or one without compile()."
+        )
     for config in peft_configs(model):
         refuse_virtual_tokens(config, f"The live {type(model).__name__}")
     if dtype is not None and first.dtype != dtype:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from vestige.data import Sharing
 from vestige.errors import ModelError, UserError
-from vestige.models._quantize import Bits, quantization_of
+from vestige.models._quantize import Bits, keep_as_read, quantization_of
 from vestige.progress import is_verbose
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def read_model(folder: Path, reading: Reading) -> "PreTrainedModel":
             _refuse_own_code(error, folder)
             raise ModelError(f"{folder} does not load as a causal language model: {short(error)}") from error
     model, info = loaded
+    keep_as_read(model)
     _require_all_weights(model, info["missing_keys"], folder, info["unexpected_keys"])
     if dtype is None and on_cpu and quantize is None and next(model.parameters()).dtype in _HALF:
         model = model.float()

@@ -41,6 +41,13 @@ def quantization_of(bits: Bits, dtype: torch.dtype | str, config: Any, folder: P
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
+def keep_as_read(model: nn.Module) -> None:
+    """Let no forward pass change packed weights: some CPUs would have them packed again, their scales rounded."""
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def quantized_bits(model: nn.Module) -> int | None:
     """Return the bits that bitsandbytes keeps the model's maps in, None if it keeps none."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)

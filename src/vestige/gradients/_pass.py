@@ -101,6 +101,11 @@ class GradientPass:
                 raise ModelError("No selected component takes part in the loss: choose other --components.")
         except UncoveredUse as found:
             raise _missing_rule([self._components[number].name for number in found.args[0]]) from None
+        except RuntimeError as error:
+            if not lacks_kernel(error):
+                raise
+            # Some factors of the batch have arrived: it cannot run again without the mode.
+            raise ModelError(f"{str(error).splitlines()[0]} Type --device cpu.") from None
         finally:
             self._sink = None
             if self._uses is not None:

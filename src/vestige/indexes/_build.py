@@ -271,7 +271,7 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
             for piece in missing:
                 examples.append(plan.shards[piece].examples)
                 tokens.append(plan.shards[piece].tokens)
-            with leave_card(inputs.loaded.model, settings.has_workers and not is_worker()):
+            with leave_card(inputs.loaded.model, settings):
                 return run_pieces(work.pieces, settings, command)
     except WorkElsewhere as note:
         if settings.part is None:

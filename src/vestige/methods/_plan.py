@@ -23,7 +23,6 @@ from vestige.errors import NonFinite
 from vestige.jobs import (
     PieceFiles,
     Tensors,
-    is_worker,
     phase,
     run_pieces,
     run_with_rate,
@@ -186,10 +185,7 @@ def _run(
     pieces = tensor_pieces(
         name, files, weights, begin, lambda found: collect(ScoreBlock(**each) for each in found), unit=unit
     )
-    away = nullcontext()
-    if job.loaded is not None:
-        away = leave_card(job.loaded.model, job.settings.has_workers and not is_worker())
-    with away:
+    with nullcontext() if job.loaded is None else leave_card(job.loaded.model, job.settings):
         return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
 
 

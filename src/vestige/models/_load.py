@@ -12,7 +12,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
-from vestige.distributed import FSDP, broadcast_from_rank0
+from vestige.distributed import FSDP, broadcast_from_rank0, is_helper
 from vestige.errors import ModelError
 from vestige.models._components import LoadedModel
 from vestige.models._fingerprint import files_identity, hash_once
@@ -28,6 +28,7 @@ from vestige.models._pretrained import (
 from vestige.models._quantize import Bits, quantized_bits
 from vestige.models._source import find_source, unpack_gguf
 from vestige.parsing import parse_json
+from vestige.settings import LaunchSettings
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
@@ -363,11 +364,12 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def leave_card(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keep the model on the CPU while the block runs, if that is `wanted`; one on several cards, or packed, stays."""
+def leave_card(model: nn.Module, settings: LaunchSettings) -> Iterator[None]:
+    """Keep a driver's model on the CPU while its workers need the cards; one on several cards, or packed, stays."""
+    works_here = settings.workers == 1 and settings.engine == "local"
     places = {parameter.device for parameter in model.parameters()}
     card = places.pop() if len(places) == 1 else None
-    if not wanted or card is None or card.type != "cuda" or quantized_bits(model) is not None:
+    if works_here or is_helper() or card is None or card.type != "cuda" or quantized_bits(model) is not None:
         yield
         return
     model.to("cpu")

@@ -147,11 +147,6 @@ class LaunchSettings(Settings):
         return cards
 
     @property
-    def has_workers(self) -> bool:
-        """Whether other processes do the work."""
-        return self.workers > 1 or self.engine != "local"
-
-    @property
     def part(self) -> tuple[int, int] | None:
         """`shard` as (zero-based part, number of parts)."""
         if self.shard is None:
@@ -161,7 +156,6 @@ class LaunchSettings(Settings):
 
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-Bits = Literal[4, 8]
 StoredType = Literal["float16", "bfloat16", "float32", "int8"]
 Reduction = Literal["sum", "mean"]
 Scope = Literal["component", "model"]
@@ -243,7 +237,7 @@ class ReadingSettings(Settings):
         description="Where the model runs: auto, cpu, cuda, cuda:1, mps; balanced, balanced_low_0, sequential, which "
         "spread its layers over all GPUs of a process; or fsdp: each process of torchrun holds a part of every layer.",
     )
-    quantize: Bits | None = Field(
+    quantize: Literal[4, 8] | None = Field(
         None,
         description="Keep the maps of the model in 4 or 8 bits, by bitsandbytes; a LoRA adapter is then attributed to.",
     )

@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from vestige.training._adjoint import (
         Adjoints as Adjoints,
         Moved as Moved,
-        Rule as Rule,
-        read_rule as read_rule,
         unclip as unclip,
     )
     from vestige.training._alarm import (

@@ -20,16 +20,17 @@ from transformers import TrainerCallback
 from vestige.data import NO_TARGET, Batch, TokenizedData
 from vestige.errors import IndexMismatch, SpecError, differences, mismatch_message
 from vestige.gradients import Second, second_derivatives
-from vestige.online import ID_KEY, CarriedIds
+from vestige.online import ID_KEY, CarriedIds, Rule, read_rule, unwrap_optimizer
 from vestige.progress import announce, progress
 from vestige.settings import TrainSettings
 from vestige.storage import check_disk, make_folder, remove_tree
-from vestige.training._adjoint import Adjoints, Moved, Rule, read_rule, unclip
+from vestige.training._adjoint import Adjoints, Moved, unclip
 from vestige.training._engine import WEIGHT, Hook, Recipe, Rows, fit, make_model
 from vestige.training._examples import TrainInputs, read_inputs, repeat_settings
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps
 from vestige.training._train import Plan, group_examples, make_plan, train
 
+_WAY_OUT = "They cannot be walked backward: train with --optimizer adamw or sgd."
 LOSS_SLACK = 1e-3
 """Largest relative difference between the loss that a step had and the one that its derivative is taken of."""
 
@@ -304,7 +305,9 @@ class _Tape(TrainerCallback):
         names = {each: name for name, each in self._trainer.model.named_parameters()}
         self._moved = {
             names[each]: Moved(
-                read_rule(optimizer, group, optimizer.state[each]), self._before[names[each]], _keep(each.grad)
+                read_rule(optimizer, group, optimizer.state[each], _WAY_OUT),
+                self._before[names[each]],
+                _keep(each.grad),
             )
             for group in optimizer.param_groups
             for each in group["params"]
@@ -332,7 +335,7 @@ class _Tape(TrainerCallback):
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
+        return unwrap_optimizer(self._trainer.optimizer)
 
 
 def _keep(value: Any) -> Any:

@@ -46,8 +46,13 @@ if TYPE_CHECKING:
         Derivatives as Derivatives,
         RecordedStep as RecordedStep,
         Replay as Replay,
-        read_settings as read_settings,
     )
+    from vestige.training._retraining import (
+        CommandTraining as CommandTraining,
+        Retraining as Retraining,
+        TrainerTraining as TrainerTraining,
+    )
+    from vestige.training._source import Segment as Segment, unroll as unroll
     from vestige.training._store import TrainingRun as TrainingRun, Unfinished as Unfinished
     from vestige.training._train import steps_per_epoch as steps_per_epoch, train as train
 

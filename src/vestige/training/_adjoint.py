@@ -104,11 +104,14 @@ def unclip(adjoints: Tensors, gradients: Tensors, norm: float, largest: float) -
     """
     if not largest or norm + _CLIP_SLACK <= largest:
         return adjoints
-    scale = largest / (norm + _CLIP_SLACK)
+    count, scale = len(next(iter(adjoints.values()))), largest / (norm + _CLIP_SLACK)
     clipped = scale * norm
-    along = sum(
-        (each.flatten(1) @ gradients[name].flatten() for name, each in adjoints.items()),
-        start=torch.zeros((), dtype=torch.float64),
+    # One quantity at a time: what it comes to does not depend on those beside it.
+    along = torch.stack(
+        [
+            sum((torch.dot(one.flatten(), gradients[name].flatten()) for name, one in some), start=torch.zeros(()))
+            for some in ([(name, each[number]) for name, each in adjoints.items()] for number in range(count))
+        ]
     )
     # d(s g) = s (dg - h (h dg) n / (n + slack)), with h the direction of the gradient and n its norm.
     share = along / clipped**2 * (norm / (norm + _CLIP_SLACK))

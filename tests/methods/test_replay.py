@@ -194,9 +194,9 @@ def test_tokens_and_components_of_one_step_are_products_of_gradients(folder, tmp
             for part, value in found.items():
                 # LoRA matrices are stored, and so multiplied, in float32.
                 assert value == pytest.approx(sum(each.get(part, 0.0) for each in tokens), rel=1e-4, abs=1e-7)
-            row = scores.tokens(query, name)
-            expected = [sum(each.values()) for each in tokens]
-            assert [each.score for each in row] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+            expected = {place: sum(each.values()) for place, each in enumerate(tokens) if each}
+            row = {each.position: each.score for each in scores.tokens(query, name)}
+            assert row == pytest.approx(expected, rel=1e-4, abs=1e-7)
             whole = scores.dense()[list(queries).index(query), list(texts).index(name)]
             assert sum(found.values()) == pytest.approx(whole, rel=1e-4, abs=1e-7)
 

@@ -192,7 +192,7 @@ class Replay:
         """Run the steps of a segment once more, and leave a file for each."""
         size = sum(each.numel() * each.element_size() for each in self.parameters.values())
         check_disk(folder, 4 * size * (end - begin))
-        tape = Tape(folder, end)
+        tape = Tape(folder, end, self.training.id_column)
         self._run(begin, end, f"Replay of steps {begin + 1} to {end}", tape)
         return tape.files
 

@@ -22,7 +22,7 @@ from vestige.errors import IndexMismatch, NonFinite, SpecError
 from vestige.jobs import PieceFiles, Tensors, note_kept, run_pieces, step_done, tensor_pieces, worker_command
 from vestige.methods import EXACT_SHARE, HELPS, ComponentBlock, Job, Method, digest, method, settings_key
 from vestige.models import LoadedModel
-from vestige.progress import announce
+from vestige.progress import announce, quiet
 from vestige.runs import Check, Meaning, ScoreBlock
 from vestige.settings import AttributeSettings
 from vestige.storage import make_folder, partial_folder, temporary_path
@@ -256,7 +256,8 @@ def _walk_group(job: Job, replay: Replay, queries: range, work: Path) -> Tensors
     parts = [queries[begin : begin + fitting] for begin in range(0, len(queries), fitting)]
     if len(parts) > 1:
         announce(f"The adjoints of {fitting} queries fit into memory: {len(parts)} walks, one after another.")
-    walks = [_walk(job, replay, part, work / f"walk-{part[0]}-{part[-1]}.pt") for part in parts]
+    with quiet():  # the bar counts the steps that are walked
+        walks = [_walk(job, replay, part, work / f"walk-{part[0]}-{part[-1]}.pt") for part in parts]
     lengths = torch.tensor([[*walk.norms] for walk in walks], dtype=torch.float64)
     shares = torch.tensor([[len(part) / len(queries)] for part in parts], dtype=torch.float64)
     found = {"scores": torch.cat([walk.scores for walk in walks]), "norms": (lengths * shares).sum(0)}

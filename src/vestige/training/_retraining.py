@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from vestige.data import NO_TARGET, Example, TokenizedData, data_fingerprint
 from vestige.errors import IndexMismatch, SpecError, UserError, differences, mismatch_message
@@ -34,6 +34,8 @@ class Retraining(ABC):
 
     reweighs = False
     """Whether examples may be given a weight of 0."""
+    id_column = "id"
+    """Column of the data with the ids of the rows."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
@@ -196,6 +198,7 @@ class TrainerTraining(Retraining):
             SpecError: There is no such function, or the training cannot be replayed.
         """
         super().__init__(run)
+        self.id_column = run.record.get("id_column", "id")
         try:
             self._maker: Callable[[], Trainer] = import_object(maker)
         except (ImportError, AttributeError, ValueError) as error:
@@ -222,7 +225,7 @@ class TrainerTraining(Retraining):
     @cached_property
     def _data(self) -> TokenizedData:
         rows: Any = self._trainer.train_dataset
-        rows = RowsWithIds(rows, self.run.record.get("id_column", "id"))
+        rows = RowsWithIds(rows, self.id_column)
         trainer: Any = self._trainer
         watched = Watched(rows, trainer._get_collator_with_removed_columns(trainer.data_collator), 1)
         ids, masks = [], []
@@ -250,11 +253,11 @@ class TrainerTraining(Retraining):
             batches = len(self._make().get_train_dataloader())
         per_epoch = max(1, math.ceil(batches / self._trainer.args.gradient_accumulation_steps))
         borders = ",".join(f"{self.steps / per_epoch * number / segments:.9f}" for number in range(segments + 1))
-        column, last = self.run.record.get("id_column", "id"), last_resumable(folder)
+        last = last_resumable(folder)
         if last < self.steps:
             with _apart():
                 trainer = self._make()
-                Recorder(trainer, folder, checkpoints=borders, watch=None, id_column=column, overwrite=True)
+                Recorder(trainer, folder, checkpoints=borders, watch=None, id_column=self.id_column, overwrite=True)
                 trainer.train(resume_from_checkpoint=str(checkpoint_folder(folder, last)) if last else None)
         again = TrainingRun.open(folder)
         one, other = (each.record["model"]["fingerprint"] for each in (self.run, again))
@@ -284,7 +287,9 @@ class TrainerTraining(Retraining):
         if not isinstance(trainer, Trainer):
             raise UserError(f"The function of trainer= returned a {type(trainer).__name__}, expected a Trainer.")
         trainer.args.save_strategy, trainer.args.load_best_model_at_end = "no", False
-        trainer.args.gradient_checkpointing, trainer.args.report_to = False, []
+        trainer.args.gradient_checkpointing = False
+        for shown in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(shown)
         return trainer
 
 

@@ -48,8 +48,8 @@ class RecordedStep:
 class Tape(TrainerCallback):
     """A hook that writes down the steps of a Trainer up to one, after which it ends."""
 
-    def __init__(self, folder: Path, end: int) -> None:
-        self._folder, self._end = folder, end
+    def __init__(self, folder: Path, end: int, id_column: str) -> None:
+        self._folder, self._end, self._id_column = folder, end, id_column
         self.files: list[Path] = []
         self._batches: list[MicroBatch] = []
         self._before: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ class Tape(TrainerCallback):
     def __call__(self, trainer: Any) -> None:
         """Begin with this Trainer."""
         self._trainer = trainer
-        self._carried = CarriedIds(trainer, "id", self._training_step)
+        self._carried = CarriedIds(trainer, self._id_column, self._training_step)
         trainer.add_callback(self)
 
     def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -60,7 +60,7 @@ def test_ids_follow_their_rows_through_the_shuffling_sampler(tmp_path, kind):
 @pytest.mark.slow
 def test_scores_are_shares_in_the_clipped_gradient_at_the_scheduled_rate(tmp_path):
     given = trainer(tmp_path / "out", "llama", steps=3, max_grad_norm=0.05, gradient_accumulation_steps=2)
-    attached = attach(given, validation(4), out=tmp_path / "log")
+    attached = attach(given, validation(4), out=tmp_path / "log", score_optimizer="sgd")
     sums: list[float] = []
 
     class Check(TrainerCallback):

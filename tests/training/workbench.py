@@ -59,13 +59,18 @@ def trainer(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=4,
         learning_rate=1e-2,
         seed=5,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
-        **{"save_strategy": "no", "logging_strategy": "no", "dataloader_pin_memory": False} | settings,
+        **{
+            "per_device_train_batch_size": 4,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "dataloader_pin_memory": False,
+        }
+        | settings,
     )
     return Trainer(
         model=dropping_model(name),

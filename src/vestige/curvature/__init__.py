@@ -39,7 +39,12 @@ if TYPE_CHECKING:
         lissa as lissa,
         mean_eigenvalues as mean_eigenvalues,
     )
-    from vestige.curvature._kfac import find_blocks as find_blocks
+    from vestige.curvature._kfac import (
+        Block as Block,
+        Eigenbasis as Eigenbasis,
+        KroneckerCurvature as KroneckerCurvature,
+        find_blocks as find_blocks,
+    )
     from vestige.curvature._precondition import (
         fisher_of as fisher_of,
         fisher_path as fisher_path,

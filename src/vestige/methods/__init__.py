@@ -88,9 +88,11 @@ if TYPE_CHECKING:
     )
     from vestige.methods._tracin import (
         CheckpointMethod as CheckpointMethod,
+        GradientTerm as GradientTerm,
         Lines as Lines,
         Term as Term,
         TracIn as TracIn,
+        checkpoint_job as checkpoint_job,
         open_checkpoint_store as open_checkpoint_store,
     )
     from vestige.methods._trak import Trak as Trak, doubt as doubt

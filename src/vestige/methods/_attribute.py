@@ -290,9 +290,10 @@ def _find_method(settings: AttributeSettings) -> Method:
     if (settings.training is not None) != method.needs_training:
         able = ", ".join(each.name for each in METHODS if each.needs_training)
         raise SpecError(
-            f"--training replays a training, which these methods do: {able}. Drop it, or type --method {able}."
+            f"--training names a recorded training, which these methods follow: {able}. Drop it, or type one of them "
+            "as --method."
             if settings.training is not None
-            else f"The method {settings.method} runs a training again. Type --training FOLDER, of `vestige train`."
+            else f"The method {settings.method} follows a training. Type --training FOLDER, of `vestige train`."
         )
     without_model = all(
         given is None for given in (settings.index, settings.model, settings.checkpoints, settings.training)
@@ -311,10 +312,10 @@ def _require_outputs(settings: AttributeSettings, method: Method) -> None:
         )
     if settings.tokens and not method.splits_tokens:
         raise SpecError(
-            f"--tokens splits a gradient over tokens, and {settings.method} uses none. Drop --tokens, or type "
+            f"--tokens splits an example's score over its tokens, and {settings.method} cannot. Drop --tokens, or type "
             "--method influence, grad-dot or grad-cos."
         )
-    if settings.engine != "local" and not method.needs_gradients:
+    if settings.engine != "local" and not (method.needs_gradients or method.needs_training):
         raise SpecError(
             f"--engine {settings.engine} submits passes over gradients, and {settings.method} uses none: it scores in "
             "this process. Drop --engine and what belongs to it."

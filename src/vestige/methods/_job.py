@@ -58,14 +58,14 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         on_answers: Called as soon as the queries have their answers.
     """
     checkpoints: tuple[Checkpoint, ...] = ()
+    typed = settings.chat
+    settings = method.adopt(settings)
     if method.weighting is not None:
         checkpoints = find_checkpoints(settings, method.weighting)
         settings = settings_of_last(settings, checkpoints)
     else:
         refuse_checkpoints(settings)
     index = indexes.Index.open(settings.index) if settings.index is not None else None
-    typed = settings.chat
-    settings = method.adopt(settings)
     if index is not None:
         _require_recomputable(index, method)
         settings = _settings_of_index(settings, index)

@@ -149,8 +149,15 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
 
     The scores of each query are kept beside the run until it is complete: after a kill the others alone are computed.
     """
-    prepared = method.prepare(job)
     rows = [sorted({row for number, row in pairs if number == query}) for query in range(len(job.queries))]
+    known = [(query, some, method.token_scores(job, query, some)) for query, some in enumerate(rows)]
+    if all(scores is not None for _, _, scores in known):
+        return [
+            TokenScores(query, row, each)
+            for query, some, scores in known
+            for row, each in zip(some, scores or (), strict=True)
+        ]
+    prepared = method.prepare(job)
 
     def compute(query: int) -> dict[str, Tensor]:
         found = sorted(_split_query(job, prepared, query, rows[query]), key=lambda one: one.row)

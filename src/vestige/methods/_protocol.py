@@ -19,6 +19,7 @@ from typing import (
     TypeVar,
 )
 
+import numpy as np
 from jaxtyping import Float, Int
 
 from vestige import indexes, methods, models
@@ -133,14 +134,14 @@ class Method(ABC):
     needs_index: ClassVar[bool] = False
     """True for methods that read the training gradients more than once: without an index they make one."""
     needs_training: ClassVar[bool] = False
-    """True for methods that run a recorded training again."""
+    """True for methods that follow a recorded training, which they open in `adopt`."""
     needs_exact: ClassVar[bool] = False
     """True for methods that work on whole gradients: compressed ones cannot stand in for them."""
     weighting: ClassVar[Weighting | None] = None
     """How checkpoints are weighted, for methods whose scores are sums over several; None for one model."""
     searches_words: ClassVar[bool] = False
     """True for a word search: the overlap of other methods with it is a check."""
-    splits_components: ClassVar[bool] = False
+    splits_components: bool = False
     """True where `components` takes scores apart."""
     splits_tokens: ClassVar[bool] = False
     """True where a score is an inner product with the gradient, which is a sum over tokens (see `GradientMethod`)."""
@@ -177,6 +178,13 @@ class Method(ABC):
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
         """Compute the scores of the pairs `(queries[i], rows[i])`, split over components."""
         raise NotImplementedError(f"{self.name} does not split scores over components")
+
+    def token_scores(self, job: Job, query: int, rows: Sequence[int]) -> list[np.ndarray] | None:  # noqa: ARG002
+        """Return the scores of some rows over the tokens of each, float64, where scoring has found them.
+
+        None where they are to be computed from the vectors that `prepare` returns.
+        """
+        return None
 
     def checks(self, job: Job) -> list[Check]:  # noqa: ARG002
         """Return what the method itself can say of how far its scores can be trusted, once they are computed."""

@@ -50,8 +50,8 @@ CORRELATION_NAME = "randomised-model correlation"
 def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: Sequence[float] | None) -> list[Check]:
     """Run the check on randomised weights, where the method runs a model, and the free checks."""
     if method.needs_training or job.loaded is None or not method.needs_model:
-        replays = "The method replays the training, which noise did not have."
-        reading = replays if method.needs_training else "The method does not use the model's weights."
+        follows = "The method follows a recorded training, which noise did not have."
+        reading = follows if method.needs_training else "The method does not use the model's weights."
         checks = [*method.checks(job), *run_free_checks(job, method, ranked, losses=losses)]
         return [make_check(CORRELATION_NAME, None, reading), *checks]
     rows = np.setdiff1d(sample_rows(len(job.train), ROWS), job.skipped)

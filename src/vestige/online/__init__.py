@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from vestige.online._engine import OnlineAttribution as OnlineAttribution, Step as Step, StepScores as StepScores
+    from vestige.online._engine import OnlineAttribution as OnlineAttribution
     from vestige.online._log import (
         InRunInfluence as InRunInfluence,
         OnlineLog as OnlineLog,
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
         read_table as read_table,
         write_in_run_influence as write_in_run_influence,
     )
+    from vestige.online._optimizers import (
+        Rule as Rule,
+        ScoreOptimizer as ScoreOptimizer,
+        read_rule as read_rule,
+        unwrap_optimizer as unwrap_optimizer,
+    )
+    from vestige.online._step import Step as Step, StepScores as StepScores
     from vestige.online._trainer import (
         ID_KEY as ID_KEY,
         Attached as Attached,

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -56,12 +57,20 @@ MEANING = Meaning(
     unit="nats of the mean validation loss, summed over the steps",
     target="this model, over this training",
     normalisation="none",
-    estimates="By how much the example's share in every step's gradient lowered the validation loss, as if each step "
-    "were plain gradient descent with that step's learning rate (In-Run Data Shapley, arXiv:2406.11011).",
+    estimates="By how much the example's share in every step's gradient lowered the validation loss, to first order "
+    "(In-Run Data Shapley, arXiv:2406.11011).",
     cost="One pass forward and backward over the validation examples in each training step, and inner products.",
-    limits="Adam and momentum move otherwise than plain gradient descent; what an example did to later steps by "
-    "changing the weights is not followed; examples that were not trained on have zero.",
+    limits="What an example did to later steps by changing the weights is not followed, nor weight decay; examples "
+    "that were not trained on have zero.",
 )
+_STEPS = {
+    "as-is": " Steps count as the optimizer takes them: Adam's and AdamW's divide every entry by the root of its mean "
+    "square, and what momentum carries into later steps counts in this one; of SGD's momentum nothing counts.",
+    "sgd": " Steps count as if each were plain gradient descent with that step's learning rate.",
+}
+"""By `score_optimizer` of the log."""
+_PLAIN = "sgd"
+"""How logs without that entry were scored."""
 _MOST_ROWS = 2**16
 """Rows that wait in memory at most."""
 
@@ -220,8 +229,9 @@ def begin_log(log: StepLog, header: Mapping[str, Any], step: int) -> None:
     folder = log.folder
     if (folder / HEADER).is_file():
         old = OnlineLog.open(folder)
-        for name in ("components", "validation", "second_order"):
-            if old.header.get(name) != header.get(name):
+        for name in ("components", "validation", "second_order", "score_optimizer"):
+            plain = _PLAIN if name == "score_optimizer" else None
+            if old.header.get(name, plain) != header.get(name):
                 raise IndexMismatch(
                     f"{folder} was logged with other {name.replace('_', ' ')}: its scores could not be added up with "
                     "new ones. Nothing was changed. Give the same settings, or another folder."
@@ -285,7 +295,7 @@ def write_in_run_influence(
         data=DataRecord(name=train.name, fingerprint=train.fingerprint, examples=len(train)),
         queries=DataRecord(name=validation.name, fingerprint=query.fingerprint, examples=1),
         method="in-run",
-        meaning=MEANING,
+        meaning=replace(MEANING, estimates=MEANING.estimates + _STEPS[log.header.get("score_optimizer", _PLAIN)]),
         coverage=None,
         components=[],
         seconds=time.perf_counter() - started,

@@ -9,7 +9,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vestige.gradients import Factor, OneHot, ReusedMemory, Side, cross_products, dot_matrices, materialise
+from vestige.gradients import (
+    BlockSizes,
+    Factor,
+    OneHot,
+    ReusedMemory,
+    Side,
+    cross_products,
+    dot_matrices,
+    materialise,
+)
 from vestige.models import Component
 
 _PROBES = 4
@@ -51,11 +60,16 @@ class ValidationGradient:
 
     A component is kept as factors as long as its S tokens make products cheaper that way, `S*(out + in) < out*in`, and
     is summed into its matrix beyond. Uses of a tied weight are pieces of one sum, so their cross terms count.
+
+    Args:
+        components: What the gradient is of.
+        weight: Of the sum.
+        as_matrices: Sum every component into its matrix, which `precondition` multiplies.
     """
 
-    def __init__(self, components: Sequence[Component], weight: float) -> None:
+    def __init__(self, components: Sequence[Component], weight: float, *, as_matrices: bool = False) -> None:
         self._shapes = [component.shape for component in components]
-        self._weight = weight
+        self._weight, self._as_matrices = weight, as_matrices
         self._pieces: list[list[tuple[Factor, Tensor]]] = [[] for _ in components]
         self._matrices: list[Tensor | None] = [None for _ in components]
         self._memory = ReusedMemory()
@@ -72,10 +86,16 @@ class ValidationGradient:
         pieces, matrix = self._pieces[component], self._matrices[component]
         pieces.append((left, right))
         tokens = sum(piece[1].shape[1] for piece in pieces)
-        if matrix is not None or tokens * (out + width) >= out * width:
+        if self._as_matrices or matrix is not None or tokens * (out + width) >= out * width:
             formed = sum((materialise(*piece)[0] for piece in pieces[1:]), materialise(*pieces[0])[0])
             self._matrices[component] = formed if matrix is None else matrix + formed
             pieces.clear()
+
+    def precondition(self, component: int, scale: Float[Tensor, "out in"]) -> None:
+        """Multiply the gradient in one component elementwise, before its products are taken."""
+        matrix = self._matrices[component]
+        if matrix is not None:
+            self._matrices[component] = matrix * scale
 
     def products(self, component: int, left: Factor, right: Tensor) -> Float[Tensor, "example"]:
         """Return inner products of the examples' gradients with this one, in one component."""
@@ -92,25 +112,48 @@ class ValidationGradient:
 class ScoreSink(FactorStore):
     """Inner products of each example's share of the gradient with the validation gradient, while backward runs.
 
-    With `keep` the factors stay, for products that need the whole step.
+    Args:
+        validation: The gradient.
+        components: How many there are.
+        examples: In the batch.
+        keep: Keep the factors, for products that need the whole step.
+        late: Keep them until `take_products`, and take no product before.
     """
 
-    def __init__(self, validation: ValidationGradient, components: int, examples: int, *, keep: bool = False) -> None:
+    def __init__(
+        self,
+        validation: ValidationGradient,
+        components: int,
+        examples: int,
+        *,
+        keep: bool = False,
+        late: bool = False,
+    ) -> None:
         super().__init__(components)
-        self._validation, self._keep, self._examples = validation, keep, examples
+        self._validation, self._keep, self._late, self._examples = validation, keep, late, examples
         self._scores: list[Tensor | None] = [None] * components
 
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:
         """Add the products of one use of the component."""
         with torch.no_grad(), torch.autocast(right.device.type, enabled=False):
             piece = Piece(examples, _widen(left), _widen(right))  # type: ignore[arg-type]
-            products = self._validation.products(component, piece.left, piece.right)
             total = self._scores[component]
             if total is None:
-                total = self._scores[component] = products.new_zeros(self._examples)
-            total[examples] += products
-        if self._keep:
+                total = self._scores[component] = piece.right.new_zeros(self._examples)
+            if not self._late:
+                total[examples] += self._validation.products(component, piece.left, piece.right)
+        if self._keep or self._late:
             self.pieces[component].append(piece)
+
+    @torch.no_grad()
+    def take_products(self) -> None:
+        """Take the products that were put off until now."""
+        for component, (total, pieces) in enumerate(zip(self._scores, self.pieces, strict=True)):
+            for piece in pieces:
+                assert total is not None
+                total[piece.examples] += self._validation.products(component, piece.left, piece.right)
+            if not self._keep:
+                pieces.clear()
 
     def has_gradient(self, component: int) -> bool:
         """Return whether a gradient of the component has arrived."""
@@ -124,14 +167,54 @@ class ScoreSink(FactorStore):
         return torch.stack([zero if row is None else row.double() for row in self._scores]).cpu()
 
 
-def products_among(pieces: Sequence[Piece], examples: int) -> Float[Tensor, "example example2"]:
-    """Return inner products of all pairs of examples' gradients in one component, float64 on the CPU."""
+def products_among(
+    pieces: Sequence[Piece], examples: int, scale: Float[Tensor, "out in"] | None = None
+) -> Float[Tensor, "example example2"]:
+    """Return inner products of all pairs of examples' gradients in one component, float64 on the CPU.
+
+    With `scale` both gradients are multiplied by it elementwise, and have to be formed, some rows at a time.
+    """
     total = torch.zeros(examples, examples, dtype=torch.float64)
+    if scale is not None:
+        step = max(1, BlockSizes.product_bytes // (examples * scale.shape[1] * 4))
+        for rows in torch.arange(len(scale)).split(step):
+            some = slice(int(rows[0]), int(rows[-1]) + 1)
+            flat = (_gradient_rows(pieces, examples, some) * scale[some]).flatten(1)
+            total += (flat @ flat.T).double().cpu()
+        return total
     for one in pieces:
         for other in pieces:
             found = cross_products((one.left, one.right), (other.left, other.right))
             total[one.examples, other.examples] += found.double().cpu()
     return total
+
+
+def _gradient_rows(pieces: Sequence[Piece], examples: int, rows: slice) -> Float[Tensor, "example row in"]:
+    """Return some rows of every example's gradient in one component."""
+    right = pieces[0].right
+    found = right.new_zeros(examples, rows.stop - rows.start, right.shape[-1])
+    for piece in pieces:
+        left, right = piece.left, piece.right
+        if isinstance(left, OneHot):
+            inside = (left.ids >= rows.start) & (left.ids < rows.stop)
+            left = OneHot(torch.where(inside, left.ids - rows.start, 0), rows.stop - rows.start)
+            right = right * inside[:, :, None]
+        else:
+            left = left[:, :, rows].to(right.dtype)
+        found[piece.examples] += materialise(left, right)
+    return found
+
+
+def mean_gradient(pieces: Sequence[Piece], examples: int, shape: tuple[int, int]) -> Float[Tensor, "out in"]:
+    """Return the mean of the examples' gradients in one component."""
+    total = pieces[0].right.new_zeros(shape)
+    for piece in pieces:
+        left, right = piece.left, piece.right.flatten(0, 1)
+        if isinstance(left, OneHot):
+            total.index_add_(0, left.ids.flatten(), right)
+        else:
+            total.addmm_(left.to(right.dtype).flatten(0, 1).T, right)
+    return total / examples
 
 
 def products_with(pieces: Sequence[Piece], matrix: Float[Tensor, "out in"], examples: int) -> Float[Tensor, "example"]:
@@ -162,6 +245,11 @@ class ScaleProbe:
     def _note(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self._before[id(parameter)] = _norm(parameter.grad)
+
+    def note_now(self) -> None:
+        """Note the gradients as they are: several processes have averaged theirs since each was complete."""
+        for parameter in self._parameters:
+            self._note(parameter)
 
     def factor(self) -> float:
         """Return the factor; one where no gradient is left to compare."""

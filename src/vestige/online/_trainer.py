@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from vestige.errors import DataError, UserError
-from vestige.online._engine import OnlineAttribution, Step
+from vestige.online._engine import OnlineAttribution
+from vestige.online._step import Step
 
 ID_KEY = "vestige_id"
 """Carries the ids from the data set through the sampler, the collator and the loader to the training step."""
@@ -106,7 +107,10 @@ class Attached(TrainerCallback):
             self._open = self.engine.step().__enter__()
         if self._open is not None:
             self._open.batch(ids)
-        return self._carried.plain_step(model, inputs, num_items_in_batch)
+        loss = self._carried.plain_step(model, inputs, num_items_in_batch)
+        if self._open is not None and self.engine.processes > 1:
+            self._open.note_reduced()
+        return loss
 
     def _choose(self, ids: list[str], inputs: dict[str, Any]) -> tuple[list[str], dict[str, Any], Any]:
         """Return the best rows of the batch, and how many target tokens they have."""
@@ -173,21 +177,27 @@ def attach(
     Ids come from the column `id_column` of the training data, else they are row numbers; they travel with the
     rows, so it does not matter how the sampler shuffles. Clipping, gradient accumulation, bfloat16 and resuming from a
     checkpoint are taken care of: the log is flushed with every checkpoint, and a resumed training drops what was logged
-    after it.
+    after it. Where several processes train the model together (DistributedDataParallel), call it in each: every
+    process scores its own examples and gets the scores of all; the first one writes the log.
 
     Args:
         trainer: Its model, data and collator are used as they are.
         validation: As in `OnlineAttribution`.
         id_column: Column of the training data that holds the ids.
         select: Train only on the best `select` examples of every batch (`OnlineAttribution.select`); None: on all.
-        **settings: Of `OnlineAttribution`: `components`, `objective`, `second_order`, `out`, `flush_every`.
+        **settings: Of `OnlineAttribution`: `components`, `objective`, `score_optimizer`, `second_order`, `out`,
+            `flush_every`.
 
     Raises:
-        UserError: the Trainer runs on several devices, or in float16, or `select` is combined with accumulation.
+        UserError: one process of the Trainer has several devices, the model is in parts (FSDP, DeepSpeed), training is
+            in float16, or `select` is combined with accumulation or several processes.
     """
     _refuse_unsupported(trainer, select)
+    if trainer.args.process_index:
+        settings["out"] = None
     context = trainer.accelerator.autocast
     engine = OnlineAttribution(trainer.model, validation, start_step=None, context=context, **settings)  # type: ignore[arg-type]
+    engine.processes = trainer.args.world_size
     callback = Attached(engine, trainer, id_column, select)
     trainer.add_callback(callback)
     return callback
@@ -195,8 +205,12 @@ def attach(
 
 def _refuse_unsupported(trainer: Trainer, select: int | None) -> None:
     arguments = trainer.args
-    if arguments.world_size > 1 or arguments.n_gpu > 1:
-        raise UserError("Online scores need all examples of a step in one process. Train on one device.")
+    if arguments.n_gpu > 1:
+        raise UserError("One process with several GPUs splits a batch among them. Start one for each: torchrun.")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UserError("FSDP and DeepSpeed keep parts of the weights. Online scores need them whole: train with DDP.")
+    if arguments.world_size > 1 and select is not None:
+        raise UserError("select= chooses from the batch of one process. Train in one.")
     if arguments.fp16:
         raise UserError("Float16 skips steps whose gradient overflows, which a log cannot record. Use bf16=True.")
     if trainer.train_dataset is None or not hasattr(trainer.train_dataset, "__len__"):

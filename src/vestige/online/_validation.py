@@ -16,7 +16,15 @@ from vestige.data import NO_TARGET, Batch, Example, TokenizedData, data_fingerpr
 from vestige.errors import DataError, NonFinite, SpecError
 from vestige.gradients import CausalLoss, GradientPass, Objective, example_count
 from vestige.models import Component, batch_sharing, parameter_view
-from vestige.online._sinks import FactorStore, Piece, ValidationGradient, products_among, products_with
+from vestige.online._optimizers import Preconditioner
+from vestige.online._sinks import (
+    FactorStore,
+    Piece,
+    ValidationGradient,
+    mean_gradient,
+    products_among,
+    products_with,
+)
 
 
 class Measured(NamedTuple):
@@ -66,13 +74,13 @@ class Validation:
         with quietly(model):  # the objective checks the model once, before the training begins
             objective.head_module(model)
 
-    def measure(self, components: Sequence[Component]) -> Measured:
+    def measure(self, components: Sequence[Component], *, as_matrices: bool = False) -> Measured:
         """Measure loss and gradient at the present weights; weights, flags, buffers and random state stay as they are.
 
         Raises:
             NonFinite: a validation loss is NaN or infinite.
         """
-        gradient = ValidationGradient(components, 1.0 / len(self.ids))
+        gradient = ValidationGradient(components, 1.0 / len(self.ids), as_matrices=as_matrices)
         losses = []
         if self._pass is None or self._pass[0] != tuple(components):  # kept: it has proven that it misses nothing
             self._pass = tuple(components), GradientPass(self._model, components, self._objective)
@@ -87,12 +95,20 @@ class Validation:
             )
         return Measured(total / len(self.ids), gradient, taken.by_function)
 
-    def select(self, candidates: Any, k: int, components: Sequence[Component], rates: Sequence[float]) -> Selected:
+    def select(
+        self,
+        candidates: Any,
+        k: int,
+        components: Sequence[Component],
+        rates: Sequence[float],
+        preconditioner: Preconditioner,
+    ) -> Selected:
         """Select the `k` best for a step on the mean of the chosen examples' losses, in a pass with frozen weights.
 
-        The share of an example in such a step is its own gradient over `k`, so that is what is weighed.
+        The share of an example in such a step is its own gradient over `k`, so that is what is weighed. The gradient of
+        the step, which Adam divides by, is not known before the choice: it is taken to be the candidates' mean.
         """
-        validation = self.measure(components).gradient
+        validation = self.measure(components, as_matrices=preconditioner.changes).gradient
         batch = _as_inputs(candidates, self._objective)
         batch = batch.to(self._device) if isinstance(batch, Batch) else batch
         count, store = example_count(batch), FactorStore(len(components))
@@ -101,9 +117,14 @@ class Validation:
         gains = torch.zeros(count, dtype=torch.float64)
         overlaps = torch.zeros(count, count, dtype=torch.float64)
         for number, (rate, pieces) in enumerate(zip(rates, store.pieces, strict=True)):
+            scale = None
+            if preconditioner.changes and pieces:
+                scale = preconditioner.scale(number, mean_gradient(pieces, count, components[number].shape))
+            if scale is not None:
+                validation.precondition(number, scale)
             for piece in pieces:
                 gains[piece.examples] += rate / k * validation.products(number, piece.left, piece.right).double().cpu()
-            overlaps += (rate / k) ** 2 * products_among(pieces, count)
+            overlaps += (rate / k) ** 2 * products_among(pieces, count, scale)
             pieces.clear()
         return greedy_selection(gains, overlaps, k)
 
@@ -111,13 +132,14 @@ class Validation:
         self,
         components: Sequence[Component],
         rates: Sequence[float],
+        scales: Sequence[Tensor | None],
         factor: float,
         batches: Sequence[tuple[int, Sequence[Sequence[Piece]]]],
     ) -> list[Float[Tensor, "example"]]:
         """Return `1/2 (D g_i)^T H (D G)` of every example i of a step, one tensor for each micro-batch.
 
-        D are the learning rates, H is the Hessian of the validation loss. A step of plain gradient descent moves the
-        weights by `-D G`, with `G = sum_j g_j`, so by Taylor's expansion
+        D are the learning rates times what the optimizer multiplies a gradient by, H is the Hessian of the validation
+        loss. The step moves the weights by `-D G`, with `G = sum_j g_j`, so by Taylor's expansion
 
             L(w) - L(w - D G) = sum_i <D g_i, grad L> - 1/2 sum_i (D g_i)^T H (D G) + O(D^3),
 
@@ -128,21 +150,25 @@ class Validation:
         Args:
             components: What is scored; `.grad` holds the step's gradient.
             rates: Learning rate of each.
+            scales: What the optimizer multiplies a gradient by, as of `Preconditioner.scale`.
             factor: What the kept factors have to be multiplied by to add up to `.grad`.
             batches: Of each micro-batch the number of examples, and by component the kept factors.
         """
         moved = []
-        for component, rate in zip(components, rates, strict=True):
+        for component, rate, scale in zip(components, rates, scales, strict=True):
             parameter = self._model.get_parameter(component.parameter)
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            moved.append(rate * parameter_view(self._model, component, stored=gradient).reshape(-1))
+            moved.append(rate * _multiply(scale, parameter_view(self._model, component, stored=gradient)).reshape(-1))
         assert isinstance(self._objective, CausalLoss)
         with quietly(self._model):
             product = CurvatureProduct(
                 self._model, components, self.as_data(), self._token_budget, self._objective.reduction, "hessian"
             )(torch.cat(moved)[None])[0]
         parts = product.split([component.size for component in components])
-        bent = [part.view(component.shape) for part, component in zip(parts, components, strict=True)]
+        bent = [
+            _multiply(scale, part.view(component.shape))
+            for part, component, scale in zip(parts, components, scales, strict=True)
+        ]
         terms = []
         for count, pieces in batches:
             total = torch.zeros(count, dtype=torch.float64)
@@ -226,6 +252,10 @@ def quietly(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+def _multiply(scale: Tensor | None, matrix: Tensor) -> Tensor:
+    return matrix if scale is None else scale * matrix
 
 
 def _as_inputs(data: Any, objective: Objective) -> Any:

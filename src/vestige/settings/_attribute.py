@@ -142,9 +142,8 @@ class UntracSettings(QuestionSettings, LaunchSettings):
 
 _OF_A_TRAINING = (
     *("index", "checkpoints", "query_rank", "components", "skip_bad", "limit", "where", "max_length", "precision"),
-    *("workers", "engine", "shard"),
 )
-"""Settings that a recorded training decides, or that its replay does not know."""
+"""Settings that a recorded training decides, or that its methods do not know."""
 
 AnswerSource = Literal["auto", "generate", "given"]
 
@@ -178,8 +177,8 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     )
     training: TrainingFolder[Any] = Field(
         None,
-        description="For replay, in place of the model and the data: folder of a finished `vestige train`; several, of "
-        "other seeds, are averaged.",
+        description="For methods that follow a training, in place of model and data: folder of a finished `vestige "
+        "train`; several, of other seeds, are averaged.",
     )
     checkpoint_weights: Numbers | None = Field(
         None, description="How much each checkpoint counts. Not given: its learning rate; for trak all the same."
@@ -243,8 +242,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
             given = [flag(name) for name in _OF_A_TRAINING if getattr(self, name) != fields[name].default]
             if given:
                 raise SpecError(
-                    f"--training brings its model, its data and all trained parameters, and is run again in this "
-                    f"process: drop {', '.join(given)}."
+                    f"--training brings its model, its data and all trained parameters: drop {', '.join(given)}."
                 )
         elif self.index is None:
             # Whether a model is needed depends on the method: lexical ones read text alone.

@@ -222,7 +222,7 @@ class TrainSettings(LearningSettings, AlarmSettings):
 
     added: ClassVar[tuple[str, ...]] = (
         *AlarmSettings.added,
-        *("epochs", "steps", "from_scratch", "momentum", "validation", "select"),
+        *("epochs", "steps", "from_scratch", "momentum", "validation", "select", "score_optimizer"),
     )
 
     model: ModelName = Field(
@@ -269,6 +269,11 @@ class TrainSettings(LearningSettings, AlarmSettings):
     )
     select: PositiveInt | None = Field(
         None, description="Of every batch, train only on the N examples that lower the loss of --validation most."
+    )
+    score_optimizer: Literal["as-is", "sgd"] = Field(
+        "as-is",
+        description="Score the steps by --validation as the optimizer takes them, or as if they were plain gradient "
+        "descent.",
     )
     overwrite: bool = Field(False, description="Delete a training that is already there instead of continuing it.")
 

@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from vestige.training._adjoint import (
         Adjoints as Adjoints,
         Moved as Moved,
-        Rule as Rule,
-        read_rule as read_rule,
         unclip as unclip,
     )
     from vestige.training._alarm import (
@@ -48,8 +46,13 @@ if TYPE_CHECKING:
         Derivatives as Derivatives,
         RecordedStep as RecordedStep,
         Replay as Replay,
-        read_settings as read_settings,
     )
+    from vestige.training._retraining import (
+        CommandTraining as CommandTraining,
+        Retraining as Retraining,
+        TrainerTraining as TrainerTraining,
+    )
+    from vestige.training._source import Segment as Segment, unroll as unroll
     from vestige.training._store import (
         TrainingRun as TrainingRun,
         Unfinished as Unfinished,

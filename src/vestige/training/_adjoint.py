@@ -6,35 +6,16 @@ quantities at once. The formulas are closed: no graph through the optimizer is k
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vestige.errors import SpecError
+from vestige.online import Rule
 
 Tensors = dict[str, Tensor]
 
 _CLIP_SLACK = 1e-6
 """What torch adds to the norm that it divides by when it clips."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one parameter was moved in one step; numbers as in torch.optim."""
-
-    rate: float
-    decay: float
-    decoupled: bool
-    """True for AdamW, whose decay does not pass through the moments."""
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    betas: tuple[float, float] | None = None
-    """None for SGD."""
-    eps: float = 0.0
-    count: int = 1
-    """Steps that this parameter has taken, this one included."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +104,14 @@ def unclip(adjoints: Tensors, gradients: Tensors, norm: float, largest: float) -
     """
     if not largest or norm + _CLIP_SLACK <= largest:
         return adjoints
-    scale = largest / (norm + _CLIP_SLACK)
+    count, scale = len(next(iter(adjoints.values()))), largest / (norm + _CLIP_SLACK)
     clipped = scale * norm
-    along = sum(
-        (each.flatten(1) @ gradients[name].flatten() for name, each in adjoints.items()),
-        start=torch.zeros((), dtype=torch.float64),
+    # One quantity at a time: what it comes to does not depend on those beside it.
+    along = torch.stack(
+        [
+            sum((torch.dot(one.flatten(), gradients[name].flatten()) for name, one in some), start=torch.zeros(()))
+            for some in ([(name, each[number]) for name, each in adjoints.items()] for number in range(count))
+        ]
     )
     # d(s g) = s (dg - h (h dg) n / (n + slack)), with h the direction of the gradient and n its norm.
     share = along / clipped**2 * (norm / (norm + _CLIP_SLACK))
@@ -135,41 +119,3 @@ def unclip(adjoints: Tensors, gradients: Tensors, norm: float, largest: float) -
         name: scale * (each - share.to(each.dtype).view(-1, *[1] * gradients[name].dim()) * gradients[name])
         for name, each in adjoints.items()
     }
-
-
-def read_rule(optimizer: torch.optim.Optimizer, group: dict[str, Any], state: dict[str, Any]) -> Rule:
-    """Return how a parameter of this group is going to be moved, before the step is taken.
-
-    Raises:
-        SpecError: The optimizer is none whose steps can be walked backward.
-    """
-    kind = type(optimizer)
-    if group.get("maximize") or group.get("amsgrad"):
-        raise SpecError(
-            "The optimizer maximizes or is AMSGrad, which cannot be walked backward. Train with --optimizer adamw."
-        )
-    count = int(state.get("step", 0)) + 1
-    if issubclass(kind, torch.optim.AdamW | torch.optim.Adam):
-        decoupled = issubclass(kind, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
-        return Rule(
-            float(group["lr"]),
-            float(group["weight_decay"]),
-            decoupled,
-            betas=(float(group["betas"][0]), float(group["betas"][1])),
-            eps=float(group["eps"]),
-            count=count,
-        )
-    if issubclass(kind, torch.optim.SGD):
-        begun = state.get("momentum_buffer") is not None
-        return Rule(
-            float(group["lr"]),
-            float(group["weight_decay"]),
-            False,
-            momentum=float(group["momentum"]),
-            dampening=float(group["dampening"]),
-            nesterov=bool(group["nesterov"]),
-            count=2 if begun else 1,
-        )
-    raise SpecError(
-        f"{kind.__name__} cannot be walked backward: AdamW, Adam and SGD can. Train with --optimizer adamw or sgd."
-    )

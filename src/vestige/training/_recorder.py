@@ -85,7 +85,7 @@ class Recorder(TrainerCallback):
         self.folder, self.alarm = Path(out), alarm
         self._trainer: Any = trainer
         self._epochs, self._overwrite = checkpoints, overwrite
-        self._keep_optimizer = keep_optimizer
+        self._keep_optimizer, self._id_column = keep_optimizer, id_column
         self._log = open_log(self.folder)
         self._held = TrainingRun(self.folder, {})
         self._trigger: Trigger | None = None
@@ -195,6 +195,7 @@ class Recorder(TrainerCallback):
             "vestige": version("vestige"),
             "model": {"name": name, "fingerprint": model_fingerprint(model)},
             "examples": len(self._trainer.train_dataset),
+            "id_column": self._id_column,
             "arguments": plain,
         }
 

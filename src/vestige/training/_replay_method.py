@@ -1,10 +1,11 @@
 """Replay: the exact derivative of a query's loss under the trained weights in the weight of every example.
 
-The training is run again and walked backward (see `vestige.training.Replay`). What is walked is kept beside the run at
-the border of every segment, so a kill loses one segment.
+The training is run again and walked backward (see `vestige.training.Replay`), for some queries together: one piece of
+work. What is walked is kept beside the run at the border of every segment, so a kill loses one segment.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -12,38 +13,29 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-from jaxtyping import Float
-from scipy.stats import pearsonr, spearmanr
+from filelock import FileLock
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.data import TokenizedData, make_batch
-from vestige.errors import IndexMismatch, SpecError
-from vestige.gradients import Reduction, token_losses
-from vestige.methods import EXACT_SHARE, HELPS, Job, Method, digest, method, settings_key
+from vestige.data import TokenizedData
+from vestige.errors import IndexMismatch, NonFinite, SpecError
+from vestige.jobs import PieceFiles, Tensors, note_kept, run_pieces, step_done, tensor_pieces, worker_command
+from vestige.methods import EXACT_SHARE, HELPS, ComponentBlock, Job, Method, digest, method, settings_key
 from vestige.models import LoadedModel
-from vestige.progress import announce
+from vestige.progress import announce, quiet
 from vestige.runs import Check, Meaning, ScoreBlock
-from vestige.settings import AttributeSettings, TrainSettings
-from vestige.storage import partial_folder, temporary_path
+from vestige.settings import AttributeSettings
+from vestige.storage import make_folder, partial_folder, temporary_path
 from vestige.training._adjoint import Adjoints
-from vestige.training._examples import read_learned
-from vestige.training._replay import KEPT_CLASSES, Replay, read_settings
+from vestige.training._replay import KEPT_CLASSES, Derivatives, Replay
+from vestige.training._replay_checks import check_drops, check_growth, compare_runs, query_losses
+from vestige.training._retraining import CommandTraining, Retraining, TrainerTraining
 from vestige.training._store import TrainingRun
 
 _COPIES = 4
 """Numbers per trained parameter and query: adjoints of the weight and of two moments, and one on its way."""
-_GROWTH_WARNS = 1e7
-"""Of float32's seven digits nothing is left, then, of what the adjoints began with. Large factors are no fault: where
-a gradient begins at zero, as that of half of LoRA's matrices, the first steps of Adam are steep."""
-_AGREES = 0.5
-"""Below it, the runs' rankings share less than a quarter of their variance."""
-
-
-class Trained(NamedTuple):
-    """A finished training of `vestige train`, and the settings to run it again."""
-
-    run: TrainingRun
-    settings: TrainSettings
+_THREADS = "threads"
+"""File with the number of threads at which the replayed weights were the recorded ones."""
 
 
 @dataclass
@@ -53,9 +45,21 @@ class _Walk:
     after: int
     """The step behind which they stand."""
     adjoints: Adjoints
-    scores: Float[Tensor, "query example"]
     norms: list[float]
     """Length of the adjoints of the weights behind each step that was walked, mean over queries, from the last."""
+    scores: Float[Tensor, "query example"]
+    tokens: Float[Tensor, "query position"] | None
+    """Scores of all tokens of all examples, one after another; None where they are not requested."""
+    components: Float[Tensor, "query example component"] | None
+
+
+class _Outcome(NamedTuple):
+    """Scores, mean over trainings."""
+
+    scores: Float[Tensor, "query example"]
+    tokens: Float[Tensor, "query position"] | None
+    components: Float[Tensor, "query example component"] | None
+    checks: list[Check]
 
 
 @method("replay")
@@ -73,9 +77,16 @@ class TrainingReplay(Method):
     drops: Annotated[
         int, "Trainings without a random twentieth of the examples, whose losses are compared with the predicted ones."
     ] = 3
-    _checks: list[Check] = field(default_factory=list, repr=False, init=False)
-    _trained: tuple[Trained, ...] = field(default=(), repr=False, init=False)
+    together: Annotated[int, "Queries that are walked together; each such group is a piece of work for --workers."] = 8
+    trainer: Annotated[
+        str | None, "Of a training that a Recorder recorded: `module:function`, which returns its Trainer again."
+    ] = None
+    by_component: Annotated[bool, "Also score components, at the price of one pass more a step."] = False
+    _typed: AttributeSettings | None = field(default=None, repr=False, init=False)
+    _trained: tuple[Retraining, ...] = field(default=(), repr=False, init=False)
+    _known: tuple[str, _Outcome] | None = field(default=None, repr=False, init=False)
 
+    splits_tokens = True
     needs_model = True
     needs_training = True
     meaning = Meaning(
@@ -91,96 +102,222 @@ class TrainingReplay(Method):
         "little, which the check of adjoints and the dropped examples show. Another order of examples is another run.",
     )
 
+    def __post_init__(self) -> None:
+        """Say what these options make possible.
+
+        Raises:
+            SpecError: No query would be walked.
+        """
+        if self.together < 1:
+            raise SpecError(f"together={self.together}: walk 1 query or more at once.")
+        self.splits_components = self.by_component
+
     def adopt(self, settings: AttributeSettings) -> AttributeSettings:
         """Open the recorded trainings; return the settings with the model of the first, and how it read its data.
 
         Raises:
             SpecError: A training cannot be replayed, or has no checkpoint yet.
         """
-        given = settings.training
+        self._typed, given = settings, settings.training
         folders = given if isinstance(given, list | tuple) else [] if given is None else [given]
         live = {"model": settings.model, "data": settings.data, "tokenizer": settings.tokenizer}
-        runs = [TrainingRun.open(folder) for folder in folders]
-        self._trained = tuple(Trained(run, read_settings(run, **live)) for run in runs)
+        self._trained = tuple(self._find(TrainingRun.open(folder), live) for folder in folders)
         first = self._trained[0]
         steps = first.run.checkpoints
         if not steps:
-            raise SpecError(f"{first.run.folder} has no checkpoint yet. Let `vestige train` finish first.")
-        changed: dict[str, Any] = {"model": str(steps[max(steps)]), "data": None}
-        changed["max_length"] = first.settings.max_length
-        if settings.chat is None:
-            changed["chat"] = first.settings.chat
+            raise SpecError(f"{first.run.folder} has no checkpoint yet. Let its training finish first.")
+        changed: dict[str, Any] = {"model": str(steps[max(steps)]), "data": None, "components": ("all",)}
+        if (Path(changed["model"]) / "adapter_config.json").is_file():
+            changed["components"] = ("adapter",)
+        if isinstance(first, CommandTraining):
+            changed["max_length"] = first.settings.max_length
+            changed["chat"] = first.settings.chat if settings.chat is None else settings.chat
         return settings.model_copy(update=changed)
 
-    def read_train(self, loaded: LoadedModel) -> TokenizedData:
+    def _find(self, run: TrainingRun, live: dict[str, Any]) -> Retraining:
+        """Return how the steps of a recorded training are taken again."""
+        if run.id is not None:
+            return CommandTraining(run, **live)
+        if self.trainer is None:
+            raise SpecError(
+                f"{run.folder} was recorded from a Trainer of your own. Name the function that makes it again: "
+                "--option trainer=module:function."
+            )
+        return TrainerTraining(run, self.trainer)
+
+    def read_train(self, loaded: LoadedModel) -> TokenizedData:  # noqa: ARG002
         """Return all examples as the first training learned them."""
-        return read_learned(self._trained[0].settings, loaded)[0]
+        return self._trained[0].data
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the scores of all rows; an example that the training did not draw scores 0."""
-        self._checks = []
-        runs = [self._score(job, number, one) for number, one in enumerate(self._trained)]
-        if len(runs) > 1:
-            self._checks.append(_compare_runs(runs))
-        scores = torch.stack(runs).mean(0)
-        yield ScoreBlock(torch.arange(len(job.train)), scores)
+        yield ScoreBlock(torch.arange(len(job.train)), self._walk_all(job).scores)
 
-    def checks(self, job: Job) -> list[Check]:  # noqa: ARG002
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+        """Return what was added up by component on the way."""
+        found = self._walk_all(job).components
+        assert found is not None
+        return ComponentBlock([part.name for part in job.components], found[queries, rows])
+
+    def token_scores(self, job: Job, query: int, rows: Sequence[int]) -> list[np.ndarray] | None:
+        """Return what was added up by token on the way."""
+        found = self._walk_all(job).tokens
+        assert found is not None
+        begins = _first_tokens(job)
+        return [found[query, begins[row] : begins[row + 1]].double().numpy() for row in rows]
+
+    def checks(self, job: Job) -> list[Check]:
         """Return how the adjoints grew, how trainings without some examples ended, and how several runs agree."""
-        return list(self._checks)
+        return self._walk_all(job).checks
 
-    def _score(self, job: Job, number: int, trained: Trained) -> Float[Tensor, "query example"]:
-        key = digest(settings_key(job), trained.run.id, job.train.fingerprint)[:16]
+    def _walk_all(self, job: Job) -> _Outcome:
+        """Return the outcome for a job, which is on disk until the run is complete."""
+        key = settings_key(job)
+        if self._known is None or self._known[0] != key:
+            runs = [self._open(job, number) for number in range(len(self._trained))]
+            # Workers take part in walks alone, so these come before everything else.
+            walked = [self._walk(job, replay, work) for replay, work in runs]
+            checks = []
+            for (replay, work), found in zip(runs, walked, strict=True):
+                checks.append(check_growth(found["norms"].numpy()))
+                if self.drops and job.settings.trust:
+                    checks.append(check_drops(replay, job, found["scores"], _rows(job), self.drops, work))
+            if len(runs) > 1:
+                checks.append(compare_runs([found["scores"] for found in walked]))
+            mean = {name: torch.stack([found[name] for found in walked]).mean(0) for name in walked[0]}
+            self._known = key, _Outcome(mean["scores"], mean.get("tokens"), mean.get("components"), checks)
+        return self._known[1]
+
+    def _open(self, job: Job, number: int) -> tuple[Replay, Path]:
+        """Run a training again, unless another process has, and return it with the folder of its replay."""
+        trained = self._trained[number]
+        key = digest(settings_key(job), trained.run.id, str(trained.run.folder), job.train.fingerprint)[:16]
         work = partial_folder(job.settings.out) / f"replay-{number}-{key}"
-        replay = Replay(trained.run, trained.settings, work)
-        if replay.data.fingerprint != job.train.fingerprint:
+        make_folder(work)
+        with FileLock(work / "training.lock"), _threads_of(work):
+            replay = Replay(trained, work)
+            (work / _THREADS).write_text(str(torch.get_num_threads()))
+        if trained.data.fingerprint != job.train.fingerprint:
             raise IndexMismatch(
                 f"{trained.run.folder} was trained on other data than {self._trained[0].run.folder}. Average trainings "
                 "that differ in --seed alone."
             )
-        rows = {example.id: row for row, example in enumerate(job.train.examples)}
-        walks = [
-            _walk(replay, job, some, rows, work / f"walk-{some[0]}-{some[-1]}.pt")
-            for some in _split_queries(job, replay)
-        ]
-        scores = torch.cat([walk.scores for walk in walks])
-        self._checks.append(_check_growth(walks))
-        if self.drops and job.settings.trust:
-            self._checks.append(_check_drops(replay, job, scores, rows, self.drops, work))
-        return scores
+        return replay, work
+
+    def _walk(self, job: Job, replay: Replay, work: Path) -> Tensors:
+        """Walk all queries back, group by group, wherever the settings want that done."""
+        count = len(job.queries)
+        groups = [range(begin, min(begin + self.together, count)) for begin in range(0, count, self.together)]
+        files = PieceFiles(work / "walks", digest(settings_key(job), replay.steps, [len(each) for each in groups]))
+        files.forget_damaged(range(len(groups)))
+
+        @contextmanager
+        def open_walks() -> Iterator[Callable[[int], Tensors]]:
+            with _threads_of(work):
+                yield lambda piece: _walk_group(job, replay, groups[piece], work)
+
+        def collect(pieces: Iterator[Tensors]) -> Tensors:
+            found = list(pieces)
+            sizes = torch.tensor([len(each) for each in groups], dtype=torch.float64)
+            norms = (torch.stack([each.pop("norms") for each in found]) * sizes[:, None]).sum(0) / count
+            return {"norms": norms} | {name: torch.cat([each[name] for each in found]) for name in found[0]}
+
+        assert self._typed is not None
+        weights = [len(each) * replay.steps for each in groups]
+        pieces = tensor_pieces("Replay", files, weights, open_walks, collect, unit="steps")
+        return run_pieces(pieces, job.settings, worker_command(self._typed, "attribute"))
 
 
-def _split_queries(job: Job, replay: Replay) -> list[range]:
-    """Return groups of queries whose adjoints fit into memory together."""
+@contextmanager
+def _threads_of(work: Path) -> Iterator[None]:
+    """Compute with as many threads as gave the recorded weights: with others sums are rounded otherwise."""
+    before, noted = torch.get_num_threads(), work / _THREADS
+    if noted.is_file():
+        torch.set_num_threads(int(noted.read_text()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rows(job: Job) -> dict[str, int]:
+    return {example.id: row for row, example in enumerate(job.train.examples)}
+
+
+def _first_tokens(job: Job) -> Int[np.ndarray, "example+1"]:
+    """Return where the tokens of each example begin, and the last ones end, when all stand in a row."""
+    return np.concatenate([[0], np.cumsum(job.train.lengths)])
+
+
+def _walk_group(job: Job, replay: Replay, queries: range, work: Path) -> Tensors:
+    """Walk a group of queries back, as many of them at once as fit into memory."""
     size = _COPIES * sum(each.numel() * each.element_size() for each in replay.parameters.values())
     fitting = max(1, int(EXACT_SHARE * psutil.virtual_memory().available / size))
-    count = len(job.queries)
-    groups = [range(begin, min(begin + fitting, count)) for begin in range(0, count, fitting)]
-    if len(groups) > 1:
-        announce(f"The adjoints of {fitting} queries fit into memory: {len(groups)} walks, one after another.")
-    return groups
+    parts = [queries[begin : begin + fitting] for begin in range(0, len(queries), fitting)]
+    if len(parts) > 1:
+        announce(f"The adjoints of {fitting} queries fit into memory: {len(parts)} walks, one after another.")
+    with quiet():  # the bar counts the steps that are walked
+        walks = [_walk(job, replay, part, work / f"walk-{part[0]}-{part[-1]}.pt") for part in parts]
+    lengths = torch.tensor([[*walk.norms] for walk in walks], dtype=torch.float64)
+    shares = torch.tensor([[len(part) / len(queries)] for part in parts], dtype=torch.float64)
+    found = {"scores": torch.cat([walk.scores for walk in walks]), "norms": (lengths * shares).sum(0)}
+    if all(walk.tokens is not None for walk in walks):
+        found["tokens"] = torch.cat([walk.tokens for walk in walks if walk.tokens is not None])
+    if all(walk.components is not None for walk in walks):
+        found["components"] = torch.cat([walk.components for walk in walks if walk.components is not None])
+    return found
 
 
-def _walk(replay: Replay, job: Job, queries: range, rows: dict[str, int], kept: Path) -> _Walk:
+def _walk(job: Job, replay: Replay, queries: range, kept: Path) -> _Walk:
     """Walk some queries back to the first step, from where an interrupted walk was."""
+    rows, begins = _rows(job), torch.from_numpy(_first_tokens(job))
+    names = [part.name for part in job.components]
     if kept.is_file():
         with torch.serialization.safe_globals([_Walk, *KEPT_CLASSES]):
             walk: _Walk = torch.load(kept, weights_only=True)
     else:
-        ends = _end(replay, job, queries)
-        scores = torch.zeros(len(queries), len(job.train), dtype=torch.float64)
-        walk = _Walk(replay.steps, Adjoints(ends), scores, [_length(ends)])
-    for step, found in replay.walk_back(walk.adjoints, walk.after):
+        walk = _begin(job, replay, queries, int(begins[-1]), len(names))
+    for step, found in replay.walk_back(walk.adjoints, walk.after, names):
         for passed in found:
-            into = torch.tensor([rows[name] for name in passed.batch.ids])
-            walk.scores.index_add_(1, into, -passed.tokens.sum(2).double())
+            _add(walk, passed, torch.tensor([rows[name] for name in passed.batch.ids]), begins)
         walk.norms.append(_length(walk.adjoints.weights))
+        if not np.isfinite(walk.norms[-1]):
+            raise NonFinite(
+                f"Walked back to step {step.number}, the derivatives in the weights overflow: this training is too "
+                "rough to be differentiated. Train with a smaller rate, larger batches or a longer warm-up."
+            )
         walk.after = step.number - 1
         if walk.after in replay.borders:
             temporary = temporary_path(kept)
             torch.save(walk, temporary)
             temporary.rename(kept)
+            note_kept()
+        step_done(len(queries))
     return walk
+
+
+def _begin(job: Job, replay: Replay, queries: range, positions: int, components: int) -> _Walk:
+    ends, count, examples = _end(replay, job, queries), len(queries), len(job.train)
+    return _Walk(
+        replay.steps,
+        Adjoints(ends),
+        [_length(ends)],
+        torch.zeros(count, examples, dtype=torch.float64),
+        torch.zeros(count, positions) if job.settings.tokens else None,
+        torch.zeros(count, examples, components) if components else None,
+    )
+
+
+def _add(walk: _Walk, passed: Derivatives, rows: Int[Tensor, "example"], begins: Int[Tensor, "example+1"]) -> None:
+    """Add the derivatives of a pass to the scores of its examples: minus them."""
+    walk.scores.index_add_(1, rows, -passed.tokens.sum(2).double())
+    if walk.components is not None:
+        assert passed.components is not None
+        walk.components.index_add_(1, rows, -passed.components.permute(1, 2, 0).float())
+    if walk.tokens is not None:
+        for place, row in enumerate(rows.tolist()):
+            begin, length = int(begins[row]), int(begins[row + 1] - begins[row])
+            walk.tokens[:, begin : begin + length] -= passed.tokens[:, place, :length]
 
 
 def _end(replay: Replay, job: Job, queries: Sequence[int]) -> dict[str, Tensor]:
@@ -188,7 +325,7 @@ def _end(replay: Replay, job: Job, queries: Sequence[int]) -> dict[str, Tensor]:
     # An earlier walk has left the weights of the first step.
     replay.load_end()
     parameters, rows = replay.parameters, []
-    for losses in _query_losses(replay, job, queries):
+    for losses in query_losses(replay, job, queries):
         found = torch.autograd.grad(losses, [*parameters.values()], allow_unused=True)
         rows.append(
             [
@@ -199,88 +336,6 @@ def _end(replay: Replay, job: Job, queries: Sequence[int]) -> dict[str, Tensor]:
     return {name: torch.stack([row[place] for row in rows]) for place, name in enumerate(parameters)}
 
 
-def _query_losses(replay: Replay, job: Job, queries: Sequence[int]) -> Iterator[Tensor]:
-    """Yield the loss of each query under the weights that the replay's model has, one after another."""
-    model = replay.model.eval()
-    reduction: Reduction = job.settings.loss
-    for query in queries:
-        batch = make_batch(job.queries, np.array([query])).to(next(model.parameters()).device)
-        losses = token_losses(model, batch).sum()
-        yield losses / max(int(job.queries.target_counts[query]), 1) if reduction == "mean" else losses
-
-
 def _length(tensors: dict[str, Tensor]) -> float:
     squares = torch.stack([each.flatten(1).square().sum(1) for each in tensors.values()]).sum(0)
     return float(squares.sqrt().mean())
-
-
-def _check_growth(walks: Sequence[_Walk]) -> Check:
-    norms = np.mean([walk.norms for walk in walks], axis=0)
-    if not norms[0] > 0:
-        reading = "No query's loss depends on the weights, so there is nothing to walk back."
-        return Check(name="growth of adjoints", value=None, reading=reading, verdict="unknown")
-    growth = float(norms.max() / norms[0])
-    smooth = growth <= _GROWTH_WARNS
-    steps = len(norms) - 1
-    words = f"Walked back over {steps:,} steps, the derivatives in the weights grew by a factor of at most {growth:.3g}"
-    reading = (
-        f"{words}: float32 holds them."
-        if smooth
-        else f"{words}: they have lost their first digits, so do not trust the scores."
-    )
-    return Check(name="growth of adjoints", value=growth, reading=reading, verdict="good" if smooth else "warn")
-
-
-def _check_drops(replay: Replay, job: Job, scores: Tensor, rows: dict[str, int], drops: int, work: Path) -> Check:
-    """Compare predicted with actual changes of the queries' losses for trainings without some examples."""
-    learned = [rows[name] for name in replay.learned]
-    size = max(1, round(len(learned) / 20))
-    replay.load_end()
-    with torch.no_grad():
-        before = torch.stack([*_query_losses(replay, job, range(len(job.queries)))]).double().cpu()
-    predicted, actual = [], []
-    for number in range(drops):
-        path = work / f"drop-{number}.pt"
-        chosen = np.sort(np.random.default_rng([job.settings.seed, number]).permutation(learned)[:size])
-        if not path.is_file():
-            replay.run_without(
-                {job.train.examples[int(row)].id for row in chosen}, f"Without {size} examples, {number + 1} of {drops}"
-            )
-            with torch.no_grad():
-                after = torch.stack([*_query_losses(replay, job, range(len(job.queries)))]).double().cpu()
-            temporary = temporary_path(path)
-            torch.save(after, temporary)
-            temporary.rename(path)
-        actual.append(torch.load(path) - before)
-        predicted.append(scores[:, chosen].sum(1))
-    return _judge_drops(torch.cat(predicted).numpy(), torch.cat(actual).numpy(), size, drops)
-
-
-def _judge_drops(predicted: np.ndarray, actual: np.ndarray, size: int, drops: int) -> Check:
-    name, what = "predicted and actual changes", f"{drops} trainings without {size} random examples each"
-    if len(predicted) < 3 or np.ptp(predicted) == 0 or np.ptp(actual) == 0:
-        return Check(
-            name=name, value=None, reading=f"{what}: too few different values to correlate.", verdict="unknown"
-        )
-    value = float(pearsonr(predicted, actual)[0])  # pyright: ignore[reportArgumentType]
-    slope = float(predicted @ actual / (predicted @ predicted))
-    verdict = "good" if value >= _AGREES else "warn"
-    reading = (
-        f"{what}: the queries' losses changed as predicted with a correlation of {value:.2f} and a slope of "
-        f"{slope:.2f} over {len(predicted)} pairs."
-    )
-    return Check(name=name, value=value, reading=reading, verdict=verdict)
-
-
-def _compare_runs(runs: Sequence[Tensor]) -> Check:
-    """Return the mean rank correlation of the runs' scores, over pairs of runs and queries."""
-    found = [
-        spearmanr(one[query].numpy(), other[query].numpy())[0]
-        for number, one in enumerate(runs)
-        for other in runs[:number]
-        for query in range(len(one))
-    ]
-    value = float(np.nanmean(np.array(found, dtype=np.float64)))
-    verdict = "good" if value >= _AGREES else "warn"
-    reading = f"Scores of {len(runs)} trainings rank the examples alike at a mean rank correlation of {value:.2f}."
-    return Check(name="agreement of trainings", value=value, reading=reading, verdict=verdict)

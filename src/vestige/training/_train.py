@@ -53,6 +53,7 @@ _SECONDS_BETWEEN_NOTES = 2.0
 _ELSEWHERE = (
     *("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "where", "max_length", "chat"),
     *("overwrite", "checkpoints", "keep_optimizer", "precision", "group", "steps", "validation"),
+    "score_optimizer",
 )
 """Settings that do not stand in the identity as given: other entries of it say what came of them, or they change
 nothing of the result."""
@@ -82,7 +83,7 @@ def train(settings: TrainSettings, on_step: Callable[[], object] = lambda: None)
     plan = make_plan(settings, data, weights, groups)
     identity = _identify(settings, loaded, data, plan)
     if validation is not None:
-        identity["validation"] = validation.fingerprint
+        identity |= {"validation": validation.fingerprint, "score_optimizer": settings.score_optimizer}
     if (copies := describe_copies(groups, settings.group)) is not None:
         announce(copies)
         identity["group"] = settings.group or "copies"
@@ -281,6 +282,7 @@ class _Watcher(TrainerCallback):
                 self._inputs.validation,
                 out=settings.out / IN_RUN_LOG,
                 select=settings.select,
+                score_optimizer=settings.score_optimizer,
                 token_budget=batch_tokens(settings, self._inputs.loaded),
             )
 

@@ -38,8 +38,9 @@ if TYPE_CHECKING:
         largest_eigenvalue as largest_eigenvalue,
         lissa as lissa,
         mean_eigenvalues as mean_eigenvalues,
+        neumann as neumann,
     )
-    from vestige.curvature._kfac import find_blocks as find_blocks
+    from vestige.curvature._kfac import KroneckerCurvature as KroneckerCurvature, find_blocks as find_blocks
     from vestige.curvature._precondition import (
         fisher_of as fisher_of,
         fisher_path as fisher_path,

@@ -188,8 +188,8 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     )
     method: Annotated[str, Basic(), Named("vestige.methods", "method")] = Field(
         "influence",
-        description="How to score: influence, ekfac-index, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, arnoldi, "
-        "tracin, less, trak, replay, rep-sim, activation-dot, bm25 or random.",
+        description="How to score: influence, ekfac-index, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, "
+        "arnoldi, tracin, less, trak, replay, rep-sim, activation-dot, bm25 or random.",
     )
     out: Common[Path] = Field(description="Folder of the run: scores, examples and what they mean.")
     k: Common[PositiveInt] = Field(20, description="Proponents, and as many opponents, to keep for each query.")

@@ -57,10 +57,10 @@ class BoardPlan:
 
 
 _SHORT: dict[str, tuple[Options, ...]] = {
+    "ekfac": ({}, {"refine": "cg:1"}),
     "cg": ({"steps": 2, "examples": 4},),
     "lissa": ({"depth": 2, "sample": 4},),
     "arnoldi": ({"steps": 3, "rank": 2, "examples": 4},),
-    "replay": ({"drops": 0},),
 }
 PLANS = {
     "tiny": BoardPlan(
@@ -73,12 +73,12 @@ PLANS = {
         TextPlan(64, 40, 1e-3, 16, 2, 2, (), subjects=24, sequences=384, queries=24, before=2_000, steps_before=1_000),
         drops=40, trainings=3,
         options={
-            "cg": ({"steps": 10, "examples": 96},),
-            "lissa": ({"depth": 20, "sample": 48},),
+            "ekfac": ({}, {"refine": "cg:3"}, {"refine": "neumann:8"}),
+            "cg": ({"steps": 5, "examples": 96},),
+            "lissa": ({"depth": 10, "sample": 48},),
             "arnoldi": ({"steps": 30, "rank": 15, "examples": 96},),
-            "replay": ({"drops": 0},),
-        },
-        compress=("tensorsketch:256", "tensorsketch:1024"),
+                },
+        compress=("tensorsketch:256", "tensorsketch:1024", "logra:32x32"),
     ),
 }  # fmt: skip
 
@@ -211,7 +211,7 @@ def _entries(
             yield Entry(name, common | {"checkpoints": points, "data": str(data)}, None)
         elif found.needs_index:
             for number, spec in enumerate(plan.compress):
-                made = settings.out / "indexes" / f"{found.name}-{number}"
+                made = settings.out / "indexes" / str(number)
                 _make_index(settings, made, model=model, data=str(data), compress=spec)
                 yield Entry(f"{name}, {spec}", common | {"index": str(made)}, made)
         else:
@@ -262,19 +262,21 @@ def _cells(line: Line) -> tuple[Any, ...]:
 
 
 def _gates(lines: list[Line]) -> list[Gate]:
-    """Return what was expected of the rows that there are."""
-    by_name = {line.name: line for line in lines}
-    best = {found.name: [line for line in lines if re.match(rf"{found.name}\b(?!-)", line.name)] for found in METHODS}
-    exact, gates = by_name.get("ekfac"), list[Gate]()
-    for line in best["replay"]:
-        if "mean of" not in line.name and exact is not None:
-            gates.append(at_least("replay: LDS without a twentieth of the same run", line.same.value, REPLAY_REACHES))
-            gates.append(at_least("replay: its interval above that of ekfac by", line.same.low - exact.same.high))
-            one = line
-        elif exact is not None:
-            gates.append(
-                at_least("replay: mean of the runs above one run, halves", line.halves.value - one.halves.value)
-            )
+    """Return what was expected, of the rows that there are."""
+    found, gates = {line.name: line for line in lines}, list[Gate]()
+    exact, one = found["ekfac"], found.get("replay")
+    for name, line in found.items():
+        gain = line.halves.value - exact.halves.value
+        if name.startswith("ekfac refine="):
+            gates.append(at_least(f"{name}: LDS on halves above that of ekfac by", gain))
+        elif name.startswith("ekfac-index"):
+            gates.append(at_least(f"{name}: LDS on halves above that of ekfac by", gain, -NEAR_EKFAC))
+        elif name == "replay":
+            gates.append(at_least("replay: LDS of drops, same run", line.same.value, REPLAY_REACHES))
+            gates.append(at_least("replay: its interval there above that of ekfac by", line.same.low - exact.same.high))
+        elif name.startswith("replay, mean") and one is not None:
+            gain = line.halves.value - one.halves.value
+            gates.append(at_least(f"{name}: LDS on halves above that of one run by", gain))
     return gates
 
 

@@ -22,7 +22,6 @@ class EkfacIndex(GradientMethod):
     needs_index = True
     sweeps_damping = True
     works_sharded = True
-    scores_itself = False
     meaning = make_meaning(
         normalisation=f"EK-FAC {FISHER_BLOCKS}",
         estimates=f"{ESTIMATES}, from compressed gradients of the examples.",

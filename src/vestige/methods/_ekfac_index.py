@@ -21,7 +21,6 @@ class EkfacIndex(GradientMethod):
 
     needs_index = True
     sweeps_damping = True
-    works_sharded = True
     meaning = make_meaning(
         normalisation=f"EK-FAC {FISHER_BLOCKS}",
         estimates=f"{ESTIMATES}, from compressed gradients of the examples.",

@@ -88,7 +88,8 @@ class Entry(NamedTuple):
 
     name: str
     arguments: dict[str, Any]
-    index: Path | None
+    stored: Path | None
+    """Its index."""
 
 
 class Truth(NamedTuple):
@@ -241,13 +242,14 @@ def _score(settings: StudySettings, entry: Entry, queries: Path, truths: Mapping
         with ProcessPoolExecutor(1, context) as pool:
             if reason := pool.submit(_attribute, entry.arguments | common).result():
                 raise UserError(reason)
-    run = Scores.open(out)
-    judged = {name: truth.judge(run.dense()) for name, truth in truths.items()}
-    opened = None if entry.index is None else Index.open(entry.index)
+    scores = Scores.open(out)
+    record = scores.run
+    judged = {name: truth.judge(scores.dense()) for name, truth in truths.items()}
+    opened = None if entry.stored is None else Index.open(entry.stored)
     before = 0.0 if opened is None else json.loads((opened.folder / PROFILE_FILE).read_text())["total_seconds"]
     width = None if opened is None else opened.manifest.row_bytes
-    return Line(entry.name, **judged, before=before, seconds=run.record.seconds,
-                memory=run.record.peak_memory_bytes, row_bytes=width)  # fmt: skip
+    return Line(entry.name, **judged, before=before, seconds=record.seconds,
+                memory=record.peak_memory_bytes, row_bytes=width)  # fmt: skip
 
 
 def _attribute(arguments: dict[str, Any]) -> str | None:

@@ -54,39 +54,6 @@ def test_trap_queries_are_preconditioned_whole_and_compressed_then(tmp_path, com
     assert torch.allclose(found, expected, rtol=2e-3, atol=2e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("compress", ["sjlt:40", "tensorsketch:64 | sjlt:64"])
-def test_with_a_ridge_the_vectors_are_the_explicit_least_squares(tmp_path, compress):
-    """v = (F + e I)^-1 S (C + E) x, F in the units of C, E the ridge of each entry's component."""
-    job, ridge = indexed_job(tmp_path, compress), 0.3
-    assert job.index is not None
-    damped, rows, asked = curvature("ekfac", job), gradients(job.train), gradients(job.queries)
-    added = 0.1 * float(damped.trace()) / 1.1 / 272
-    solved, diagonal = torch.linalg.solve(damped, asked.T).T, damped.diagonal() - added
-    bias = (torch.arange(272) % 17 == 16).double()
-    traces = [diagonal @ (1 - bias), diagonal @ bias]
-    spans = job.index.spans
-    stored, ridges, matrices = sketched(job, rows, compress), [], []
-    for span, trace in zip(spans, [sum(traces)] if len(spans) == 1 else traces, strict=True):
-        own = stored[:, span.columns]
-        fisher = own.T @ own * (trace / own.square().sum())
-        ridges.append(ridge * float(fisher.trace()) / len(fisher))
-        matrices.append(fisher + ridges[-1] * torch.eye(len(fisher), dtype=torch.float64))
-    entries = ridges[0] * (1 - bias) + ridges[-1] * bias
-    bent = sketched(job, asked + (entries - added) * solved, compress)
-    pairs = zip(matrices, spans, strict=True)
-    vectors = torch.cat([torch.linalg.solve(matrix, bent[:, span.columns].T).T for matrix, span in pairs], dim=1)
-    found = all_scores(EkfacIndex(labels="data", ridge=ridge), job)
-    expected = vectors @ stored.T
-    assert torch.allclose(found, expected, rtol=2e-3, atol=2e-4 * float(expected.abs().max()))
-
-
-def test_a_ridge_without_bounds_is_the_plain_sketch(tmp_path):
-    job = indexed_job(tmp_path, "sjlt:40")
-    plain = all_scores(EkfacIndex(), job)
-    found = all_scores(EkfacIndex(ridge=1e6), job)
-    assert torch.allclose(found, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
-
-
 def test_an_index_that_compresses_nothing_gives_the_scores_of_ekfac(tmp_path):
     job = indexed_job(tmp_path, "none")
     exact = all_scores(Ekfac(), dataclasses.replace(job, index=None))

@@ -184,17 +184,6 @@ class KroneckerCurvature:
             found |= {number: added for number in (block.weight, block.bias) if number is not None}
         return [found[number] for number in range(len(found))]
 
-    def traces(self) -> list[float]:
-        """Return the trace of every component's own part of its block."""
-        found: dict[int, float] = {}
-        for block, one in zip(self.blocks, self.factors, strict=True):
-            basis = one.eigenbasis()
-            diagonal = basis.values
-            if basis.left is not None and basis.right is not None:
-                diagonal = basis.left.square() @ basis.values @ basis.right.square().T
-            found |= {number: float(part.double().sum()) for number, part in block.split(diagonal[None]).items()}
-        return [found[number] for number in range(len(found))]
-
     def _solve(
         self, vectors: Sequence[Tensor], solvers: Sequence[Callable[[Tensor, float], Tensor]], damping: float
     ) -> list[Tensor]:

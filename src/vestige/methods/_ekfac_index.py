@@ -26,8 +26,8 @@ class EkfacIndex(GradientMethod):
         estimates=f"{ESTIMATES}, from compressed gradients of the examples.",
         cost="Once for an index three passes over the training data and one more forward to draw labels; then a read "
         "of the index for each set of queries, and memory for their whole gradients.",
-        limits="As ekfac, and the noise of the sketch: with fewer than about 1,000 numbers for a component much of the "
-        "advantage over influence is lost; the damping sets its scale, so compare within a run.",
+        limits="As ekfac, and the noise of the sketch: with fewer than about 1,000 numbers for a component it may "
+        "fall behind influence; the damping sets its scale, so compare within a run.",
     )
     labels: LabelsOption = "sampled"
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         largest_eigenvalue as largest_eigenvalue,
         lissa as lissa,
         mean_eigenvalues as mean_eigenvalues,
+        neumann as neumann,
     )
     from vestige.curvature._kfac import (
         Block as Block,

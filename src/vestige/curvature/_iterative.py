@@ -31,23 +31,43 @@ class Solution(NamedTuple):
     vectors: Float[Tensor, "query n"]
     residuals: Float[Tensor, "query"]
     """`|v - (C + d I) x| / |v|`."""
+    begun: Float[Tensor, "query"]
+    """The same of what the steps began with."""
     steps: int
 
 
+Damping = float | Float[Tensor, "n"]
+"""Added to the diagonal: one number, or one for each entry."""
+
+
 def conjugate_gradient(
-    product: Product, vectors: Float[Tensor, "query n"], damping: float, *, steps: int, tolerance: float
+    product: Product,
+    vectors: Float[Tensor, "query n"],
+    damping: Damping,
+    *,
+    steps: int,
+    tolerance: float,
+    precondition: Product | None = None,
 ) -> Solution:
     """Solve `(C + d I)^-1 v` by conjugate gradients (Hestenes and Stiefel 1952), each vector with its own step lengths.
 
-    Stops when every residual is below `tolerance` of its vector, or after `steps` products.
+    Stops when every residual is below `tolerance` of its vector, or after `steps` products. With `precondition`, a
+    symmetric positive definite approximation of the inverse, it begins at what that gives, for a product more, and
+    every step is preconditioned: the error falls with each in the norm of the matrix, the residual mostly.
 
     Raises:
         NonFinite: a direction of negative curvature was met, so the matrix is not positive definite.
     """
-    found, residual = torch.zeros_like(vectors), vectors.clone()
-    direction, lengths = residual.clone(), vectors.norm(dim=1)
+    if precondition is None:
+        found, residual = torch.zeros_like(vectors), vectors.clone()
+    else:
+        found = precondition(vectors)
+        residual = vectors - product(found) - damping * found
+    steered = residual if precondition is None else precondition(residual)
+    direction, lengths = steered.clone(), vectors.norm(dim=1)
     scale = torch.where(lengths > 0, lengths, 1.0)
-    squared = residual.square().sum(1)
+    squared = begun = residual.square().sum(1)
+    weighed = (residual * steered).sum(1)
     taken = 0
     while taken < steps and bool((squared.sqrt() / scale > tolerance).any()):
         turned = product(direction) + damping * direction
@@ -58,13 +78,35 @@ def conjugate_gradient(
                 "Conjugate gradients met a direction of negative curvature: the damped matrix is not positive "
                 "definite. Use Gauss-Newton products instead of the Hessian's, or a larger --damping."
             )
-        step = torch.where(active, squared / torch.where(active, curvature, 1.0), 0.0)[:, None]
+        step = torch.where(active, weighed / torch.where(active, curvature, 1.0), 0.0)[:, None]
         found += step * direction
         residual -= step * turned
-        before, squared = squared, residual.square().sum(1)
-        direction = residual + (squared / torch.where(before > 0, before, 1.0))[:, None] * direction
+        squared, before = residual.square().sum(1), weighed
+        steered = residual if precondition is None else precondition(residual)
+        weighed = (residual * steered).sum(1)
+        direction = steered + (weighed / torch.where(before > 0, before, 1.0))[:, None] * direction
         taken += 1
-    return Solution(found, squared.sqrt() / scale, taken)
+    return Solution(found, squared.sqrt() / scale, begun.sqrt() / scale, taken)
+
+
+def neumann(
+    product: Callable[[int, Tensor], Tensor],
+    vectors: Float[Tensor, "query n"],
+    damping: Damping,
+    precondition: Product,
+    *,
+    scale: float,
+    steps: int,
+) -> Float[Tensor, "query n"]:
+    """Return `x` after `x <- x + P (v - (C + d I) x) / s` from `x = P v`, with P an approximation of the inverse.
+
+    A preconditioned Neumann series (Wang et al. 2025, arXiv:2507.14740, ASTRA). `product(step, x)` may take another
+    sample of the data at every step. It converges where `scale` is above half the largest eigenvalue of `P (C + d I)`.
+    """
+    found = precondition(vectors)
+    for step in range(steps):
+        found = found + precondition(vectors - product(step, found) - damping * found) / scale
+    return found
 
 
 def largest_eigenvalue(product: Product, start: Float[Tensor, "1 n"], *, steps: int) -> float:

@@ -138,9 +138,13 @@ class Eigenbasis(NamedTuple):
         """Return itself."""
         return self
 
+    def absolute_damping(self, damping: float) -> float:
+        """Return what a damping relative to the mean eigenvalue adds to every eigenvalue."""
+        return absolute_damping(damping, float(self.values.double().mean()))
+
     def precondition(self, matrices: Float[Tensor, "query out in"], damping: float) -> Float[Tensor, "query out in"]:
         """Return `U_S ((U_S^T V U_A) / (lambda + d)) U_A^T`, d relative to the mean eigenvalue."""
-        damped = self.values + absolute_damping(damping, float(self.values.double().mean()))
+        damped = self.values + self.absolute_damping(damping)
         if self.left is None or self.right is None:
             return matrices / damped.to(matrices.dtype)
         rotated = self.left.T @ matrices.to(self.left.dtype) @ self.right
@@ -172,6 +176,14 @@ class KroneckerCurvature:
     def precondition_split(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Apply the damped inverse, each factor damped for itself."""
         return self._solve(vectors, [one.precondition_split for one in self.factors], damping)
+
+    def absolute_dampings(self, damping: float) -> list[float]:
+        """Return what `precondition` adds to the diagonal, for every component."""
+        found: dict[int, float] = {}
+        for block, one in zip(self.blocks, self.factors, strict=True):
+            added = one.eigenbasis().absolute_damping(damping)
+            found |= {number: added for number in (block.weight, block.bias) if number is not None}
+        return [found[number] for number in range(len(found))]
 
     def _solve(
         self, vectors: Sequence[Tensor], solvers: Sequence[Callable[[Tensor, float], Tensor]], damping: float

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         learning_rates as learning_rates,
         with_equal_sum as with_equal_sum,
     )
+    from vestige.methods._ekfac_index import EkfacIndex as EkfacIndex
     from vestige.methods._grad_dot import GradCos as GradCos, GradDot as GradDot
     from vestige.methods._gradient_method import (
         HELPS as HELPS,
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
         unit_length as unit_length,
     )
     from vestige.methods._influence import Influence as Influence
+    from vestige.methods._iterative import (
+        Arnoldi as Arnoldi,
+        ConjugateGradient as ConjugateGradient,
+        Lissa as Lissa,
+    )
     from vestige.methods._job import (
         EXACT_SHARE as EXACT_SHARE,
         OnAnswers as OnAnswers,
@@ -55,12 +61,9 @@ if TYPE_CHECKING:
     )
     from vestige.methods._plan import digest as digest, settings_key as settings_key
     from vestige.methods._preconditioned import (
-        Arnoldi as Arnoldi,
-        ConjugateGradient as ConjugateGradient,
         DataInfMethod as DataInfMethod,
         Ekfac as Ekfac,
         Kfac as Kfac,
-        Lissa as Lissa,
         Preconditioned as Preconditioned,
         check_memory as check_memory,
         curvature_work as curvature_work,

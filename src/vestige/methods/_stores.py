@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress import adjoint_gradient, parse_spec
+from vestige.compress import adjoint_gradient, compress_factors, parse_spec
 from vestige.curvature import Measure, Measures
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.distributed import compute_round_robin
@@ -29,6 +29,7 @@ from vestige.gradients import (
     GradientSink,
     LowRank,
     NormSink,
+    OneHot,
     low_rank,
     matrices_of,
 )
@@ -284,6 +285,18 @@ class IndexedGradients(GradientStore):
         """Return compressed gradients of the queries, in their order."""
         gradients, self.query_losses = self._compress(data, self.index.manifest.components)
         return self.split(gradients)
+
+    def compress(self, gradients: Vectors) -> Vectors:
+        """Return whole gradients, or other matrices like them, compressed by the maps of the index."""
+        manifest, count = self.index.manifest, len(gradients[0])
+        found = torch.zeros(count, self.index.width)
+        for part, flat in zip(manifest.components, gradients, strict=True):
+            compressor = self._spec.build(part.name, part.shape, manifest.seed, flat.device, shared=self._shared)
+            # A matrix is the sum of its lines, each times a unit vector: thin factors, as a gradient is over tokens.
+            lines = OneHot(torch.arange(part.shape[0], device=flat.device).expand(count, -1), part.shape[0])
+            compressed = compress_factors(compressor, lines, flat.unflatten(1, part.shape))
+            found[:, part.start : part.stop] += compressed.cpu()
+        return self.split(found)
 
     def join(self, stores: Sequence[GradientStore], lines: int) -> GradientStore:
         """Return the index, with the measure of length of each of the stores for its lines."""

@@ -188,8 +188,8 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     )
     method: Annotated[str, Basic(), Named("vestige.methods", "method")] = Field(
         "influence",
-        description="How to score: influence, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, arnoldi, "
-        "tracin, less, trak, replay, rep-sim, activation-dot, bm25 or random.",
+        description="How to score: influence, ekfac-index, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, "
+        "arnoldi, tracin, less, trak, replay, rep-sim, activation-dot, bm25 or random.",
     )
     out: Common[Path] = Field(description="Folder of the run: scores, examples and what they mean.")
     k: Common[PositiveInt] = Field(20, description="Proponents, and as many opponents, to keep for each query.")
@@ -205,8 +205,8 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     damping: Damping = Field(
         1.0,
         description="Damping of the curvature, relative to its mean eigenvalue, for methods that have one. Several, "
-        "such as 0.01,0.1,1, or sweep (0.001 to 100) are scored in one pass by influence, ekfac, kfac and datainf: the "
-        "run is at the one closest to 1, the others are runs in OUT/damping-X.",
+        "such as 0.01,0.1,1, or sweep (0.001 to 100) are scored in one pass by influence, ekfac-index, ekfac, kfac and "
+        "datainf: the run is at the one closest to 1, the others are runs in OUT/damping-X.",
     )
     query_rank: PositiveInt | None = Field(
         None,

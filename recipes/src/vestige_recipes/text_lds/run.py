@@ -100,7 +100,7 @@ PLANS = {
 def text_lds(settings: StudySettings) -> Outcome:
     """How well each method ranks halves of the data by what models trained on them lose, with intervals."""
     plan = PLANS[settings.size]
-    start, data, queries = _prepare(settings, plan)
+    start, data, queries = prepare_texts(settings, plan)
     truth = bank(
         model=start,
         data=str(data),
@@ -132,7 +132,7 @@ def text_lds(settings: StudySettings) -> Outcome:
     return _outcome(found, names, plan)
 
 
-def _prepare(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]:
+def prepare_texts(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, Path]:
     """Return the model that every training begins with, the training data and the queries."""
     texts = settings.out / "texts"
     data, queries = texts / "train.jsonl", texts / "queries.jsonl"

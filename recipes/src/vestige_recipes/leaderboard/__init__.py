@@ -1,0 +1,1 @@
+"""Every attribution method on one bank."""

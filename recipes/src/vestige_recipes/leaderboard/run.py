@@ -1,0 +1,301 @@
+"""Every registered attribution method on one bank of retrained models: what it predicts, and what it costs.
+
+The bank has two parts, both without a row's weight and with the rest as it was: random halves, whose runs read the rows
+in orders of their own, and random twentieths left out of the very training that is asked about, and of a second one.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vestige.banks import Bank, run_seed
+from vestige.errors import UserError
+from vestige.evaluate import Estimate, ceiling, datamodeling_score
+from vestige.figures import COLOURS, finish_axes, make_figure, render_figure, write_plainly
+from vestige.indexes import Index, index
+from vestige.jobs import PROFILE_FILE
+from vestige.methods import METHODS, Method, attribute
+from vestige.progress import announce
+from vestige.runs import Scores, is_complete
+from vestige.storage import write_durably
+from vestige.training import TrainingRun, bank, train
+from vestige_recipes.common.registry import (
+    Gate,
+    Outcome,
+    StudySettings,
+    at_least,
+    launch_arguments,
+    register_study,
+    show_interval,
+)
+from vestige_recipes.text_lds.run import TextPlan, prepare_texts
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BoardPlan:
+    """One size of the leaderboard."""
+
+    text: TextPlan
+    """Texts, the model, how it is trained, and the number of halves."""
+    drops: int
+    """Random twentieths that are left out."""
+    trainings: int
+    """Whose scores are averaged for models trained like these."""
+    options: Mapping[str, tuple[Options, ...]] = field(default_factory=dict)
+    """Option sets of a method, a row of the table for each, in place of its defaults alone."""
+    compress: tuple[str, ...] = ("tensorsketch:256",)
+    """Indexes for the methods that read one."""
+
+
+_SHORT: dict[str, tuple[Options, ...]] = {
+    "ekfac": ({}, {"refine": "cg:1"}),
+    "cg": ({"steps": 2, "examples": 4},),
+    "lissa": ({"depth": 2, "sample": 4},),
+    "arnoldi": ({"steps": 3, "rank": 2, "examples": 4},),
+}
+PLANS = {
+    "tiny": BoardPlan(
+        TextPlan(16, 4, 1e-3, 8, 1, 1, (), width=8, layers=1, subjects=2, sequences=16, queries=3, before=64,
+                 steps_before=4),
+        drops=3, trainings=2, options=_SHORT, compress=("tensorsketch:16",),
+    ),
+    # Two passes in 48 steps: replay is asked for a first derivative, which a longer training would bend more.
+    "pocket": BoardPlan(
+        TextPlan(64, 40, 1e-3, 16, 2, 2, (), subjects=24, sequences=384, queries=24, before=2_000, steps_before=1_000),
+        drops=40, trainings=3,
+        options={
+            "ekfac": ({}, {"refine": "cg:3"}, {"refine": "neumann:8"}),
+            "cg": ({"steps": 5, "examples": 96},),
+            "lissa": ({"depth": 10, "sample": 48},),
+            "arnoldi": ({"steps": 30, "rank": 15, "examples": 96},),
+                },
+        compress=("tensorsketch:256", "tensorsketch:1024", "logra:32x32"),
+    ),
+}  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """A row of the table before it is scored."""
+
+    name: str
+    arguments: dict[str, Any]
+    stored: Path | None
+    """Its index."""
+
+
+class Truth(NamedTuple):
+    """Losses of the queries after trainings on parts of the data."""
+
+    membership: np.ndarray
+    losses: np.ndarray
+    subsets: np.ndarray
+
+    @classmethod
+    def of(cls, made: Bank, seed: int | None = None) -> "Truth":
+        """Return the models of a bank, or those of one seed."""
+        kept = np.ones(len(made), dtype=bool) if seed is None else made.seeds == seed
+        return cls(made.membership[kept], made.query_losses[kept], made.subsets[kept])
+
+    def judge(self, scores: np.ndarray) -> Estimate:
+        """Return the linear datamodeling score with its interval."""
+        return datamodeling_score(scores, self.membership, self.losses, subset=self.subsets).estimate
+
+
+class Line(NamedTuple):
+    """What one row of the table shows."""
+
+    name: str
+    halves: Estimate
+    same: Estimate
+    other: Estimate
+    before: float
+    """Seconds for the index."""
+    seconds: float
+    memory: int
+    row_bytes: int | None
+
+
+COLUMNS = (
+    *("method", "halves", "95 %", "drops, same run", "95 %", "drops, another run", "95 %"),
+    *("index, s", "seconds", "memory, MB", "bytes a row"),
+)
+REPLAY_REACHES = 0.9
+"""LDS of replay without a twentieth of the same run, expected."""
+NEAR_EKFAC = 0.03
+"""Within this of the LDS of streaming EK-FAC, its estimate from an index was expected."""
+
+
+@register_study(PLANS)
+def leaderboard(settings: StudySettings) -> Outcome:
+    """How well every method predicts retraining on halves and without twentieths, and at what price."""
+    plan = PLANS[settings.size]
+    start, data, queries = prepare_texts(settings, plan.text)
+    halves, drops = _make_banks(settings, plan, start, data, queries)
+    trained = [_train(settings, plan, start, data, number) for number in range(plan.trainings)]
+    truths = {"halves": Truth.of(halves), "same": Truth.of(drops, 0), "other": Truth.of(drops, settings.seeds - 1)}
+    lines, reasons = list[Line](), dict[str, str]()
+    for found in METHODS:
+        for entry in _entries(settings, plan, found, trained, data):
+            try:
+                lines.append(_score(settings, entry, queries, truths))
+            except UserError as error:
+                reasons[entry.name] = str(error)
+        if found.command != Method.command:
+            reasons[found.name] = f"it has a command of its own: vestige {found.command}"
+    for name, reason in reasons.items():
+        announce(f"{name} is not on the board: {reason}")
+    limits = [ceiling(one.query_losses, one.subsets, one.seeds) for one in (halves, drops)]
+    lines.sort(key=lambda line: -line.halves.value)
+    for name, content in draw_prices(lines, limits[0].whole).items():
+        write_durably(settings.out / name, [content])
+    top = ("noise ceiling", limits[0].whole, "", 1.0, "", limits[1].half, *[""] * 5)
+    return Outcome(
+        COLUMNS,
+        [top, *map(_cells, lines)],
+        _gates(lines),
+        {"plan": asdict(plan), "lines": [line._asdict() for line in lines], "not_on_the_board": reasons},
+    )
+
+
+def _make_banks(settings: StudySettings, plan: BoardPlan, start: str, data: Path, queries: Path) -> tuple[Bank, Bank]:
+    common: dict[str, Any] = {
+        **{"model": start, "data": str(data), "queries": str(queries), "seeds": settings.seeds, "seed": settings.seed},
+        **{"drop_by": "weight", **_learning(plan)},
+        **launch_arguments(settings),
+    }
+    halves = bank(out=settings.out / "halves", subsets=plan.text.subsets, **common)
+    random = np.random.default_rng(settings.seed)
+    count = max(1, len(halves.example_ids) // 20)
+    lists = [random.choice(halves.example_ids, count, replace=False).tolist() for _ in range(plan.drops)]
+    return halves, bank(out=settings.out / "drops", leave_out_lists=lists, **common)
+
+
+def _learning(plan: BoardPlan) -> dict[str, Any]:
+    text = plan.text
+    return {"epochs": text.epochs, "batch_size": text.batch_size, "learning_rate": text.learning_rate}
+
+
+def _train(settings: StudySettings, plan: BoardPlan, start: str, data: Path, number: int) -> TrainingRun:
+    """Return a training on everything; the first is the one that the drops were left out of, seed and all.
+
+    The others are none of the bank's: the orders of their rows are drawn behind those of its seeds.
+    """
+    seed = run_seed(settings.seed, None, number if number == 0 else settings.seeds + number)
+    out, points = settings.out / f"training-{number}", ",".join(map(str, range(plan.text.epochs + 1)))
+    return train(model=start, data=str(data), out=out, checkpoints=points, losses=False, seed=seed, **_learning(plan))
+
+
+def _entries(
+    settings: StudySettings, plan: BoardPlan, found: type[Method], trained: list[TrainingRun], data: Path
+) -> Iterator[Entry]:
+    """Yield the rows of a method, by what it says it needs."""
+    if found.command != Method.command:
+        return
+    folders = [str(run.folder) for run in trained]
+    first = trained[0].checkpoints
+    model = str(first[max(first)])
+    for options in plan.options.get(found.name, ({},)):
+        name = " ".join([found.name, *(f"{key}={value}" for key, value in options.items())])
+        common: dict[str, Any] = {"method": found.name, "options": options}
+        if found.needs_training:
+            yield Entry(name, common | {"training": folders[:1]}, None)
+            if len(folders) > 1:
+                yield Entry(f"{name}, mean of {len(folders)} runs", common | {"training": folders}, None)
+        elif found.weighting is not None:
+            points = [str(first[step]) for step in sorted(first) if step > 0]
+            yield Entry(name, common | {"checkpoints": points, "data": str(data)}, None)
+        elif found.needs_index:
+            for number, spec in enumerate(plan.compress):
+                made = settings.out / "indexes" / str(number)
+                _make_index(settings, made, model=model, data=str(data), compress=spec)
+                yield Entry(f"{name}, {spec}", common | {"index": str(made)}, made)
+        else:
+            yield Entry(name, common | {"model": model, "data": str(data)}, None)
+
+
+def _make_index(settings: StudySettings, made: Path, **arguments: Any) -> None:
+    # Called again, it would be measured again, and have nothing left to do.
+    if not (made / PROFILE_FILE).exists():
+        index(out=made, profile=True, **arguments, **launch_arguments(settings))
+
+
+def _score(settings: StudySettings, entry: Entry, queries: Path, truths: Mapping[str, Truth]) -> Line:
+    """Return the row of the table, scored by a process of its own: its peak memory is that of nothing else.
+
+    Raises:
+        UserError: The method cannot score this bank; the message says why.
+    """
+    out = settings.out / "runs" / re.sub(r"[^\w=.-]+", "-", entry.name)
+    if not is_complete(out):
+        common = {"queries": str(queries), "out": out, "dense": True, "trust": False, "seed": settings.seed}
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["torch", "transformers", __name__])
+        with ProcessPoolExecutor(1, context) as pool:
+            if reason := pool.submit(_attribute, entry.arguments | common).result():
+                raise UserError(reason)
+    scores = Scores.open(out)
+    record = scores.run
+    judged = {name: truth.judge(scores.dense()) for name, truth in truths.items()}
+    opened = None if entry.stored is None else Index.open(entry.stored)
+    before = 0.0 if opened is None else json.loads((opened.folder / PROFILE_FILE).read_text())["total_seconds"]
+    width = None if opened is None else opened.manifest.row_bytes
+    return Line(entry.name, **judged, before=before, seconds=record.seconds,
+                memory=record.peak_memory_bytes, row_bytes=width)  # fmt: skip
+
+
+def _attribute(arguments: dict[str, Any]) -> str | None:
+    """Return why a run cannot be made, None once it is there."""
+    try:
+        attribute(**arguments)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _cells(line: Line) -> tuple[Any, ...]:
+    judged = [cell for one in (line.halves, line.same, line.other) for cell in (one.value, show_interval(one))]
+    return (line.name, *judged, line.before, line.seconds, line.memory // 10**6, line.row_bytes or "")
+
+
+def _gates(lines: list[Line]) -> list[Gate]:
+    """Return what was expected, of the rows that there are."""
+    found, gates = {line.name: line for line in lines}, list[Gate]()
+    exact, one = found["ekfac"], found.get("replay")
+    for name, line in found.items():
+        gain = line.halves.value - exact.halves.value
+        if name.startswith("ekfac refine="):
+            gates.append(at_least(f"{name}: LDS on halves above that of ekfac by", gain))
+        elif name.startswith("ekfac-index"):
+            gates.append(at_least(f"{name}: LDS on halves above that of ekfac by", gain, -NEAR_EKFAC))
+        elif name == "replay":
+            gates.append(at_least("replay: LDS of drops, same run", line.same.value, REPLAY_REACHES))
+            gates.append(at_least("replay: its interval there above that of ekfac by", line.same.low - exact.same.high))
+        elif name.startswith("replay, mean") and one is not None:
+            gain = line.halves.value - one.halves.value
+            gates.append(at_least(f"{name}: LDS on halves above that of one run by", gain))
+    return gates
+
+
+def draw_prices(lines: list[Line], limit: float) -> dict[str, bytes]:
+    """Draw what every method predicts of halves over the seconds that it takes, index included."""
+    figure, (axes,) = make_figure(8.0, 5.0)
+    for line in lines:
+        value, low, high = line.halves
+        seconds = line.before + line.seconds
+        axes.plot([seconds] * 2, [low, high], color=COLOURS[0], linewidth=2, alpha=0.4)
+        axes.plot([seconds], [value], "o", color=COLOURS[0], markersize=5)
+        axes.annotate(line.name, (seconds, value), (5, 3), textcoords="offset points", fontsize="x-small")
+    axes.axhline(limit, color=COLOURS[1], linestyle=":", linewidth=1.3)
+    axes.set_xscale("log")
+    write_plainly(axes.xaxis, "%g")
+    finish_axes(axes, "seconds from the trained model to all scores", "LDS on halves, 95 % intervals")
+    return render_figure(figure, "leaderboard")

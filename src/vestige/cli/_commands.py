@@ -253,6 +253,7 @@ def _show_answers(queries: "data.TokenizedData", generated: Sequence[bool]) -> N
         lines = [f"{example.id}, answered by the model" if is_own else example.id]
         lines += [f"  {role}: {_indent(_cut(text))}" for role, text in turns]
         lines.append(f"  {role}: {_indent(answer if is_own else _cut(answer))}")
+        lines += [f"  {name}: {_indent(_cut(text))}" for name, text in _list_focus(example, answer)]
         say("\n".join(lines) + "\n")
     if len(examples) > SHOWN_QUERIES:
         say(f"... and {len(examples) - SHOWN_QUERIES} more queries.\n")
@@ -264,6 +265,17 @@ def _turns_of(example: "data.Example") -> tuple[tuple[str, str], ...]:
         return tuple((turn.role, turn.content) for turn in example.messages)
     parts = {"prompt": example.prompt, "completion": example.completion, "text": example.text}
     return tuple((name, text) for name, text in parts.items() if text is not None) or (("tokens", example.display),)
+
+
+def _list_focus(example: "data.Example", answer: str) -> list[tuple[str, str]]:
+    """Return what of a query is explained: names of fields with their content."""
+    focus = example.focus
+    if focus is None:
+        return []
+    parts = [answer[slice(*span)] if isinstance(span, tuple) else span for span in focus.spans]
+    weights = ", ".join(f"{weight:g}" for weight in focus.weights)
+    found = {"instead of": focus.instead or "", "explained part": " … ".join(parts), "weights": weights}
+    return [(name, text) for name, text in found.items() if text]
 
 
 def _indent(text: str) -> str:

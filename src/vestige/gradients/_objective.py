@@ -73,21 +73,26 @@ class _Targets(NamedTuple):
     example: Int[Tensor, "position"]
     token: Int[Tensor, "position"]
     weights: Float[Tensor, "position"]
-    """1, or one over the example's number of targets."""
+    """1, or one over the example's number of targets; times what the batch gives the token."""
 
 
-def _targets(labels: Int[Tensor, "example token"], reduction: Reduction) -> _Targets:
+def _targets(batch: Batch, reduction: Reduction) -> _Targets:
+    labels = batch.labels
     shifted = labels[:, 1:]
     mask = shifted != NO_TARGET
     example, token = mask.nonzero().unbind(1)
     weights = torch.ones(len(example), dtype=torch.float64, device=labels.device)
     if reduction == "mean":
         weights = weights / mask.sum(1).clamp(min=1)[example]
+    if batch.weights is not None:
+        weights = weights * batch.weights[:, 1:][mask]
     return _Targets(mask, shifted[mask], example, token, weights)
 
 
 class CausalLoss:
     """Next-token cross-entropy in nats, summed or averaged over the example's own target tokens.
+
+    Weights of a batch multiply the tokens' losses; a mean is still divided by the number of target tokens.
 
     The output head runs only at positions that predict a target, in chunks of at most `logit_bytes`, outside autograd:
     the gradient of a softmax is known. A model whose logits are not simply `head(hidden)` (soft-capping, scaling) is
@@ -109,7 +114,7 @@ class CausalLoss:
 
     def losses(self, model: nn.Module, batch: Batch, head_tap: HeadTap | None = None) -> Float[Tensor, "example"]:
         """Return the loss of every example: padding is on the right, so a causal model needs no attention mask."""
-        targets = _targets(batch.labels, self.reduction)
+        targets = _targets(batch, self.reduction)
         path = self.head_module(model)
         if path is None:
             return _whole_losses(model, batch, targets)
@@ -124,7 +129,15 @@ class CausalLoss:
 
 
 def token_losses(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "example token"]:
-    """Return every target token's cross-entropy at its own position, zero elsewhere; plain autograd, any model."""
+    """Return every target token's cross-entropy, times its weight, at its own position; zero elsewhere.
+
+    Plain autograd, any model.
+    """
+    losses = _cross_entropies(model, batch)
+    return losses if batch.weights is None else losses * batch.weights.to(losses.dtype)
+
+
+def _cross_entropies(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "example token"]:
     logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits.float().transpose(1, 2) if logits.dtype.itemsize < 4 else logits.transpose(1, 2),
@@ -136,7 +149,7 @@ def token_losses(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "exam
 
 
 def _whole_losses(model: nn.Module, batch: Batch, targets: _Targets) -> Float[Tensor, "example"]:
-    losses = token_losses(model, batch)[:, 1:][targets.mask]
+    losses = _cross_entropies(model, batch)[:, 1:][targets.mask]
     losses = losses * targets.weights.to(losses.dtype)
     return losses.new_zeros(len(batch.labels)).index_add(0, targets.example, losses)
 

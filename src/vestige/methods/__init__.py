@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         compute_losses as compute_losses,
         gradients_fit as gradients_fit,
         open_job as open_job,
+        query_loss as query_loss,
         read_batches as read_batches,
         read_queries as read_queries,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige import indexes, models
+from vestige.data import describe_focus
 from vestige.distributed import FSDP, broadcast_from_rank0, is_rank0
 from vestige.errors import IndexMismatch, SpecError
 from vestige.jobs import PROFILE_FILE, follow, is_follower, is_worker, profile, this_role, write_profile
@@ -245,6 +246,7 @@ def _make_record(
         components=[part.name for part in job.components] if method.splits_components else [],
         checks=checks,
         asked=job.asked,
+        explained=describe_focus(job.queries.examples),
         left_out=[job.train.examples[row].id for row in job.skipped],
         checkpoints=checkpoints,
         **more,

@@ -105,6 +105,7 @@ class GradientMethod(Method):
     splits_tokens = True
     scores_itself = True
     works_in_pieces = True
+    reads_focus = ("instead", "span", "weights")
     _prepared: Prepared | None = field(default=None, repr=False, init=False, compare=False)
 
     @abstractmethod

@@ -18,6 +18,8 @@ from vestige.data import (
     Example,
     TokenizedData,
     ask,
+    find_focus,
+    focus_queries,
     load_examples,
     load_queries,
     make_batch,
@@ -38,7 +40,7 @@ from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, U
 from vestige.storage import partial_folder
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 EXACT_SHARE = 0.4
 """Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
@@ -70,7 +72,8 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         _require_recomputable(index, method)
         settings = _settings_of_index(settings, index)
     settings = settings.model_copy(update={"chat": bool(settings.chat)})
-    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    given = load_queries(settings.queries, focus="read", on_bad_text=settings.on_bad_text)
+    method.require_focus(find_focus(given))
     loaded = _load(settings, method, index)
     selection = _select(settings, method, loaded, index)
     train = method.read_train(loaded) if loaded is not None else None
@@ -175,16 +178,14 @@ def read_queries(
     generated = [query.lacks_answer for query in put]
     if any(generated):
         put = models.generate_answers(loaded, put, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat))
-    queries = tokenize(
-        put,
-        loaded.tokenizer,
-        max_length=indexes.tokens_at_most(settings, loaded),
-        name=str(name),
-        chat=bool(settings.chat),
-        vocabulary=loaded.vocabulary,
-    )
+    reading: dict[str, Any] = {
+        "max_length": indexes.tokens_at_most(settings, loaded),
+        "chat": bool(settings.chat),
+        "vocabulary": loaded.vocabulary,
+    }
+    queries = tokenize(put, loaded.tokenizer, name=str(name), **reading)
     require_answers(queries, generated, loaded.tokenizer)
-    return queries, generated, how
+    return focus_queries(queries, loaded.tokenizer, **reading), generated, how
 
 
 def _choose_answers(queries: list[Example], answer: str) -> list[Example]:
@@ -280,14 +281,30 @@ def compute_losses(
     token_budget: int,
     rows: Int[np.ndarray, "row"] | None = None,
 ) -> Float[np.ndarray, "row"]:
-    """Measure the loss of each of the rows, of all if none are given, in nats, whatever they are batched with."""
+    """Measure the loss of each of the rows, of all if none are given, in nats, whatever they are batched with.
+
+    Of a contrast it is the loss of the answer less that of the other one.
+    """
     wanted = np.arange(len(data)) if rows is None else rows
     losses, objective = np.zeros(len(wanted)), gradients.CausalLoss(reduction)
     with torch.no_grad():
         for positions, batch in read_batches(model, data, token_budget, wanted):
             losses[positions] = objective.losses(model, batch).double().cpu().numpy()
             step_done(len(positions))
+    if data.contrast is not None:
+        others = np.zeros(len(data))
+        others[data.contrast.rows] = compute_losses(model, data.contrast.data, reduction, token_budget)
+        losses -= others[wanted]
     return losses
+
+
+def query_loss(model: nn.Module, data: TokenizedData, query: int, reduction: gradients.Reduction) -> Tensor:
+    """Return the differentiable loss of one query; of a contrast, that of its answer less that of the other one."""
+    batch = make_batch(data, np.array([query])).to(next(model.parameters()).device)
+    loss = gradients.token_losses(model, batch).sum()
+    loss = loss / max(int(data.target_counts[query]), 1) if reduction == "mean" else loss
+    one = data.subset([query]).contrast
+    return loss if one is None else loss - query_loss(model, one.data, 0, reduction)
 
 
 def build_temporary_index(

@@ -73,6 +73,7 @@ class CheckpointMethod(Method):
     weighting = "learning rate"
     splits_components = True
     scores_itself = True
+    reads_focus = ("instead", "span", "weights")
     _last: tuple[Job, Term] | None = field(default=None, repr=False, init=False)
 
     @abstractmethod

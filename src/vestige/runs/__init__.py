@@ -46,7 +46,12 @@ if TYPE_CHECKING:
         SourceLift as SourceLift,
         find_source_lift as find_source_lift,
     )
-    from vestige.runs._listed import ScoreRow as ScoreRow, relative_strength as relative_strength
+    from vestige.runs._listed import (
+        Question as Question,
+        ScoreRow as ScoreRow,
+        question_of as question_of,
+        relative_strength as relative_strength,
+    )
     from vestige.runs._plot import draw_ranking as draw_ranking
     from vestige.runs._record import (
         DENSE_FILE as DENSE_FILE,

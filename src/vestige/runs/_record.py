@@ -232,6 +232,8 @@ class RunRecord(Part):
     queries: DataRecord
     asked: str = ""
     """How questions were put, in words; empty where they were put as they were typed."""
+    explained: str = ""
+    """What of how many queries is explained, in words; empty where it is the whole answer of every one."""
     left_out: list[str] = Field(default_factory=list)
     """Ids of training examples that were not scored, because their loss or gradient is not finite."""
     checkpoints: list[CheckpointRecord] = Field(default_factory=list)

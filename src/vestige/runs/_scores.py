@@ -20,6 +20,7 @@ from vestige.runs._listed import (
     HEADINGS,
     ComponentScore,
     Listed,
+    Question,
     ScoreRow,
     ScoreTable,
     SelfInfluence,
@@ -28,6 +29,7 @@ from vestige.runs._listed import (
     Words,
     cells_of,
     excerpt,
+    question_of,
     relative_strength,
     render_html,
     row_text,
@@ -123,6 +125,14 @@ class Scores:
     def query_wording(self, query: int | str) -> Wording:
         """Return question and answer of a query."""
         return wording_of(self._query_rows[self.queries.index(self.query_id(query))])
+
+    def query(self, query: int | str = 0) -> Question:
+        """Return a query: question, answer, what it is explained instead of or which part, and its loss.
+
+        Args:
+            query: Position or id of the query.
+        """
+        return question_of(self._query_rows[self.queries.index(self.query_id(query))])
 
     @cached_property
     def words(self) -> Words:
@@ -290,7 +300,9 @@ class Scores:
             else:
                 note = f"(the run lists {kept} of {scored}; for more: k={min(k, scored)} or dense=True)"
         words = excerpt(turns_or_text(self._query_rows[self.queries.index(name)]), _TITLE_WIDTH)
-        return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}", note)
+        chosen = self.query(name).explained
+        about = f" ({shorten(chosen, _TITLE_WIDTH)})" if chosen else ""
+        return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}{about}", note)
 
     def _read_further(self, query: str, end: End, listed: Sequence[ScoreRow], k: int) -> list[ScoreRow]:
         """Return the first `k` rows of an end, those behind the listed ones from all scores."""

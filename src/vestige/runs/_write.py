@@ -96,7 +96,7 @@ def make_run_record(
         coverage: Parameters that the scores cover.
         components: Names of the components that scores are split over.
         checks: How far the scores can be trusted.
-        **others: `asked`, `left_out`, `checkpoints`: fields of `RunRecord`.
+        **others: `asked`, `explained`, `left_out`, `checkpoints`: fields of `RunRecord`.
     """
     ids = [example.id for example in queries.examples] if query_ids is None else query_ids
     return RunRecord(

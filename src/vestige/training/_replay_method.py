@@ -16,10 +16,10 @@ from jaxtyping import Float
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from vestige.data import TokenizedData, make_batch
+from vestige.data import TokenizedData
 from vestige.errors import IndexMismatch, SpecError
-from vestige.gradients import Reduction, token_losses
-from vestige.methods import EXACT_SHARE, HELPS, Job, Method, digest, method, settings_key
+from vestige.gradients import Reduction
+from vestige.methods import EXACT_SHARE, HELPS, Job, Method, digest, method, query_loss, settings_key
 from vestige.models import LoadedModel
 from vestige.progress import announce
 from vestige.runs import Check, Meaning, ScoreBlock
@@ -78,6 +78,7 @@ class TrainingReplay(Method):
 
     needs_model = True
     needs_training = True
+    reads_focus = ("instead", "span", "weights")
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss, to first order, if the example's weight fell from 1 to 0",
@@ -204,9 +205,7 @@ def _query_losses(replay: Replay, job: Job, queries: Sequence[int]) -> Iterator[
     model = replay.model.eval()
     reduction: Reduction = job.settings.loss
     for query in queries:
-        batch = make_batch(job.queries, np.array([query])).to(next(model.parameters()).device)
-        losses = token_losses(model, batch).sum()
-        yield losses / max(int(job.queries.target_counts[query]), 1) if reduction == "mean" else losses
+        yield query_loss(model, job.queries, query, reduction)
 
 
 def _length(tensors: dict[str, Tensor]) -> float:

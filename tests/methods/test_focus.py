@@ -271,3 +271,54 @@ def test_commands_that_read_whole_answers_refuse_by_name(folder, tmp_path, capsy
     for command in (["untrac"], ["bank", "--subsets", "1", "--seeds", "1"], ["evaluate", "tail-patch"]):
         said = refusal([*command, *inputs, *(["--methods", "random"] if command[0] == "evaluate" else [])], capsys)
         assert "`instead` chooses what of a query is explained" in said
+
+
+def test_rewards_scale_the_gradients_of_the_rows_that_have_them(folder, tmp_path):
+    """Of either sign, exact and stored, in components and tokens; a cosine keeps the sign alone."""
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rewards = np.linspace(-1, 2, len(rows))
+    rewards[4] = 0
+    data = write_rows(
+        tmp_path / "rl.jsonl", [row | {"reward": float(each)} for row, each in zip(rows, rewards, strict=True)]
+    )
+    index = vestige.index(model=folder / "tiny-model", data=data, out=tmp_path / "idx")
+    asked = {"queries": QUERIES[:2], "trust": False, "dense": True, "k": 12}
+    exact = {"model": folder / "tiny-model", "data": data}
+    for number, (method, where) in enumerate(
+        [("grad-dot", exact), ("grad-cos", exact), ("influence", {"index": index.folder}), ("ekfac", exact)]
+    ):
+        plain, weighed = (
+            vestige.attribute(**where, **asked, method=method, out=tmp_path / f"{number}-{column}", weigh_by=column)
+            for column in (None, "reward")
+        )
+        factors = np.sign(rewards) if method == "grad-cos" else rewards
+        np.testing.assert_allclose(weighed.dense(), plain.dense() * factors, rtol=1e-4, atol=1e-6)
+        first = weighed.top(0, 1)[0]
+        parts = sum(part.score for part in weighed.components(0, first.example_id))
+        assert parts == pytest.approx(first.score, rel=1e-4)
+        assert "times its `reward`" in weighed.meaning.normalisation
+    tokens = vestige.attribute(
+        **exact, **asked, method="grad-dot", weigh_by="reward", tokens=True, out=tmp_path / "tokens"
+    )
+    last = tokens.bottom(0, 1)[0]
+    assert sum(each.score for each in tokens.tokens(0, last.example_id)) == pytest.approx(last.score, rel=1e-4)
+
+
+def test_a_reward_that_is_no_number_is_refused_with_its_row(folder, tmp_path, capsys):
+    rows = [{"prompt": "a", "completion": " b", "reward": 1}, {"prompt": "c", "completion": " d", "reward": "high"}]
+    data = write_rows(tmp_path / "rl.jsonl", rows)
+    command = [
+        "attribute",
+        SKY,
+        "--model",
+        str(folder / "tiny-model"),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    said = refusal([*command, "--method", "grad-dot", "--weigh-by", "reward"], capsys)
+    assert "rl.jsonl, row 1 (id '1')" in said
+    assert "it is 'high'" in said
+    assert "its columns are" in refusal([*command, "--method", "grad-dot", "--weigh-by", "rewrad"], capsys)
+    assert "multiplies gradients" in refusal([*command, "--method", "rep-sim", "--weigh-by", "reward"], capsys)

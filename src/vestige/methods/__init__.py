@@ -133,6 +133,7 @@ if TYPE_CHECKING:
         run_ascents as run_ascents,
         settle_rate as settle_rate,
     )
+    from vestige.methods._verbatim import Verbatim as Verbatim
     from vestige.methods._weights import (
         Rows as Rows,
         Vector as Vector,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -92,7 +93,18 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
     if loaded is not None:
         gradients.require_independence(loaded, queries, indexes.batch_tokens(settings, loaded))
     made_by_model = tuple(generated)
-    job = Job(train, queries, settings, loaded, selection, index, checkpoints, asked=asked, generated=made_by_model)
+    job = Job(
+        train,
+        queries,
+        settings,
+        loaded,
+        selection,
+        index,
+        checkpoints,
+        asked=asked,
+        generated=made_by_model,
+        row_weights=None if settings.weigh_by is None else read_row_weights(train, settings.weigh_by),
+    )
     # A method that works on whole gradients refuses by itself what does not fit.
     needs_none = index is not None or not method.needs_gradients or method.needs_exact
     if needs_none or (not method.needs_index and gradients_fit(job)):
@@ -249,6 +261,25 @@ def _without_tokens(examples: Sequence[Example], name: str) -> TokenizedData:
     empty_ids, empty_mask = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     count = len(examples)
     return TokenizedData(examples, [empty_ids] * count, [empty_mask] * count, np.zeros(count, dtype=bool), "", name)
+
+
+def read_row_weights(data: TokenizedData, column: str) -> Float[np.ndarray, "row"]:
+    """Return a column of the training data as numbers.
+
+    Raises:
+        DataError: A row has none there; the message names it.
+    """
+    found = np.zeros(len(data))
+    for row, example in enumerate(data.examples):
+        cell = example.extra.get(column)
+        if isinstance(cell, bool) or not isinstance(cell, int | float) or not math.isfinite(cell):
+            there = f"it is {cell!r}" if column in example.extra else f"its columns are {', '.join(example.columns)}"
+            raise DataError(
+                f"{data.name}, row {example.row} (id {example.id!r}): --weigh-by takes a finite number from `{column}` "
+                f"of every row, and {there}. Give each row one, or name another column."
+            )
+        found[row] = cell
+    return found
 
 
 def gradients_fit(job: Job) -> bool:

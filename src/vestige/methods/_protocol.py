@@ -19,6 +19,7 @@ from typing import (
     TypeVar,
 )
 
+import numpy as np
 from jaxtyping import Float, Int
 
 from vestige import indexes, methods, models
@@ -79,6 +80,8 @@ class Job:
     """How questions were put, in words, where they differ from what was typed."""
     generated: tuple[bool, ...] = ()
     """Per query: whether the answer is the model's own."""
+    row_weights: Float[np.ndarray, "row"] | None = None
+    """What the gradient of each training example is multiplied with (`--weigh-by`); None: 1."""
 
     @property
     def skipped(self) -> tuple[int, ...]:
@@ -161,6 +164,8 @@ class Method(ABC):
     """What to type instead where the same few rows lead most lists, such as `--method grad-cos`: printed with them."""
     works_sharded: ClassVar[bool] = False
     """True for methods that a model can serve that is sharded over the processes of a process group."""
+    weighs_rows: ClassVar[bool] = False
+    """True where the weight of a training example multiplies its gradient (`--weigh-by`)."""
     reads_focus: ClassVar[tuple[str, ...]] = ()
     """Fields by which a query chooses what of it is explained, of `instead`, `span` and `weights`, that count in its
     scores; the method refuses queries with others."""

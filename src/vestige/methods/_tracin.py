@@ -281,6 +281,12 @@ class TracIn(CheckpointMethod):
         "surprising examples have large gradients and lead many lists.",
     )
 
+    weighs_rows = True
+
+    def key(self, job: Job) -> dict[str, Any]:
+        """Return the weights of the training examples."""
+        return {} if job.row_weights is None else {"row_weights": job.row_weights.tolist()}
+
     def term(self, job: Job, checkpoint: Checkpoint) -> "GradientTerm":  # noqa: ARG002
         """Return the inner products at this checkpoint."""
         return GradientTerm(prepare_queries(job, open_checkpoint_store(job)))

@@ -333,6 +333,9 @@ def _list_facts(run: RunFiles) -> tuple[Fact, ...]:
         facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
     if record.asked:
         facts.append(Fact("Questions", f"put {record.asked}"))
+    if record.ladder is not None:
+        costs = ", ".join(f"{rung.name} {format_duration(rung.seconds)}" for rung in record.ladder.rungs)
+        facts.append(Fact("Scored exactly", f"{len(record.ladder.candidates):,} examples", note=costs))
     if record.explained:
         facts.append(Fact("Explained", record.explained))
     return (*facts, describe_cost(record.seconds, record.peak_memory_bytes, record.peak_gpu_memory_bytes))

@@ -61,9 +61,11 @@ if TYPE_CHECKING:
         CheckpointRecord as CheckpointRecord,
         CoverageRecord as CoverageRecord,
         DataRecord as DataRecord,
+        LadderRecord as LadderRecord,
         Meaning as Meaning,
         ModelRecord as ModelRecord,
         Part as Part,
+        RungRecord as RungRecord,
         RunRecord as RunRecord,
         SkippedRecord as SkippedRecord,
         TrustRecord as TrustRecord,
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
         turns_of as turns_of,
     )
     from vestige.runs._write import (
+        FIRST_RUNG as FIRST_RUNG,
         add_part as add_part,
         check_target as check_target,
         describe_data as describe_data,

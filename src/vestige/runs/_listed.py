@@ -152,7 +152,8 @@ def cells_of(row: ScoreRow) -> tuple[Any, ...]:
     percentile = "" if row.percentile is None else f"{row.percentile:.1f}"
     strength = "" if row.strength is None else f"{row.strength:.0f}"
     shown = row.turns or row.text
-    return str(row.rank), shorten(row.example_id), strength, f"{row.score:+.4g}", percentile, shown
+    score = "not scored" if math.isnan(row.score) else f"{row.score:+.4g}"
+    return str(row.rank), shorten(row.example_id), strength, score, percentile, shown
 
 
 def _align(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
@@ -220,6 +221,14 @@ class Question(NamedTuple):
         found = [] if self.instead is None else [f"instead of {self.instead!r}"]
         found += [f"the part {' and '.join(map(repr, self.parts))}"] if self.parts else []
         return "; ".join([*found, *(["with weights of tokens"] if self.weights else [])])
+
+
+class Standing(NamedTuple):
+    """Where one example stood at each rung of a ladder."""
+
+    example_id: str
+    ranks: tuple[int | None, ...]
+    """1-based, a rung each; None where it was not among the first rows of the rung."""
 
 
 class Listed(NamedTuple):

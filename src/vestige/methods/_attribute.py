@@ -64,7 +64,7 @@ def attribute(
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
     if settings.rerank is not None:
-        return climb(settings, attribute, on_answers, on_ranking)
+        return climb(settings, vars(attribute)["run"], on_answers, on_ranking)
     started = time.perf_counter()
     begun = broadcast_from_rank0(lambda: find_begun(settings))
     method = find_method(settings)

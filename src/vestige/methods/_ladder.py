@@ -85,9 +85,10 @@ def climb(
     """
     exact = _find_exact(settings)
     begun = find_begun(settings)
-    first = (
-        _rank_all(settings, rank, on_answers, on_ranking) if begun is None else Scores.open(settings.out / FIRST_RUNG)
-    )
+    if begun is None:
+        first = _rank_all(settings, partial(rank, on_answers=on_answers, on_ranking=on_ranking), on_ranking)
+    else:
+        first = Scores.open(settings.out / FIRST_RUNG)
     started = time.perf_counter()
     own = {"method": settings.rerank_method, "options": {}}
     asked = {"rerank": None, "bank": None, "queries": str(first.folder), "answer": "auto"}
@@ -160,12 +161,7 @@ def _first_settings(settings: AttributeSettings) -> AttributeSettings:
     )
 
 
-def _rank_all(
-    settings: AttributeSettings,
-    rank: Callable[..., Scores],
-    on_answers: OnAnswers | None,
-    on_ranking: OnRanking | None,
-) -> Scores:
+def _rank_all(settings: AttributeSettings, rank: Callable[..., Scores], on_ranking: OnRanking | None) -> Scores:
     """Return the run of the first rung: the one that an interrupted command left, or a new one."""
     first = _first_settings(settings)
     if is_complete(first.out) and read_record(first.out).config == first.record():
@@ -174,30 +170,19 @@ def _rank_all(
             on_ranking(found)
         return found
     try:
-        return rank(**first.arguments(), on_answers=on_answers, on_ranking=on_ranking)
+        return rank(first)
     except IndexMismatch:
         # What a run with other settings left when it was killed.
         if not is_run(first.out):
             raise
-        return rank(**first.arguments() | {"overwrite": True}, on_answers=on_answers, on_ranking=on_ranking)
+        return rank(first.model_copy(update={"overwrite": True}))
 
 
 def _of_a_training(settings: AttributeSettings) -> dict[str, Any]:
     """Return the arguments of a run on a recorded training, which brings its model and its data."""
     fields = AttributeSettings.model_fields
-    own = (
-        "index",
-        "data",
-        "model",
-        "components",
-        "skip_bad",
-        "limit",
-        "where",
-        "max_length",
-        "precision",
-        "query_rank",
-    )
-    return settings.arguments() | {name: fields[name].default for name in own}
+    names = ("index", "data", "model", "components", "skip_bad", "limit", "where", "query_rank")
+    return settings.arguments() | {name: fields[name].default for name in (*names, "max_length", "precision")}
 
 
 def _without_index(job: Job, exact: Method) -> Job:
@@ -222,8 +207,8 @@ def _require_same(job: Job, first: Scores) -> None:
     if not same or any(job.train.examples[row].id != name for row, name in listed.items()):
         raise IndexMismatch(
             f"The rungs of {job.settings.out} would be of different models or data: the first one ranked "
-            f"{first.run.data.examples:,} examples of {first.run.data.name}, the second one reads {len(job.train):,} of "
-            f"{job.train.name}. Give both the same, or type --overwrite where they have changed since."
+            f"{first.run.data.examples:,} examples of {first.run.data.name}, the second one reads {len(job.train):,} "
+            f"of {job.train.name}. Give both the same; remove {first.folder} where they have changed since."
         )
 
 

@@ -109,10 +109,12 @@ def _read_instead(cell: Any, place: str) -> str | None:
 def _read_spans(cell: Any, place: str) -> tuple[tuple[int, int] | str, ...]:
     if _is_empty(cell):
         return ()
-    cell = cell.tolist() if isinstance(cell, np.ndarray) else cell
-    several = cell if isinstance(cell, list | tuple) and not _is_range(cell) else [cell]
-    spans = [tuple(one) if isinstance(one, list | tuple | np.ndarray) and _is_range(one) else one for one in several]
+    several = cell.tolist() if isinstance(cell, np.ndarray) else cell
+    several = several if isinstance(several, list | tuple) and not _is_range(several) else [several]
+    plain = [one.tolist() if isinstance(one, np.ndarray) else one for one in several]
+    spans = [tuple(one) if isinstance(one, list | tuple) and _is_range(one) else one for one in plain]
     wrong = [one for one in spans if not isinstance(one, tuple) and not (isinstance(one, str) and one.strip())]
+    wrong += [one for one in spans if isinstance(one, tuple) and not _is_range(one)]
     if wrong:
         raise DataError(
             f"{place}: `{SPAN}` holds {quote(wrong[0])}; expected characters [start, end] of the answer, counted from "

@@ -58,10 +58,10 @@ def focus_queries(
     with quiet():
         alone = tokenize([_explain_last(examples[row], data.name) for row in rows], tokenizer, **how)
         for row, mask in zip(rows, alone.targets, strict=True):
-            targets[row] = mask
+            targets[row], examples[row] = mask, locate_spans(examples[row], data.name)
             if (focus := _focus_of(examples[row])).spans or focus.weights:
                 part = _Part(examples[row], data.input_ids[row], mask, tokenizer, chat, data.name)
-                examples[row], targets[row], weights[row] = part.explain()
+                targets[row], weights[row] = part.explain()
         contrasts = [row for row in rows if _focus_of(examples[row]).instead is not None]
         others = [_answer_instead(examples[row], data.name) for row in contrasts]
         contrast = Contrast(np.array(contrasts), tokenize(others, tokenizer, **how)) if others else None
@@ -145,6 +145,45 @@ def _refuse_cut(data: TokenizedData, alone: TokenizedData, rows: Sequence[int], 
         )
 
 
+def locate_spans(example: Example, name: str) -> Example:
+    """Return a query of the data called `name` with its spans in characters of its answer.
+
+    Raises:
+        DataError: Words are not found, or found more than once.
+    """
+    if example.focus is None or not example.focus.spans:
+        return example
+    spans = tuple(_find(example, span, _place(example, name)) for span in example.focus.spans)
+    return replace(example, focus=replace(example.focus, spans=spans))
+
+
+def _find(example: Example, span: tuple[int, int] | str, place: str) -> tuple[int, int]:
+    """Return the characters of the answer that a span covers."""
+    answer = example.text if example.answer is None else example.answer
+    if answer is None:
+        raise DataError(f"{place}: `{SPAN}` chooses characters, and the row holds tokens. Mark them as `labels`.")
+    if isinstance(span, tuple):
+        if not 0 <= span[0] < span[1] <= len(answer):
+            raise DataError(
+                f"{place}: `{SPAN}` is {list(span)}, and its answer has {len(answer)} characters: "
+                f"{quote(answer)}. Give [start, end] with 0 <= start < end <= {len(answer)}."
+            )
+        return span
+    places = [at for at in range(len(answer)) if answer.startswith(span, at)]
+    if not places:
+        raise DataError(
+            f"{place}: its answer does not hold the `{SPAN}` {quote(span)}; it is {quote(answer, 200)}. "
+            "Give words as they stand there, or characters [start, end]."
+        )
+    if len(places) > 1:
+        raise DataError(
+            f"{place}: its answer holds the `{SPAN}` {quote(span)} {len(places)} times, at characters "
+            f"{', '.join(map(str, places[:_SHOWN]))}. Give the one that is meant as [{places[0]}, "
+            f"{places[0] + len(span)}], or more words."
+        )
+    return places[0], places[0] + len(span)
+
+
 class _Part:
     """The explained tokens of one query."""
 
@@ -161,41 +200,12 @@ class _Part:
         self._tokenizer, self._chat = tokenizer, chat
         self._focus, self._place = _focus_of(example), _place(example, name)
 
-    def explain(self) -> tuple[Example, Bool[np.ndarray, "token"], Float[np.ndarray, "token"]]:
-        """Return the query with its spans in characters, the explained tokens, and their weights."""
-        spans = tuple(self._find(span) for span in self._focus.spans)
+    def explain(self) -> tuple[Bool[np.ndarray, "token"], Float[np.ndarray, "token"]]:
+        """Return the explained tokens and their weights."""
+        spans = [span for span in self._focus.spans if isinstance(span, tuple)]
         masks = self._cover(spans) if spans else []
         targets = np.any(masks, axis=0) if masks else self._targets
-        example = replace(self._example, focus=replace(self._focus, spans=spans))
-        return example, targets, self._weigh(targets, masks)
-
-    def _find(self, span: tuple[int, int] | str) -> tuple[int, int]:
-        """Return the characters of the answer that a span covers."""
-        answer = self._example.text if self._example.answer is None else self._example.answer
-        if answer is None:
-            raise DataError(
-                f"{self._place}: `{SPAN}` chooses characters, and the row holds tokens. Mark them as `labels`."
-            )
-        if isinstance(span, tuple):
-            if not 0 <= span[0] < span[1] <= len(answer):
-                raise DataError(
-                    f"{self._place}: `{SPAN}` is {list(span)}, and its answer has {len(answer)} characters: "
-                    f"{quote(answer)}. Give [start, end] with 0 <= start < end <= {len(answer)}."
-                )
-            return span
-        places = [at for at in range(len(answer)) if answer.startswith(span, at)]
-        if not places:
-            raise DataError(
-                f"{self._place}: its answer does not hold the `{SPAN}` {quote(span)}; it is {quote(answer, 200)}. "
-                "Give words as they stand there, or characters [start, end]."
-            )
-        if len(places) > 1:
-            raise DataError(
-                f"{self._place}: its answer holds the `{SPAN}` {quote(span)} {len(places)} times, at characters "
-                f"{', '.join(map(str, places[:_SHOWN]))}. Give the one that is meant as [{places[0]}, "
-                f"{places[0] + len(span)}], or more words."
-            )
-        return places[0], places[0] + len(span)
+        return targets, self._weigh(targets, masks)
 
     def _cover(self, spans: Sequence[tuple[int, int]]) -> list[Bool[np.ndarray, "token"]]:
         """Return the tokens that lie in each span, or partly in it."""

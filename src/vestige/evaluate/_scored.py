@@ -293,7 +293,9 @@ def _choose_baselines(settings: ScoredSettings, known: set[str]) -> tuple[list[s
         possible = [found for found in possible if not found.searches_words]
         without = f"Without the baseline {', '.join(lexical)}: "
         notes.append(f"{without}the training data are rows of tokens, which have no words.")
-    given = find_focus(load_queries(settings.queries, focus="read")) if possible else {}
+    given = (
+        find_focus(load_queries(settings.queries, focus="read", on_bad_text=settings.on_bad_text)) if possible else {}
+    )
     if unfit := [found for found in possible if not set(given) <= {*found.reads_focus}]:
         possible = [found for found in possible if found not in unfit]
         names, fields = ", ".join(found.name for found in unfit), " and ".join(f"`{name}`" for name in given)

@@ -23,6 +23,7 @@ from vestige.data import (
     focus_queries,
     load_examples,
     load_queries,
+    locate_spans,
     make_batch,
     plan_batches,
     require_answers,
@@ -82,7 +83,7 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         train = _read_train(settings, loaded, index)
     name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
     if loaded is None:
-        texts = _choose_answers(given, settings.answer)
+        texts = [locate_spans(query, str(name)) for query in _choose_answers(given, settings.answer)]
         queries, generated, asked = _without_tokens(texts, str(name)), [False] * len(given), ""
     else:
         queries, generated, asked = read_queries(

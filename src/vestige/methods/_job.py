@@ -36,7 +36,7 @@ from vestige.jobs import step_done, worker_command
 from vestige.lazy import torch
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._plan import find_unscorable
-from vestige.methods._protocol import Job, Method
+from vestige.methods._protocol import Job, Method, Vectors
 from vestige.progress import announce, format_bytes
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
 from vestige.storage import partial_folder
@@ -337,6 +337,20 @@ def query_loss(model: nn.Module, data: TokenizedData, query: int, reduction: gra
     loss = loss / max(int(data.target_counts[query]), 1) if reduction == "mean" else loss
     one = data.subset([query]).contrast
     return loss if one is None else loss - query_loss(model, one.data, 0, reduction)
+
+
+def subtract_contrast(
+    data: TokenizedData, measure: Callable[[TokenizedData], tuple[Vectors, Float[Tensor, "example"]]]
+) -> tuple[Vectors, Float[Tensor, "example"]]:
+    """Return gradients and losses of queries; of a contrast, those of its answer less those of the other one."""
+    vectors, losses = measure(data)
+    if data.contrast is not None:
+        others, other_losses = measure(data.contrast.data)
+        places = torch.from_numpy(data.contrast.rows)
+        for vector, other in zip(vectors, others, strict=True):
+            vector[places] -= other
+        losses[places] -= other_losses
+    return vectors, losses
 
 
 def build_temporary_index(

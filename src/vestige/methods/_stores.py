@@ -4,7 +4,7 @@ Both answer the same questions, so that a method does not know which one it work
 `[query, n]` per component: n compressed numbers for an index, all `out * in` entries without one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import ClassVar, cast
@@ -32,6 +32,7 @@ from vestige.gradients import (
     matrices_of,
 )
 from vestige.indexes import CompressedGradients, Index, IndexBlock, IndexedComponent, batch_tokens
+from vestige.methods._job import subtract_contrast
 from vestige.methods._protocol import GradientStore, Job, Products, ScoredRows, Vectors
 from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import announce
@@ -103,7 +104,7 @@ class ExactGradients(GradientStore):
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Return whole gradients of the queries: `queries * parameters` numbers."""
-        gradients, self.query_losses = _subtract_contrast(data, self._measure)
+        gradients, self.query_losses = subtract_contrast(data, self._measure)
         return gradients
 
     def _measure(self, data: TokenizedData) -> tuple[Vectors, Float[Tensor, "example"]]:
@@ -217,20 +218,6 @@ class ExactGradients(GradientStore):
                 raise NonFinite.of_examples(what, [f'"{examples[row].id}" (row {row})' for row in bad.tolist()])
 
 
-def _subtract_contrast(
-    data: TokenizedData, measure: Callable[[TokenizedData], tuple[Vectors, Float[Tensor, "example"]]]
-) -> tuple[Vectors, Float[Tensor, "example"]]:
-    """Return gradients and losses of queries; of a contrast, those of its answer less those of the other one."""
-    vectors, losses = measure(data)
-    if data.contrast is not None:
-        others, other_losses = measure(data.contrast.data)
-        places = torch.from_numpy(data.contrast.rows)
-        for vector, other in zip(vectors, others, strict=True):
-            vector[places] -= other
-        losses[places] -= other_losses
-    return vectors, losses
-
-
 def _announce_kept(rank: int, matrices: Sequence[Tensor], found: Sequence[LowRank]) -> None:
     """Print how much of the queries is left."""
     squared = torch.stack([part.double().flatten(1).square().sum(1) for part in matrices])
@@ -283,7 +270,7 @@ class IndexedGradients(GradientStore):
             gradients, losses = self._compress(part, columns)
             return self.split(gradients), losses
 
-        vectors, self.query_losses = _subtract_contrast(data, measure)
+        vectors, self.query_losses = subtract_contrast(data, measure)
         return vectors
 
     def join(self, stores: Sequence[GradientStore], lines: int) -> GradientStore:

@@ -223,14 +223,6 @@ class Question(NamedTuple):
         return "; ".join([*found, *(["with weights of tokens"] if self.weights else [])])
 
 
-class Standing(NamedTuple):
-    """Where one example stood at each rung of a ladder."""
-
-    example_id: str
-    ranks: tuple[int | None, ...]
-    """1-based, a rung each; None where it was not among the first rows of the rung."""
-
-
 class Listed(NamedTuple):
     """A row of `examples.parquet`."""
 

@@ -1,7 +1,6 @@
 """`Scores`: a run directory, opened for queries. Needs neither the model nor torch."""
 
 import difflib
-import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from vestige import runs
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.runs._compare import Comparison, compare
 from vestige.runs._dense import open_dense, rank_scores
+from vestige.runs._ladder import Standing, list_below, list_standing
 from vestige.runs._listed import (
     HEADINGS,
     ComponentScore,
@@ -25,7 +25,6 @@ from vestige.runs._listed import (
     ScoreRow,
     ScoreTable,
     SelfInfluence,
-    Standing,
     TokenScore,
     Wording,
     Words,
@@ -146,18 +145,9 @@ class Scores:
         Raises:
             UserError: The run has one ranking alone.
         """
-        found = self.run.ladder
-        if found is None:
+        if self.run.ladder is None:
             raise UserError(f"{self.folder} has one ranking alone.\nRun `vestige attribute` again with --rerank 50.")
-        name = self.query_id(query)
-        rows = [Standing(example, tuple(ranks)) for example, ranks in list(found.stood[name].items())[:k]]
-        names = [rung.name for rung in found.rungs]
-        return ScoreTable(
-            rows,
-            (*names, "example"),
-            lambda row: (*("-" if rank is None else str(rank) for rank in row.ranks), row.example_id),
-            f"Ranks of query {shorten(name)} at each rung (-: not among the first {found.first})",
-        )
+        return list_standing(self.run.ladder, self.query_id(query), k)
 
     @cached_property
     def words(self) -> Words:
@@ -318,7 +308,8 @@ class Scores:
         summary = self.run.distribution.get(name)
         scored = summary.count if summary is not None else self.run.data.examples
         if kept < k and self.run.ladder is not None and end == "proponent" and kept == scored:
-            rows = [*rows, *self._read_below(name, k - kept)]
+            first = Scores.open(self.folder / runs.FIRST_RUNG).listed(name, end)
+            rows = [*rows, *list_below(self.run.ladder, first, k - kept)]
             note = f"(rows that are not scored keep the order of {self.run.ladder.rungs[0].name})"
         elif kept < min(k, scored):
             if self.has_dense:
@@ -331,14 +322,6 @@ class Scores:
         chosen = self.query(name).explained
         about = f" ({shorten(chosen, _TITLE_WIDTH)})" if chosen else ""
         return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}{about}", note)
-
-    def _read_below(self, query: str, count: int) -> list[ScoreRow]:
-        """Return rows that the first rung lists and the last one did not score, in the order of the first."""
-        assert self.run.ladder is not None
-        scored, first = set(self.run.ladder.candidates), Scores.open(self.folder / runs.FIRST_RUNG)
-        below = [row for row in first.listed(query, "proponent") if row.row not in scored][:count]
-        unscored = {"score": math.nan, "percentile": None, "strength": None}
-        return [row._replace(rank=len(scored) + place, **unscored) for place, row in enumerate(below, 1)]
 
     def _read_further(self, query: str, end: End, listed: Sequence[ScoreRow], k: int) -> list[ScoreRow]:
         """Return the first `k` rows of an end, those behind the listed ones from all scores."""

@@ -91,7 +91,8 @@ def climb(
         first = Scores.open(settings.out / FIRST_RUNG)
     started = time.perf_counter()
     own = {"method": settings.rerank_method, "options": {}}
-    asked = {"rerank": None, "bank": None, "queries": str(first.folder), "answer": "auto"}
+    default = AttributeSettings.model_fields["rerank_method"].default
+    asked = {"rerank": None, "rerank_method": default, "bank": None, "queries": str(first.folder), "answer": "auto"}
     second = settings.model_copy(update=own | asked)
     if exact.needs_training:
         second = AttributeSettings(**_of_a_training(second))
@@ -99,7 +100,7 @@ def climb(
         # Whatever is kept of the work follows from what was typed, and not from where the first rung lies.
         job = replace(
             _without_index(opened, exact),
-            settings=settings.model_copy(update=own),
+            settings=opened.settings.model_copy(update={name: getattr(settings, name) for name in asked}),
             asked=first.run.asked,
             generated=tuple(first.query(name).generated for name in first.queries),
         )

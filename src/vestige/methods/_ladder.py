@@ -111,9 +111,10 @@ def climb(
             run = _take_up(job, exact, begun, started)
         if on_ranking is not None:
             on_ranking(Scores.open(settings.out))
+        if settings.bank is not None:
+            import_object(_JUDGE)(settings.out, settings.bank, seed=settings.seed)
+            run.record = read_record(settings.out, checked=False)
         run.add_missing()
-    if settings.bank is not None:
-        import_object(_JUDGE)(settings.out, settings.bank, seed=settings.seed)
     remove_partial(settings.out)
     return Scores.open(settings.out)
 

@@ -101,13 +101,10 @@ def test_a_killed_ladder_goes_on_where_it_stopped(folder, tmp_path):
     whole = climb(folder, tmp_path / "whole", rerank_method="ekfac")
     command = [sys.executable, "-m", "vestige", "attribute", "--index", str(folder / "idx"), "--no-trust", "--dense"]
     command += ["--queries", str(folder / "asked.jsonl"), "--rerank", "5", "--k", "4", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "proponents of query" in line:
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "proponents of query" in line)
+        process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "run" / "run.json").exists()
     began = time.time()
     run = climb(folder, tmp_path / "run", rerank_method="ekfac")

@@ -50,8 +50,6 @@ def focus_queries(
             contrast are the same. The message names the query and what to do.
     """
     rows = [row for row, example in enumerate(data.examples) if example.focus is not None]
-    if not rows:
-        return data
     how = {"max_length": max_length, "chat": chat, "vocabulary": vocabulary, "name": data.name}
     examples, targets = list(data.examples), list(data.targets)
     weights = [np.ones(len(ids)) for ids in data.input_ids]

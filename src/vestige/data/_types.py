@@ -46,7 +46,7 @@ class Focus:
     """What of a query's last answer is explained, where that is not the loss of the whole."""
 
     instead: str | None = None
-    """Another answer, whose loss is subtracted: why the model said the one and not the other."""
+    """Another answer, whose loss is subtracted: why the model gave the one and not the other."""
     spans: tuple[tuple[int, int] | str, ...] = ()
     """Parts of the answer: characters `start` up to `stop`, or the words themselves; none: all of it."""
     weights: tuple[float, ...] = ()

@@ -198,7 +198,8 @@ def read_queries(
     }
     queries = tokenize(put, loaded.tokenizer, name=str(name), **reading)
     require_answers(queries, generated, loaded.tokenizer)
-    return focus_queries(queries, loaded.tokenizer, **reading), generated, how
+    chosen = focus_queries(queries, loaded.tokenizer, **reading) if find_focus(put) else queries
+    return chosen, generated, how
 
 
 def _choose_answers(queries: list[Example], answer: str) -> list[Example]:

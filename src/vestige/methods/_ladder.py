@@ -68,7 +68,7 @@ def climb(
     on_answers: OnAnswers | None,
     on_ranking: OnRanking | None,
 ) -> Scores:
-    """Rank all rows by the settings' method, score the first ones exactly, and return the run of those.
+    """Rank all rows by the settings' method, score those it puts first exactly, and return the run of those.
 
     Its folder holds the run of the first rung as well, which is shown as soon as it is there. Interrupted, the same
     call continues.

@@ -39,7 +39,7 @@ def focus_queries(
     Of a query that chooses, the last answer alone is explained, whatever turns of the assistant are before it.
 
     Args:
-        data: The queries, with their answers, as `tokenize` returns them.
+        data: The queries, with their answers, as `tokenize` returns them; one of them chooses, at least.
         tokenizer: As for `tokenize`, like the rest.
         max_length: Most tokens.
         chat: Whether a prompt and its completion are put into the chat template.

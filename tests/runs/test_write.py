@@ -16,7 +16,8 @@ COLUMNS = {
         *("length", "duplicates", "tokens", "targets"),
     ],
     "queries": [
-        *("query_id", "row", "text", "prompt", "completion", "messages", "generated", "loss", "tokens", "targets"),
+        *("query_id", "row", "text", "prompt", "completion", "messages", "instead", "span", "weights"),
+        *("generated", "loss", "tokens", "targets"),
     ],
     "components": ["query_id", "example_id", "component", "score"],
     "tokens": ["query_id", "example_id", "position", "token", "score"],

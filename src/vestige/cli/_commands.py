@@ -7,6 +7,7 @@ from typing import Any, get_args
 from vestige import data, runs
 from vestige.cli._results import describe_index
 from vestige.errors import UserError
+from vestige.progress import format_seconds
 from vestige.registry import Command, command, make_command
 from vestige.settings import (
     AttributeSettings,
@@ -188,7 +189,9 @@ def attribute(settings: AttributeSettings) -> None:
     def show_ranking(scores: "runs.Scores") -> None:
         _show_ranking(scores, settings, SHOWN_PROPONENTS)
 
-    _show_checks(attribute.call(settings, on_answers=_show_answers, on_ranking=show_ranking))
+    scores = attribute.call(settings, on_answers=_show_answers, on_ranking=show_ranking)
+    _show_ladder(scores)
+    _show_checks(scores)
 
 
 @command(
@@ -253,6 +256,7 @@ def _show_answers(queries: "data.TokenizedData", generated: Sequence[bool]) -> N
         lines = [f"{example.id}, answered by the model" if is_own else example.id]
         lines += [f"  {role}: {_indent(_cut(text))}" for role, text in turns]
         lines.append(f"  {role}: {_indent(answer if is_own else _cut(answer))}")
+        lines += [f"  {name}: {_indent(_cut(text))}" for name, text in _list_focus(example, answer)]
         say("\n".join(lines) + "\n")
     if len(examples) > SHOWN_QUERIES:
         say(f"... and {len(examples) - SHOWN_QUERIES} more queries.\n")
@@ -264,6 +268,17 @@ def _turns_of(example: "data.Example") -> tuple[tuple[str, str], ...]:
         return tuple((turn.role, turn.content) for turn in example.messages)
     parts = {"prompt": example.prompt, "completion": example.completion, "text": example.text}
     return tuple((name, text) for name, text in parts.items() if text is not None) or (("tokens", example.display),)
+
+
+def _list_focus(example: "data.Example", answer: str) -> list[tuple[str, str]]:
+    """Return what of a query is explained: names of fields with their content."""
+    focus = example.focus
+    if focus is None:
+        return []
+    parts = [answer[slice(*span)] if isinstance(span, tuple) else span for span in focus.spans]
+    weights = ", ".join(f"{weight:g}" for weight in focus.weights)
+    found = {"instead of": focus.instead or "", "explained part": " … ".join(parts), "weights": weights}
+    return [(name, text) for name, text in found.items() if text]
 
 
 def _indent(text: str) -> str:
@@ -280,6 +295,19 @@ def _show_ranking(scores: "runs.Scores", settings: AttributeSettings | UntracSet
         say(f"{scores.top(query, min(settings.k, examples))}\n{runs.conclude(scores, query)}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
+
+
+def _show_ladder(scores: "runs.Scores") -> None:
+    """Print where the first rows of each query stood at every rung, what each took, and what it bought."""
+    if scores.run.ladder is None:
+        return
+    for query in scores.queries[:SHOWN_QUERIES]:
+        say(f"{scores.ladder(query, SHOWN_PROPONENTS)}\n")
+    for rung in scores.run.ladder.rungs:
+        bought = "" if rung.lds is None else f", LDS {rung.lds[0]:.3f} [{rung.lds[1]:.3f}, {rung.lds[2]:.3f}]"
+        bought += "" if rung.lds_of_all is None else f" by these candidates, {rung.lds_of_all[0]:.3f} by all rows"
+        say(f"{rung.name}: {rung.rows:,} examples in {format_seconds(rung.seconds)}{bought}")
+    say("")
 
 
 def _show_checks(scores: "runs.Scores") -> None:

@@ -239,12 +239,21 @@ class ChatTemplate:
                 continue
             kept = {key: value for key, value in turn.extra.items() if key not in ("content", *TEXT_KEYS)}
             changed = [*turns[:number], Message(turn.role, PLACEHOLDER, kept), *turns[number + 1 :]]
-            other = self.render(changed, variables, generation_prompt=waiting)
-            start = _count_shared(text, other)
-            tail = _count_shared(text[start:][::-1], other[start:][::-1])
-            if start < len(text) - tail:
-                spans.append(self._with_end_of_turn(text, Span(start, len(text) - tail)))
+            span = self._find_changed(changed, variables, text, waiting)
+            if span.start < span.stop:
+                spans.append(self._with_end_of_turn(text, span))
         return tuple(spans)
+
+    def find_last_content(self, turns: Sequence[Message], variables: Mapping[str, Any], text: str) -> Span:
+        """Return where the content of the last turn, the assistant's, stands in the text of the conversation."""
+        last = turns[-1]
+        return self._find_changed([*turns[:-1], replace(last, content=PLACEHOLDER)], variables, text, waiting=False)
+
+    def _find_changed(self, changed: Sequence[Message], variables: Mapping[str, Any], text: str, waiting: bool) -> Span:
+        """Return which part of a text is another one in the text of a conversation with one turn changed."""
+        other = self.render(changed, variables, generation_prompt=waiting)
+        start = _count_shared(text, other)
+        return Span(start, len(text) - _count_shared(text[start:][::-1], other[start:][::-1]))
 
     def _with_end_of_turn(self, text: str, span: Span) -> Span:
         for gap in ("", " "):

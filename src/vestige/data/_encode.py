@@ -59,6 +59,8 @@ class Rendered(NamedTuple):
     """The text already holds its special tokens (a chat template wrote them): none may be added."""
     ends: bool
     """The end token follows: the text or the completion is over, and nothing has written the token yet."""
+    alone: bool = False
+    """The targets are a part of the text, to which what follows it does not belong."""
 
 
 class Tokens(NamedTuple):
@@ -138,7 +140,7 @@ def mark_targets(item: Rendered, offsets: np.ndarray) -> np.ndarray:
     targets = np.zeros(len(offsets), dtype=bool)
     for span in item.targets:
         targets |= (end > span.start) & ((end <= span.stop) | (begin < span.stop))
-    if item.ends and targets.any():
+    if item.ends and not item.alone and targets.any():
         targets[int(targets.argmax()) :] = True
     return targets
 
@@ -181,8 +183,9 @@ def _finish(item: Rendered, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase"
         ids, targets = ids[1:], targets[1:]
     if item.ends and add_eos and eos is not None:
         if len(ids) == 0 or ids[-1] != eos:
-            ids, targets = np.append(ids, np.int32(eos)), np.append(targets, True)
-        targets[-1] = True
+            ids, targets = np.append(ids, np.int32(eos)), np.append(targets, not item.alone)
+        if not item.alone:
+            targets[-1] = True
     targets[:1] = False
     return Tokens(ids, targets)
 

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vestige.data._files import exists, is_address, locate
+from vestige.data._focus import FIELDS, FocusUse, take_focus
 from vestige.data._records import OnBadText, Record, Source, check_text, parse_record, place, quote
 from vestige.data._rows import PAIR_FORMATS, TURN_COLUMNS, example_from_record
 from vestige.data._sources import HUB_NAME, data_extension, open_source, read_file, require_data
@@ -57,6 +59,7 @@ def load_queries(
     may_be_prompts: bool = True,
     on_bad_text: OnBadText = "refuse",
     learned: bool = False,
+    focus: FocusUse = "refuse",
     **reading: Any,
 ) -> list[Example]:
     """Read every query of a source: as `load_examples`, but a query may be a prompt without a completion.
@@ -67,6 +70,8 @@ def load_queries(
         may_be_prompts: Whether it is; otherwise a single string is always the name of a file, a folder or a data set.
         on_bad_text: As for `load_examples`.
         learned: Refuse rows that training data may not hold, such as answers to be avoided.
+        focus: Read `instead`, `span` and `weights`, which choose what of a query is explained, and `chosen` with
+            `rejected`, which are a contrast; refuse them; or keep them with the columns of rows that are no queries.
         reading: `split`, `limit` and `where`, as for `load_examples`.
 
     Raises:
@@ -83,10 +88,10 @@ def load_queries(
                 )
     if isinstance(source, str | Path) and exists(f"{source}/{_RUN_QUERIES}"):
         rows = [record.value for record in read_file(locate(f"{source}/{_RUN_QUERIES}")).records]
-        columns = ("text", "prompt", "completion", "messages")
+        columns = ("text", "prompt", "completion", "messages", *FIELDS)
         words = [{name: row[name] for name in columns if row.get(name) is not None} for row in rows]
         source = [{"id": row["query_id"], **each} for row, each in zip(rows, words, strict=True)]
-    return _examples(open_source(source, **reading), on_bad_text, is_query=True, learned=learned)
+    return _examples(open_source(source, **reading), on_bad_text, is_query=True, learned=learned, focus=focus)
 
 
 def load_records(
@@ -141,7 +146,7 @@ def _looks_like_file(text: str) -> bool:
     return exists(word)
 
 
-def _examples(source: Source, on_bad_text: OnBadText, **meaning: bool) -> list[Example]:
+def _examples(source: Source, on_bad_text: OnBadText, **meaning: Any) -> list[Example]:
     examples: list[Example] = []
     row_of_id: dict[str, int] = {}
     for example, record in _read(source, on_bad_text, **meaning):
@@ -154,7 +159,7 @@ def _examples(source: Source, on_bad_text: OnBadText, **meaning: bool) -> list[E
     return examples
 
 
-def _read(source: Source, on_bad_text: OnBadText, **meaning: bool) -> Iterator[tuple[Example, Record]]:
+def _read(source: Source, on_bad_text: OnBadText, **meaning: Any) -> Iterator[tuple[Example, Record]]:
     """Yield the examples of a source with their records, and announce at its end what was replaced."""
     total = 0
     for unread in source.records:
@@ -165,7 +170,13 @@ def _read(source: Source, on_bad_text: OnBadText, **meaning: bool) -> Iterator[t
 
 
 def example_of(
-    name: str, record: Record, on_bad_text: OnBadText, *, is_query: bool = False, learned: bool = True
+    name: str,
+    record: Record,
+    on_bad_text: OnBadText,
+    *,
+    is_query: bool = False,
+    learned: bool = True,
+    focus: FocusUse = "keep",
 ) -> tuple[Example, Record, int]:
     """Read one record of the source called `name`; the choice of columns is announced at row 0.
 
@@ -173,7 +184,13 @@ def example_of(
         The example, its record as it was read, and how many halves of surrogate pairs were replaced in that.
     """
     record, replaced = check_text(name, parse_record(record), on_bad_text)
+    chosen = None
+    if focus != "keep" and isinstance(record.value, Mapping):
+        columns, chosen = take_focus(record.value, place(name, record), focus)
+        record = record._replace(value=columns)
     example = example_from_record(record, place(name, record), is_query=is_query, learned=learned)
+    if chosen is not None:
+        example = replace(example, focus=chosen)
     if record.row == 0 and isinstance(record.value, dict):
         _announce_choice(name, record.value, example)
     return example, record, replaced

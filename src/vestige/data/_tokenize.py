@@ -229,7 +229,7 @@ class Encoder:
                 tally = tally._replace(rewritten=rewritten, unwritten=tuple(sorted(keys)))
             for number in plain:
                 refuse_without_template(examples[number], self.name)
-            rendered = rendered + [_render_plain(examples[number]) for number in plain]
+            rendered = rendered + [render_plain(examples[number]) for number in plain]
             result.update(zip(texts, encode(rendered, tokenizer, add_eos=self.add_eos), strict=True))
         return [result[number] for number in range(len(examples))], tally
 
@@ -263,7 +263,8 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase | None") -> str:
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def _render_plain(example: Example) -> Rendered:
+def render_plain(example: Example) -> Rendered:
+    """Return the text of an example that no chat template writes."""
     if example.text is not None:
         return Rendered(example.text, (whole_text(example.text),), has_special_tokens=False, ends=True)
     prompt, completion = example.prompt or "", example.completion

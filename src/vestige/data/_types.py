@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from vestige.errors import DataError
 from vestige.lazy import torch
@@ -42,6 +42,24 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Focus:
+    """What of a query's last answer is explained, where that is not the loss of the whole."""
+
+    instead: str | None = None
+    """Another answer, whose loss is subtracted: why the model gave the one and not the other."""
+    spans: tuple[tuple[int, int] | str, ...] = ()
+    """Parts of the answer: characters `start` up to `stop`, or the words themselves; none: all of it."""
+    weights: tuple[float, ...] = ()
+    """What the loss of each part, or of each explained token, is multiplied with; none: 1."""
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns of a query that read back as the same."""
+        spans = [list(span) if isinstance(span, tuple) else span for span in self.spans]
+        return {"instead": self.instead, "span": spans or None, "weights": list(self.weights) or None}
+
+
+@dataclass(frozen=True)
 class Example:
     """One row of a data source, before tokenising.
 
@@ -58,6 +76,8 @@ class Example:
     source: str | None = None
     label: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    focus: Focus | None = None
+    """Of a query alone."""
 
     @property
     def lacks_answer(self) -> bool:
@@ -90,6 +110,7 @@ class Example:
         """The example as a row that reads back as the same example; columns without a value are left out."""
         found = {"id": self.id, "messages": [turn.columns for turn in self.messages] or None, "text": self.text}
         found |= {"prompt": self.prompt, "completion": self.completion, "source": self.source, "label": self.label}
+        found |= {} if self.focus is None else self.focus.columns
         extra = {name: cell for name, cell in self.extra.items() if name not in found}
         return {name: cell for name, cell in (found | extra).items() if cell is not None}
 
@@ -133,6 +154,10 @@ class TokenizedData:
     fingerprint: str
     """sha256 over ids, tokens and targets, in order."""
     name: str = "data"
+    weights: Sequence[np.ndarray] | None = None
+    """Of queries: what the loss of each token is multiplied with, float64 [token] for each example; None: 1."""
+    contrast: Contrast | None = None
+    """Of queries: what they are explained against; None where none is."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -148,6 +173,8 @@ class TokenizedData:
             self.truncated[rows],
             digest,
             self.name,
+            None if self.weights is None else [self.weights[row] for row in rows],
+            None if self.contrast is None else self.contrast.subset(rows),
         )
 
     @cached_property
@@ -159,6 +186,21 @@ class TokenizedData:
     def target_counts(self) -> np.ndarray:
         """Positions that enter the loss, per example, int64 [example], or int32 where they are on disk."""
         return _count(self.targets, np.count_nonzero)
+
+
+class Contrast(NamedTuple):
+    """Answers whose losses are subtracted from those of some queries."""
+
+    rows: Int[np.ndarray, "contrast"]
+    """Positions of these queries."""
+    data: TokenizedData
+    """The same questions with the other answers, in this order."""
+
+    def subset(self, rows: Sequence[int]) -> Contrast | None:
+        """Return the part for queries at these positions."""
+        at = {int(row): place for place, row in enumerate(self.rows)}
+        kept = [place for place, row in enumerate(rows) if row in at]
+        return Contrast(np.array(kept), self.data.subset([at[rows[place]] for place in kept])) if kept else None
 
 
 def _count(arrays: Sequence[np.ndarray], count: Callable[[np.ndarray], int]) -> np.ndarray:
@@ -175,6 +217,8 @@ class Batch(NamedTuple):
     input_ids: Int[Tensor, "example token"]
     labels: Int[Tensor, "example token"]
     """The token itself where its prediction enters the loss, `NO_TARGET` elsewhere (unshifted, as in transformers)."""
+    weights: Float[Tensor, "example token"] | None = None
+    """What the loss of each token is multiplied with; None: 1."""
     host_labels: Int[Tensor, "example token"] | None = None
     """The labels on the CPU, where `labels` are on another device: what is found there waits for no device."""
 
@@ -182,7 +226,8 @@ class Batch(NamedTuple):
         """Return the same batch on `device`."""
         host = self.labels if self.labels.device.type == "cpu" else self.host_labels
         ids, labels = send(self.input_ids, device), send(self.labels, device)
-        return Batch(self.rows, ids, labels, None if labels is host else host)
+        weights = None if self.weights is None else send(self.weights, device)
+        return Batch(self.rows, ids, labels, weights, None if labels is host else host)
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -323,8 +368,12 @@ def make_batch(data: TokenizedData, rows: Sequence[int] | np.ndarray) -> Batch:
     width = max([1, *(len(data.input_ids[row]) for row in numbers)])
     ids = np.zeros((len(numbers), width), dtype=np.int64)
     labels = np.full((len(numbers), width), NO_TARGET, dtype=np.int64)
+    weights = None if data.weights is None else np.zeros((len(numbers), width))
     for place, row in enumerate(numbers):
         tokens, mask = data.input_ids[row], data.targets[row]
         ids[place, : len(tokens)] = tokens
         labels[place, : len(tokens)][mask] = tokens[mask]
-    return Batch(torch.tensor(numbers, dtype=torch.int64), torch.from_numpy(ids), torch.from_numpy(labels))
+        if weights is not None:
+            weights[place, : len(tokens)] = data.weights[row]  # type: ignore[index]
+    multiplied = None if weights is None else torch.from_numpy(weights)
+    return Batch(torch.tensor(numbers, dtype=torch.int64), torch.from_numpy(ids), torch.from_numpy(labels), multiplied)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         component_type as component_type,
         components as components,
     )
+    from vestige.evaluate._ladder import judge_ladder as judge_ladder
     from vestige.evaluate._lds import (
         Ceiling as Ceiling,
         Lds as Lds,

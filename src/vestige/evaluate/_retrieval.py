@@ -51,7 +51,7 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
         raise SpecError("The right examples are a column of the queries. Type --queries FILE, and --truth COLUMN.")
     found = collect_scores(settings, "retrieval")
     queries, examples, aligned = read_together(found.scored)
-    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    given = load_queries(settings.queries, focus="read", on_bad_text=settings.on_bad_text)
     right = find_right_examples(given, settings.truth, queries, examples)
     lengths = sorted({min(k, len(examples)) for k in settings.k})
     columns = ["MRR", *(f"recall@{k}" for k in lengths)]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as compute
 from jaxtyping import Bool, Float, Int
 
-from vestige.data import load_records
+from vestige.data import find_focus, load_queries, load_records
 from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.indexes import Index
 from vestige.methods import METHODS, Method, attribute
@@ -293,6 +293,13 @@ def _choose_baselines(settings: ScoredSettings, known: set[str]) -> tuple[list[s
         possible = [found for found in possible if not found.searches_words]
         without = f"Without the baseline {', '.join(lexical)}: "
         notes.append(f"{without}the training data are rows of tokens, which have no words.")
+    given = (
+        find_focus(load_queries(settings.queries, focus="read", on_bad_text=settings.on_bad_text)) if possible else {}
+    )
+    if unfit := [found for found in possible if not set(given) <= {*found.reads_focus}]:
+        possible = [found for found in possible if found not in unfit]
+        names, fields = ", ".join(found.name for found in unfit), " and ".join(f"`{name}`" for name in given)
+        notes.append(f"Without the baselines {names}: the queries have {fields}, which they do not take.")
     return [found.name for found in possible], notes
 
 

@@ -97,7 +97,7 @@ def _read_queries(settings: FixSettings, scores: Scores) -> list[Example]:
         UserError: One is not among them.
     """
     wanted = [scores.query_id(name) for name in settings.queries] or scores.queries
-    return [query for query in load_queries(str(settings.run)) if query.id in wanted]
+    return [query for query in load_queries(str(settings.run), focus="read") if query.id in wanted]
 
 
 def _read_expected(settings: FixSettings, asked: Sequence[Example]) -> dict[str, str]:
@@ -109,7 +109,7 @@ def _read_expected(settings: FixSettings, asked: Sequence[Example]) -> dict[str,
     if settings.expect is None:
         return {}
     known = {query.id for query in asked}
-    found = {one.id: one.extra.get("expected") or one.answer for one in load_queries(settings.expect)}
+    found = {one.id: one.extra.get("expected") or one.answer for one in load_queries(settings.expect, focus="read")}
     right = {name: str(text) for name, text in found.items() if name in known and text}
     if not right:
         raise DataError(
@@ -167,7 +167,13 @@ def _make_record(
         ],
         control={number: [examples[row].id for row in rows] for number, rows in enumerate(drawn)},
         asked=[
-            Asked(id=one.id, question=prompt_of(one), answer=one.answer, expected=questions.expected.get(one.id))
+            Asked(
+                id=one.id,
+                question=prompt_of(one),
+                answer=one.answer,
+                expected=questions.expected.get(one.id),
+                explained=scores.query(one.id).explained,
+            )
             for one in questions.queries
         ],
         price=trainings.price(),

@@ -51,6 +51,8 @@ class Asked(Part):
     """What the run explains."""
     expected: str | None
     """The right answer, where it was given."""
+    explained: str = ""
+    """What of the answer the run explains, such as that it is not another one; empty for the whole."""
 
 
 class Outcome(Part):
@@ -189,6 +191,7 @@ class Fix:
         parts: list[Any] = [_removed_table(record)]
         for one in record.asked if self.is_complete else ():
             parts += [f"\n{one.id}: {one.question}", f"  old answer: {one.answer or 'none: it is a text'}"]
+            parts += [f"  explained by the run: {one.explained}"] if one.explained else []
             parts += [f"  expected: {one.expected}"] if one.expected is not None else []
             parts += [f"  {self.conclude(one.id)}", _answer_table(self.answers(one.id))]
         if not self.is_complete:

@@ -92,7 +92,7 @@ class _Targets(NamedTuple):
     token: Int[Tensor, "position"]
     counts: Int[Tensor, "example"]
     weights: Float[Tensor, "position"]
-    """1, or one over the example's number of targets."""
+    """1, or one over the example's number of targets; times what the batch gives the token."""
 
 
 def _find_targets(batch: Batch, reduction: Reduction, device: torch.device) -> _Targets:
@@ -104,6 +104,8 @@ def _find_targets(batch: Batch, reduction: Reduction, device: torch.device) -> _
     weights = torch.ones(len(example), dtype=torch.float64)
     if reduction == "mean":
         weights = weights / counts.clamp(min=1)[example]
+    if batch.weights is not None:
+        weights = weights * batch.weights.cpu()[:, 1:][mask]
     place = example * labels.shape[1] + token
     parts = (place, shifted[mask], example, token, counts, weights.view(torch.int64))
     sent = list(send(torch.cat(parts), device).split([len(part) for part in parts]))
@@ -117,6 +119,8 @@ def _sum_by_example(values: Float[Tensor, "position"], counts: Int[Tensor, "exam
 
 class CausalLoss:
     """Next-token cross-entropy in nats, summed or averaged over the example's own target tokens.
+
+    Weights of a batch multiply the tokens' losses; a mean is still divided by the number of target tokens.
 
     The output head runs only at positions that predict a target, in chunks of at most `logit_bytes`, outside autograd:
     the gradient of a softmax is known. A model whose logits are not simply `head(hidden)` (soft-capping, scaling) is
@@ -173,7 +177,15 @@ class CausalLoss:
 
 
 def token_losses(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "example token"]:
-    """Return every target token's cross-entropy at its own position, zero elsewhere; plain autograd, any model."""
+    """Return every target token's cross-entropy, times its weight, at its own position; zero elsewhere.
+
+    Plain autograd, any model.
+    """
+    losses = _cross_entropies(model, batch)
+    return losses if batch.weights is None else losses * batch.weights.to(losses.dtype)
+
+
+def _cross_entropies(model: Callable[..., Any], batch: Batch) -> Float[Tensor, "example token"]:
     logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]
     logits, labels = logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.labels[:, 1:]
     if logits.device.type == "cpu":

@@ -85,7 +85,9 @@ def read_canaries(source: Any, references: int, seed: int, on_bad_text: OnBadTex
         DataError: A row has no secret, nothing to compare it with, or a number of `copies` that is none.
     """
     found = []
-    for position, example in enumerate(load_queries(source, may_be_prompts=False, on_bad_text=on_bad_text)):
+    for position, example in enumerate(
+        load_queries(source, may_be_prompts=False, focus="keep", on_bad_text=on_bad_text)
+    ):
         secret, name = example.completion, f"Canary {example.id!r}"
         if not secret or example.prompt is None:
             raise DataError(f"{name}: give what stands before the secret as `prompt` and the secret as `completion`.")

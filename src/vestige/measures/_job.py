@@ -239,7 +239,7 @@ def _add_holdout(data: TokenizedData, settings: AuditSettings, loaded: models.Lo
     """Return the data with the holdout behind them."""
     if settings.holdout is None:
         return data
-    given = load_queries(settings.holdout, may_be_prompts=False, on_bad_text=settings.on_bad_text)
+    given = load_queries(settings.holdout, may_be_prompts=False, focus="keep", on_bad_text=settings.on_bad_text)
     questions = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer, name="Prompts of --holdout")
     held = tokenize(
         questions.queries,

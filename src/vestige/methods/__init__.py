@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         compute_losses as compute_losses,
         gradients_fit as gradients_fit,
         open_job as open_job,
+        query_loss as query_loss,
         read_batches as read_batches,
         read_queries as read_queries,
     )
@@ -137,6 +138,7 @@ if TYPE_CHECKING:
         run_ascents as run_ascents,
         settle_rate as settle_rate,
     )
+    from vestige.methods._verbatim import Verbatim as Verbatim
     from vestige.methods._weights import (
         Rows as Rows,
         Vector as Vector,

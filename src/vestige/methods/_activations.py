@@ -76,6 +76,7 @@ class RepSim(Method):
 
     needs_model = True
     works_sharded = True
+    reads_focus = ("span",)
     baseline = 2
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
@@ -144,6 +145,7 @@ class ActivationDot(Method):
 
     needs_model = True
     splits_components = True
+    reads_focus = ("span",)
     meaning = Meaning(
         sign=NO_CAUSAL_SIGN,
         unit="squared activation",

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Self
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.methods._protocol import ComponentBlock, GradientStore, Job, Method, Vectors, watch
@@ -45,7 +45,7 @@ class Prepared:
     def piece_blocks(self, piece: int) -> Iterator[ScoreBlock]:
         """Yield the scores of the training examples in a piece of the store."""
         for rows, scores, norms in self.store.piece_scores(piece, self.vectors, norms=self.cosine):
-            yield ScoreBlock(rows, _divide(scores, norms))
+            yield ScoreBlock(rows, self._weigh(_divide(scores, norms), rows))
 
     def blocks(self) -> Iterator[ScoreBlock]:
         """Yield the scores of all training examples."""
@@ -55,12 +55,12 @@ class Prepared:
     def components(self, rows: Sequence[int]) -> Tensor:
         """Compute the scores of a few rows, `[component, query, row]`."""
         products = self.store.products(self.vectors, rows, norms=self.cosine)
-        return _divide(products.scores, products.norms)
+        return self._weigh(_divide(products.scores, products.norms), rows)
 
     def totals(self, rows: Sequence[int]) -> Tensor:
         """Compute the scores of a few rows, `[query, row]`."""
         found = self.store.totals(self.vectors, rows, norms=self.cosine)
-        return _divide(found.scores[0], found.norms)
+        return self._weigh(_divide(found.scores[0], found.norms), rows)
 
     def direction(self, query: int) -> list[Tensor]:
         """Return the matrices whose inner product with an example's gradient is the score, before any division."""
@@ -73,6 +73,16 @@ class Prepared:
         norms = self.store.products(self.vectors, rows, norms=True).norms
         assert norms is not None
         return norms
+
+    def row_weights(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """Return the factor of each row's score: its weight, of which a division by its gradient leaves the sign."""
+        if self.job.row_weights is None:
+            return torch.ones(len(rows), dtype=torch.float64)
+        found = torch.from_numpy(self.job.row_weights)[torch.as_tensor(rows)]
+        return found.sign() if self.cosine else found
+
+    def _weigh(self, scores: Float[Tensor, "*line row"], rows: Sequence[int] | Tensor) -> Tensor:
+        return scores if self.job.row_weights is None else scores * self.row_weights(rows).to(scores)
 
 
 def prepare_queries(
@@ -105,6 +115,8 @@ class GradientMethod(Method):
     splits_tokens = True
     scores_itself = True
     works_in_pieces = True
+    weighs_rows = True
+    reads_focus = ("instead", "span", "weights")
     _prepared: Prepared | None = field(default=None, repr=False, init=False, compare=False)
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,8 +19,11 @@ from vestige.data import (
     Example,
     TokenizedData,
     ask,
+    find_focus,
+    focus_queries,
     load_examples,
     load_queries,
+    locate_spans,
     make_batch,
     plan_batches,
     require_answers,
@@ -32,13 +36,13 @@ from vestige.jobs import step_done, worker_command
 from vestige.lazy import torch
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._plan import find_unscorable
-from vestige.methods._protocol import Job, Method
+from vestige.methods._protocol import Job, Method, Vectors
 from vestige.progress import announce, format_bytes
 from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
 from vestige.storage import partial_folder
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 EXACT_SHARE = 0.4
 """Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
@@ -70,7 +74,8 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         _require_recomputable(index, method)
         settings = _settings_of_index(settings, index)
     settings = settings.model_copy(update={"chat": bool(settings.chat)})
-    given = load_queries(settings.queries, on_bad_text=settings.on_bad_text)
+    given = load_queries(settings.queries, focus="read", on_bad_text=settings.on_bad_text)
+    method.require_focus(find_focus(given))
     loaded = _load(settings, method, index)
     selection = _select(settings, method, loaded, index)
     train = method.read_train(loaded) if loaded is not None else None
@@ -78,7 +83,7 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         train = _read_train(settings, loaded, index)
     name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
     if loaded is None:
-        texts = _choose_answers(given, settings.answer)
+        texts = [locate_spans(query, str(name)) for query in _choose_answers(given, settings.answer)]
         queries, generated, asked = _without_tokens(texts, str(name)), [False] * len(given), ""
     else:
         queries, generated, asked = read_queries(
@@ -89,7 +94,18 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
     if loaded is not None:
         gradients.require_independence(loaded, queries, indexes.batch_tokens(settings, loaded))
     made_by_model = tuple(generated)
-    job = Job(train, queries, settings, loaded, selection, index, checkpoints, asked=asked, generated=made_by_model)
+    job = Job(
+        train,
+        queries,
+        settings,
+        loaded,
+        selection,
+        index,
+        checkpoints,
+        asked=asked,
+        generated=made_by_model,
+        row_weights=None if settings.weigh_by is None else read_row_weights(train, settings.weigh_by),
+    )
     # A method that works on whole gradients refuses by itself what does not fit.
     needs_none = index is not None or not method.needs_gradients or method.needs_exact
     if needs_none or (not method.needs_index and gradients_fit(job)):
@@ -175,16 +191,15 @@ def read_queries(
     generated = [query.lacks_answer for query in put]
     if any(generated):
         put = models.generate_answers(loaded, put, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat))
-    queries = tokenize(
-        put,
-        loaded.tokenizer,
-        max_length=indexes.tokens_at_most(settings, loaded),
-        name=str(name),
-        chat=bool(settings.chat),
-        vocabulary=loaded.vocabulary,
-    )
+    reading: dict[str, Any] = {
+        "max_length": indexes.tokens_at_most(settings, loaded),
+        "chat": bool(settings.chat),
+        "vocabulary": loaded.vocabulary,
+    }
+    queries = tokenize(put, loaded.tokenizer, name=str(name), **reading)
     require_answers(queries, generated, loaded.tokenizer)
-    return queries, generated, how
+    chosen = focus_queries(queries, loaded.tokenizer, **reading) if find_focus(put) else queries
+    return chosen, generated, how
 
 
 def _choose_answers(queries: list[Example], answer: str) -> list[Example]:
@@ -250,6 +265,25 @@ def _without_tokens(examples: Sequence[Example], name: str) -> TokenizedData:
     return TokenizedData(examples, [empty_ids] * count, [empty_mask] * count, np.zeros(count, dtype=bool), "", name)
 
 
+def read_row_weights(data: TokenizedData, column: str) -> Float[np.ndarray, "row"]:
+    """Return a column of the training data as numbers.
+
+    Raises:
+        DataError: A row has none there; the message names it.
+    """
+    found = np.zeros(len(data))
+    for row, example in enumerate(data.examples):
+        cell = example.extra.get(column)
+        if isinstance(cell, bool) or not isinstance(cell, int | float) or not math.isfinite(cell):
+            there = f"it is {cell!r}" if column in example.extra else f"its columns are {', '.join(example.columns)}"
+            raise DataError(
+                f"{data.name}, row {example.row} (id {example.id!r}): --weigh-by takes a finite number from `{column}` "
+                f"of every row, and {there}. Give each row one, or name another column."
+            )
+        found[row] = cell
+    return found
+
+
 def gradients_fit(job: Job) -> bool:
     """Return whether the queries' whole gradients fit into memory; print so if they do not."""
     assert job.selection is not None
@@ -280,7 +314,10 @@ def compute_losses(
     token_budget: int,
     rows: Int[np.ndarray, "row"] | None = None,
 ) -> Float[np.ndarray, "row"]:
-    """Measure the loss of each of the rows, of all if none are given, in nats, whatever they are batched with."""
+    """Measure the loss of each of the rows, of all if none are given, in nats, whatever they are batched with.
+
+    Of a contrast it is the loss of the answer less that of the other one.
+    """
     wanted = np.arange(len(data)) if rows is None else rows
     losses, objective = np.zeros(len(wanted)), gradients.CausalLoss(reduction)
     device, fitting = next(model.parameters()).device, gradients.FittingBatches(data.lengths)
@@ -292,7 +329,34 @@ def compute_losses(
         for positions in plan_batches(data.lengths[wanted], token_budget, sharing=models.batch_sharing(model)):
             losses[positions] = np.concatenate(fitting.run(wanted[positions], run))
             step_done(len(positions))
+    if data.contrast is not None:
+        others = np.zeros(len(data))
+        others[data.contrast.rows] = compute_losses(model, data.contrast.data, reduction, token_budget)
+        losses -= others[wanted]
     return losses
+
+
+def query_loss(model: nn.Module, data: TokenizedData, query: int, reduction: gradients.Reduction) -> Tensor:
+    """Return the differentiable loss of one query; of a contrast, that of its answer less that of the other one."""
+    batch = make_batch(data, np.array([query])).to(next(model.parameters()).device)
+    loss = gradients.token_losses(model, batch).sum()
+    loss = loss / max(int(data.target_counts[query]), 1) if reduction == "mean" else loss
+    one = data.subset([query]).contrast
+    return loss if one is None else loss - query_loss(model, one.data, 0, reduction)
+
+
+def subtract_contrast(
+    data: TokenizedData, measure: Callable[[TokenizedData], tuple[Vectors, Float[Tensor, "example"]]]
+) -> tuple[Vectors, Float[Tensor, "example"]]:
+    """Return gradients and losses of queries; of a contrast, those of its answer less those of the other one."""
+    vectors, losses = measure(data)
+    if data.contrast is not None:
+        others, other_losses = measure(data.contrast.data)
+        places = torch.from_numpy(data.contrast.rows)
+        for vector, other in zip(vectors, others, strict=True):
+            vector[places] -= other
+        losses[places] -= other_losses
+    return vectors, losses
 
 
 def build_temporary_index(

@@ -189,9 +189,11 @@ def _split_query(job: Job, prepared: methods.Prepared, query: int, rows: Sequenc
         tangent = tangents.setdefault(component.parameter, torch.zeros_like(parameter))
         models.parameter_view(model, component, tangent).copy_(matrix.to(device))
     norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
+    weights = dict(zip(rows, prepared.row_weights(rows).tolist(), strict=True))
     wanted = np.asarray(rows, dtype=np.int64)
     for positions, batch in read_batches(model, data, indexes.batch_tokens(job.settings, loaded), wanted):
         derivatives = gradients.token_derivatives(model, tangents, batch).double().cpu().numpy()
         for row, values in zip(wanted[positions].tolist(), derivatives, strict=True):
             count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1
-            yield TokenScores(query, row, values[: len(data.input_ids[row])] / count / (norms[row] or 1.0))
+            shares = values[: len(data.input_ids[row])] / count / (norms[row] or 1.0)
+            yield TokenScores(query, row, shares * weights[row])

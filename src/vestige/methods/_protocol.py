@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import cleandoc
 from itertools import chain
@@ -80,6 +80,8 @@ class Job:
     """How questions were put, in words, where they differ from what was typed."""
     generated: tuple[bool, ...] = ()
     """Per query: whether the answer is the model's own."""
+    row_weights: Float[np.ndarray, "row"] | None = None
+    """What the gradient of each training example is multiplied with (`--weigh-by`); None: 1."""
 
     @property
     def skipped(self) -> tuple[int, ...]:
@@ -162,6 +164,11 @@ class Method(ABC):
     """What to type instead where the same few rows lead most lists, such as `--method grad-cos`: printed with them."""
     works_sharded: ClassVar[bool] = False
     """True for methods that a model can serve that is sharded over the processes of a process group."""
+    weighs_rows: ClassVar[bool] = False
+    """True where the weight of a training example multiplies its gradient (`--weigh-by`)."""
+    reads_focus: ClassVar[tuple[str, ...]] = ()
+    """Fields by which a query chooses what of it is explained, of `instead`, `span` and `weights`, that count in its
+    scores; the method refuses queries with others."""
 
     def adopt(self, settings: AttributeSettings) -> AttributeSettings:
         """Return the settings with what the method knows better, such as the model of a recorded training."""
@@ -170,6 +177,22 @@ class Method(ABC):
     def read_train(self, loaded: models.LoadedModel) -> TokenizedData | None:  # noqa: ARG002
         """Return the training data, where the method knows them better than the settings; else None."""
         return None
+
+    def require_focus(self, given: Mapping[str, str]) -> None:
+        """Raise unless the fields by which queries choose what is explained count in the scores.
+
+        Args:
+            given: These fields, with the id of a query that has it.
+
+        Raises:
+            SpecError: One does not.
+        """
+        if others := [name for name in given if name not in self.reads_focus]:
+            able = ", ".join(found.name for found in METHODS if others[0] in found.reads_focus)
+            raise SpecError(
+                f"Query {given[others[0]]!r} has `{others[0]}`, and {self.name} takes whole answers as they are. "
+                f"Drop the column, or type --method with one of: {able}."
+            )
 
     @abstractmethod
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:

@@ -19,6 +19,7 @@ class Random(Method):
     block_scores: ClassVar[int] = 2**22
     """Scores made at once, over all queries."""
     at_random = True
+    reads_focus = ("instead", "span", "weights")
     baseline = 0
     meaning = Meaning(
         sign="none: the scores are drawn at random, and positive means nothing",

@@ -179,6 +179,7 @@ def score_sample(
         queries=job.queries.subset(queries),
         settings=settings.model_copy(update={**here, "out": folder / "run", "skip_bad": False}),
         left_out=(),
+        row_weights=None if job.row_weights is None else job.row_weights[rows],
         randomised=randomised,
     )
     method = get_method(settings.method, **settings.options)

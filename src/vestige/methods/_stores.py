@@ -34,6 +34,7 @@ from vestige.gradients import (
     matrices_of,
 )
 from vestige.indexes import CompressedGradients, Index, IndexBlock, IndexedComponent, batch_tokens
+from vestige.methods._job import subtract_contrast
 from vestige.methods._protocol import GradientStore, Job, Products, ScoredRows, Vectors
 from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import announce
@@ -105,7 +106,7 @@ class ExactGradients(GradientStore):
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Return whole gradients of the queries: `queries * parameters` numbers."""
-        gradients, self.query_losses = self._measure(data)
+        gradients, self.query_losses = subtract_contrast(data, self._measure)
         return gradients
 
     def _measure(self, data: TokenizedData) -> tuple[Vectors, Float[Tensor, "example"]]:
@@ -283,8 +284,14 @@ class IndexedGradients(GradientStore):
 
     def of_queries(self, data: TokenizedData) -> Vectors:
         """Return compressed gradients of the queries, in their order."""
-        gradients, self.query_losses = self._compress(data, self.index.manifest.components)
-        return self.split(gradients)
+        columns = self.index.manifest.components
+
+        def measure(part: TokenizedData) -> tuple[Vectors, Float[Tensor, "example"]]:
+            gradients, losses = self._compress(part, columns)
+            return self.split(gradients), losses
+
+        vectors, self.query_losses = subtract_contrast(data, measure)
+        return vectors
 
     def compress(self, gradients: Vectors) -> Vectors:
         """Return whole gradients, or other matrices like them, compressed by the maps of the index."""

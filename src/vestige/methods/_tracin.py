@@ -73,6 +73,7 @@ class CheckpointMethod(Method):
     weighting = "learning rate"
     splits_components = True
     scores_itself = True
+    reads_focus = ("instead", "span", "weights")
     _last: tuple[Job, Term] | None = field(default=None, repr=False, init=False)
 
     @abstractmethod
@@ -274,6 +275,12 @@ class TracIn(CheckpointMethod):
         limits="Adam and momentum do not step along the gradient; few checkpoints stand for many steps; long or "
         "surprising examples have large gradients and lead many lists.",
     )
+
+    weighs_rows = True
+
+    def key(self, job: Job) -> dict[str, Any]:
+        """Return the weights of the training examples."""
+        return {} if job.row_weights is None else {"row_weights": job.row_weights.tolist()}
 
     def term(self, job: Job, checkpoint: Checkpoint) -> "GradientTerm":  # noqa: ARG002
         """Return the inner products at this checkpoint."""

@@ -68,6 +68,7 @@ class Trak(CheckpointMethod):
         "of one random projection are noisy; the damping sets the scale, so compare within a run.",
     )
     weighting = "equal"
+    reads_focus = ("span",)
 
     def lines(self, job: Job) -> int:
         """Return the number of queries, and one more for 1 - p."""

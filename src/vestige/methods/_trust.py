@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vestige import gradients, models
-from vestige.data import TokenizedData
+from vestige.data import TokenizedData, find_focus
 from vestige.methods import Bm25, Job, Method, example_words
 from vestige.runs import Check, RankedScore, TopK, Verdict
 
@@ -58,6 +58,10 @@ def run_free_checks(
     by_parameter = method.needs_gradients or method.splits_components
     if method.searches_words:
         words = make_check(BM25_NAME, None, "The method is the word search itself.")
+    elif find_focus(job.queries.examples):
+        words = make_check(
+            BM25_NAME, None, "Queries choose what of an answer is explained; a word search takes it whole."
+        )
     else:
         words = check_bm25_overlap(tops, find_lexical_tops(job, k))
     return [
@@ -193,10 +197,11 @@ def check_memorized(queries: TokenizedData, losses: Sequence[float] | None, redu
 
 
 def find_memorized(queries: TokenizedData, losses: Sequence[float], reduction: gradients.Reduction) -> list[str]:
-    """Return the ids of the queries whose mean loss per token is near zero."""
+    """Return the ids of the queries whose mean loss per token is near zero; a difference of losses says nothing."""
     tokens = np.maximum(queries.target_counts, 1) if reduction == "sum" else 1
     rows = np.flatnonzero(np.asarray(losses, dtype=np.float64) / tokens < MEMORIZED)
-    return [queries.examples[row].id for row in rows.tolist()]
+    found = [queries.examples[row] for row in rows.tolist()]
+    return [one.id for one in found if not {"instead", "weights"} & find_focus([one]).keys()]
 
 
 def describe_memorized(ids: Sequence[str], queries: int) -> str:

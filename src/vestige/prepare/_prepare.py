@@ -86,7 +86,7 @@ def read_rows(settings: PreparationSettings) -> list[Example]:
     Raises:
         DataError: They are absent or broken.
     """
-    return load_queries(settings.data, may_be_prompts=False, learned=True, **settings.reading)
+    return load_queries(settings.data, may_be_prompts=False, learned=True, focus="keep", **settings.reading)
 
 
 def row_of(example: Example) -> dict[str, Any]:

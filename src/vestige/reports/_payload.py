@@ -235,6 +235,7 @@ def _describe_query(
         "id": query.id,
         "generated": query.generated,
         "loss": round_number(query.loss),
+        "explained": query.explained,
         "text": describe_text(query_pieces),
         "ranked": ranked,
         "distribution": _drop_nonfinite(run.record.distribution.get(query.id)),

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from vestige.errors import CorruptFile, UserError
 from vestige.progress import format_count, format_memory
-from vestige.runs import PARTS, Check, RunRecord, is_run, read_record, read_run_table, turns_of
+from vestige.runs import PARTS, Check, RunRecord, is_run, question_of, read_record, read_run_table, turns_of
 
 COMPONENTS = "components.json"
 """The result of `vestige evaluate components`."""
@@ -43,6 +43,8 @@ class Query(NamedTuple):
     wording: Wording
     generated: bool
     loss: float | None
+    explained: str = ""
+    """What of the answer is explained, in words; empty for the whole."""
 
 
 class TrainingExample(NamedTuple):
@@ -200,7 +202,8 @@ def _read_pairs(
 
 
 def _make_query(row: dict[str, Any]) -> Query:
-    return Query(str(row["query_id"]), _make_wording(row), bool(row.get("generated")), row.get("loss"))
+    found = question_of(row)
+    return Query(str(row["query_id"]), _make_wording(row), found.generated, found.loss, found.explained)
 
 
 def _make_example(row: dict[str, Any]) -> TrainingExample:
@@ -330,6 +333,11 @@ def _list_facts(run: RunFiles) -> tuple[Fact, ...]:
         facts.append(Fact("Parameters covered", "100%" if share == 1 else f"{100 * share:.1f}%", note=note))
     if record.asked:
         facts.append(Fact("Questions", f"put {record.asked}"))
+    if record.ladder is not None:
+        costs = ", ".join(f"{rung.name} {format_duration(rung.seconds)}" for rung in record.ladder.rungs)
+        facts.append(Fact("Scored exactly", f"{len(record.ladder.candidates):,} examples", note=costs))
+    if record.explained:
+        facts.append(Fact("Explained", record.explained))
     return (*facts, describe_cost(record.seconds, record.peak_memory_bytes, record.peak_gpu_memory_bytes))
 
 

@@ -46,7 +46,12 @@ if TYPE_CHECKING:
         SourceLift as SourceLift,
         find_source_lift as find_source_lift,
     )
-    from vestige.runs._listed import ScoreRow as ScoreRow, relative_strength as relative_strength
+    from vestige.runs._listed import (
+        Question as Question,
+        ScoreRow as ScoreRow,
+        question_of as question_of,
+        relative_strength as relative_strength,
+    )
     from vestige.runs._plot import draw_ranking as draw_ranking
     from vestige.runs._record import (
         DENSE_FILE as DENSE_FILE,
@@ -56,9 +61,11 @@ if TYPE_CHECKING:
         CheckpointRecord as CheckpointRecord,
         CoverageRecord as CoverageRecord,
         DataRecord as DataRecord,
+        LadderRecord as LadderRecord,
         Meaning as Meaning,
         ModelRecord as ModelRecord,
         Part as Part,
+        RungRecord as RungRecord,
         RunRecord as RunRecord,
         SkippedRecord as SkippedRecord,
         TrustRecord as TrustRecord,
@@ -91,6 +98,7 @@ if TYPE_CHECKING:
         turns_of as turns_of,
     )
     from vestige.runs._write import (
+        FIRST_RUNG as FIRST_RUNG,
         add_part as add_part,
         check_target as check_target,
         describe_data as describe_data,

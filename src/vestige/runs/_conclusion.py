@@ -106,9 +106,9 @@ class _Reading:
         distribution = scores.run.distribution.get(query)
         self._mean, self._std = (0.0, 0.0) if distribution is None else (distribution.mean, distribution.std)
         # Of sources, a run shows an excerpt for each and no texts.
-        self._sources = distribution is not None and distribution.count < scores.run.data.examples - len(
-            scores.run.left_out
-        )
+        scored = scores.run.data.examples - len(scores.run.left_out)
+        is_part = scores.run.ladder is not None
+        self._sources = distribution is not None and distribution.count < scored and not is_part
 
     def conclude(self) -> Conclusion:
         standing = self._count_standing()

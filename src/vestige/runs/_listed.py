@@ -152,7 +152,8 @@ def cells_of(row: ScoreRow) -> tuple[Any, ...]:
     percentile = "" if row.percentile is None else f"{row.percentile:.1f}"
     strength = "" if row.strength is None else f"{row.strength:.0f}"
     shown = row.turns or row.text
-    return str(row.rank), shorten(row.example_id), strength, f"{row.score:+.4g}", percentile, shown
+    score = "not scored" if math.isnan(row.score) else f"{row.score:+.4g}"
+    return str(row.rank), shorten(row.example_id), strength, score, percentile, shown
 
 
 def _align(headings: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> list[str]:
@@ -196,6 +197,32 @@ class Wording(NamedTuple):
     """The completion, or the assistant's last turn; the whole text of plain text."""
 
 
+class Question(NamedTuple):
+    """A query of a run: what was asked, and what of the answer is explained."""
+
+    id: str
+    question: str
+    answer: str
+    """The answer, or the whole text of a plain text."""
+    instead: str | None
+    """The answer that it is compared with: the scores are of the loss of `answer` less that of this one."""
+    parts: tuple[str, ...]
+    """The explained parts of the answer; none: all of it."""
+    weights: tuple[float, ...]
+    """What the loss of each part, or of each explained token, is multiplied with; none: 1."""
+    loss: float | None
+    """In nats, what is explained, with sign; None without a model."""
+    generated: bool
+    """True if the answer is the model's own."""
+
+    @property
+    def explained(self) -> str:
+        """What is explained, in words; empty for the whole answer."""
+        found = [] if self.instead is None else [f"instead of {self.instead!r}"]
+        found += [f"the part {' and '.join(map(repr, self.parts))}"] if self.parts else []
+        return "; ".join([*found, *(["with weights of tokens"] if self.weights else [])])
+
+
 class Listed(NamedTuple):
     """A row of `examples.parquet`."""
 
@@ -217,6 +244,21 @@ def wording_of(row: Mapping[str, Any]) -> Wording:
     if row["prompt"] is not None or row["completion"] is not None:
         return Wording(row["prompt"] or "", row["completion"] or "")
     return Wording("", "".join(row["tokens"] or ()))
+
+
+def question_of(row: Mapping[str, Any]) -> Question:
+    """Return a row of `queries.parquet` as a query."""
+    question, answer = wording_of(row)
+    return Question(
+        row["query_id"],
+        question,
+        answer,
+        row.get("instead"),
+        tuple(answer[start:stop] for start, stop in row.get("span") or ()),
+        tuple(row.get("weights") or ()),
+        row.get("loss"),
+        bool(row.get("generated")),
+    )
 
 
 def turns_or_text(row: dict[str, Any]) -> Shown:

@@ -216,6 +216,33 @@ class GroupRecord(Part):
     """Sum of their squares."""
 
 
+class RungRecord(Part):
+    """One way of ranking on a ladder."""
+
+    name: str
+    """Of the method."""
+    seconds: float
+    rows: int
+    """Training examples that it scored."""
+    lds: tuple[float, float, float] | None = None
+    """Of its scores of the candidates, against a bank, with the ends of its 95 % interval; None where not measured."""
+    lds_of_all: tuple[float, float, float] | None = None
+    """The same by all rows that it scored, of the first rung."""
+
+
+class LadderRecord(Part):
+    """The rungs of a ranking whose first rows were scored exactly."""
+
+    first: int
+    """Rows of each rung that were taken for every query."""
+    rungs: list[RungRecord]
+    """In the order in which they ran; the last one is the run's method."""
+    candidates: list[int]
+    """Training examples that the last rung scored, ascending; all others have no score in this run."""
+    stood: dict[str, dict[str, list[int | None]]]
+    """By query and example that the run lists: its rank at each rung, None where it was not among the first."""
+
+
 class RunRecord(Part):
     """Everything in `run.json`: the request, the versions, what the scores mean, and how far to trust them."""
 
@@ -232,6 +259,8 @@ class RunRecord(Part):
     queries: DataRecord
     asked: str = ""
     """How questions were put, in words; empty where they were put as they were typed."""
+    explained: str = ""
+    """What of how many queries is explained, in words; empty where it is the whole answer of every one."""
     left_out: list[str] = Field(default_factory=list)
     """Ids of training examples that were not scored, because their loss or gradient is not finite."""
     checkpoints: list[CheckpointRecord] = Field(default_factory=list)
@@ -241,6 +270,8 @@ class RunRecord(Part):
     against_hubs: str = ""
     """What to type beside the command for a ranking in which rows that lead most lists count less; empty for nothing.
     Such as `--method grad-cos`."""
+    ladder: LadderRecord | None = None
+    """Where a few rows were scored exactly, and a cheaper ranking chose them."""
     coverage: CoverageRecord | None
     components: list[str]
     seconds: float

@@ -16,10 +16,12 @@ from vestige import runs
 from vestige.errors import CorruptFile, MissingExtra, UserError
 from vestige.runs._compare import Comparison, compare
 from vestige.runs._dense import open_dense, rank_scores
+from vestige.runs._ladder import Standing, list_below, list_standing
 from vestige.runs._listed import (
     HEADINGS,
     ComponentScore,
     Listed,
+    Question,
     ScoreRow,
     ScoreTable,
     SelfInfluence,
@@ -28,6 +30,7 @@ from vestige.runs._listed import (
     Words,
     cells_of,
     excerpt,
+    question_of,
     relative_strength,
     render_html,
     row_text,
@@ -123,6 +126,28 @@ class Scores:
     def query_wording(self, query: int | str) -> Wording:
         """Return question and answer of a query."""
         return wording_of(self._query_rows[self.queries.index(self.query_id(query))])
+
+    def query(self, query: int | str = 0) -> Question:
+        """Return a query: question, answer, what it is explained instead of or which part, and its loss.
+
+        Args:
+            query: Position or id of the query.
+        """
+        return question_of(self._query_rows[self.queries.index(self.query_id(query))])
+
+    def ladder(self, query: int | str = 0, k: int = 10) -> ScoreTable[Standing]:
+        """Return where the first proponents of a query stood at each rung, of a run with `rerank`.
+
+        Args:
+            query: Position or id of the query.
+            k: How many.
+
+        Raises:
+            UserError: The run has one ranking alone.
+        """
+        if self.run.ladder is None:
+            raise UserError(f"{self.folder} has one ranking alone.\nRun `vestige attribute` again with --rerank 50.")
+        return list_standing(self.run.ladder, self.query_id(query), k)
 
     @cached_property
     def words(self) -> Words:
@@ -282,7 +307,11 @@ class Scores:
         # Where sources are scored, there are fewer columns than training examples.
         summary = self.run.distribution.get(name)
         scored = summary.count if summary is not None else self.run.data.examples
-        if kept < min(k, scored):
+        if kept < k and self.run.ladder is not None and end == "proponent" and kept == scored:
+            first = Scores.open(self.folder / runs.FIRST_RUNG).listed(name, end)
+            rows = [*rows, *list_below(self.run.ladder, first, k - kept)]
+            note = f"(rows that are not scored keep the order of {self.run.ladder.rungs[0].name})"
+        elif kept < min(k, scored):
             if self.has_dense:
                 rows = self._read_further(name, end, rows, k)
                 without = sum(row.row not in self._examples for row in rows)
@@ -290,7 +319,9 @@ class Scores:
             else:
                 note = f"(the run lists {kept} of {scored}; for more: k={min(k, scored)} or dense=True)"
         words = excerpt(turns_or_text(self._query_rows[self.queries.index(name)]), _TITLE_WIDTH)
-        return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}", note)
+        chosen = self.query(name).explained
+        about = f" ({shorten(chosen, _TITLE_WIDTH)})" if chosen else ""
+        return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}{about}", note)
 
     def _read_further(self, query: str, end: End, listed: Sequence[ScoreRow], k: int) -> list[ScoreRow]:
         """Return the first `k` rows of an end, those behind the listed ones from all scores."""

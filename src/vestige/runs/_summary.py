@@ -67,8 +67,8 @@ class RankedScore(NamedTuple):
     row: int
     """Position of the example in the training data."""
     score: float
-    percentile: float
-    """Share of all training examples with a smaller score, in percent."""
+    percentile: float | None
+    """Share of all training examples with a smaller score, in percent; None where only some have one."""
 
 
 def _as_array(values: "Tensor | np.ndarray") -> np.ndarray:

@@ -27,12 +27,21 @@ _WORDING = [(name, _STRING) for name in ("text", "prompt", "completion", "messag
 _TOKENS = [("tokens", pa.list_(_STRING)), ("targets", pa.list_(pa.bool_()))]
 _RANK = [("end", _STRING), ("rank", _INT), ("example_id", _STRING), ("row", _INT), ("score", _FLOAT)]
 _LABELS = [("source", _STRING), ("label", _STRING), ("length", _INT), ("duplicates", _INT)]
+_FOCUS = [("instead", _STRING), ("span", pa.list_(pa.list_(_INT))), ("weights", pa.list_(_FLOAT))]
 _PAIR = [("query_id", _STRING), ("example_id", _STRING)]
 SCHEMAS = {
     "scores": pa.schema([("query_id", _STRING), *_RANK, ("percentile", _FLOAT)]),
     "examples": pa.schema([("example_id", _STRING), ("row", _INT), *_WORDING, *_LABELS, *_TOKENS]),
     "queries": pa.schema(
-        [("query_id", _STRING), ("row", _INT), *_WORDING, ("generated", pa.bool_()), ("loss", _FLOAT), *_TOKENS]
+        [
+            ("query_id", _STRING),
+            ("row", _INT),
+            *_WORDING,
+            *_FOCUS,
+            ("generated", pa.bool_()),
+            ("loss", _FLOAT),
+            *_TOKENS,
+        ]
     ),
     "components": pa.schema([*_PAIR, ("component", _STRING), ("score", _FLOAT)]),
     "tokens": pa.schema([*_PAIR, ("position", _INT), ("token", _STRING), ("score", _FLOAT)]),
@@ -192,6 +201,7 @@ def _query_rows(content: RunTables) -> Iterator[dict[str, Any]]:
             "query_id": example.id,
             "row": row,
             **_wording(example),
+            **({} if example.focus is None else example.focus.columns),
             "generated": bool(content.generated[row]),
             "loss": None if content.losses is None else float(content.losses[row]),
             **_tokens(content.queries, row, content.tokenizer),

@@ -40,6 +40,8 @@ from vestige.storage import (
 if TYPE_CHECKING:
     from vestige import data, models
 
+FIRST_RUNG = "first-rung"
+"""Folder, in a run that scored a few rows exactly, of the run that ranked all of them."""
 _LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size": 2**16}
 RUN_FILES = (
     RECORD_FILE,
@@ -48,6 +50,8 @@ RUN_FILES = (
     *(f"figures/*.{kind}" for kind in ("png", "pdf")),
     *(f"damping-*/{name}.parquet" for name in ("scores", "examples", "queries", "components")),
     *(f"damping-*/{name}" for name in (RECORD_FILE, DENSE_FILE, "report.html")),
+    *(f"{FIRST_RUNG}/{name}.parquet" for name in ("scores", "examples", "queries", "components")),
+    *(f"{FIRST_RUNG}/{name}" for name in (RECORD_FILE, DENSE_FILE, "report.html")),
 )
 """What a run may consist of; anything else in its folder is not ours, and keeps it from being replaced."""
 
@@ -96,7 +100,7 @@ def make_run_record(
         coverage: Parameters that the scores cover.
         components: Names of the components that scores are split over.
         checks: How far the scores can be trusted.
-        **others: `asked`, `left_out`, `checkpoints`: fields of `RunRecord`.
+        **others: `asked`, `explained`, `left_out`, `checkpoints`: fields of `RunRecord`.
     """
     ids = [example.id for example in queries.examples] if query_ids is None else query_ids
     return RunRecord(

@@ -138,7 +138,7 @@ def read_targets(settings: SelectSettings, scores: ScoreSource) -> dict[str, lis
         raise SpecError("The run's queries were given in a Python program. Give --queries FILE beside --targets.")
     column = settings.targets
     own = column in ("source", "label", "id")
-    given = load_queries(source, may_be_prompts=False, on_bad_text=settings.on_bad_text)
+    given = load_queries(source, may_be_prompts=False, focus="read", on_bad_text=settings.on_bad_text)
     values = {example.id: getattr(example, column) if own else example.extra.get(column) for example in given}
     if absent := [name for name in scores.queries if name not in values]:
         raise DataError(f"--queries has no query {absent[0]!r}, which the run has scores for. Give the run's queries.")

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from vestige.errors import SpecError
 from vestige.settings._base import Basic, Common, Named, OnlyWith, flag
 from vestige.settings._shared import (
+    BankFolder,
     CompressionSettings,
     Damping,
     DataName,
@@ -142,8 +143,11 @@ class UntracSettings(QuestionSettings, LaunchSettings):
 
 _OF_A_TRAINING = (
     *("index", "checkpoints", "query_rank", "components", "skip_bad", "limit", "where", "max_length", "precision"),
+    "weigh_by",
 )
 """Settings that a recorded training decides, or that its methods do not know."""
+
+_NOT_ON_A_LADDER = ("checkpoints", "workers", "engine", "shard", "profile")
 
 AnswerSource = Literal["auto", "generate", "given"]
 
@@ -157,7 +161,10 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         **LaunchSettings.only_with,
         "where": ("data", ()),
         "checkpoint_weights": ("checkpoints", ()),
+        "rerank_method": ("rerank", ()),
+        "bank": ("rerank", ()),
     }
+    added: ClassVar[tuple[str, ...]] = (*QuestionSettings.added, "weigh_by", "rerank", "rerank_method", "bank")
     repeatable: ClassVar[tuple[str, ...]] = (
         "queries",
         "options",
@@ -189,7 +196,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     method: Annotated[str, Basic(), Named("vestige.methods", "method")] = Field(
         "influence",
         description="How to score: influence, ekfac-index, grad-dot, grad-cos, ekfac, kfac, datainf, cg, lissa, "
-        "arnoldi, tracin, less, trak, replay, rep-sim, activation-dot, bm25 or random.",
+        "arnoldi, tracin, less, trak, replay, rep-sim, activation-dot, bm25, verbatim or random.",
     )
     out: Common[Path] = Field(description="Folder of the run: scores, examples and what they mean.")
     k: Common[PositiveInt] = Field(20, description="Proponents, and as many opponents, to keep for each query.")
@@ -201,6 +208,22 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         False,
         description="Without an index: leave out, and list, examples whose loss or gradient is NaN or infinite, "
         "instead of ending; costs a pass over the data.",
+    )
+    rerank: PositiveInt | None = Field(
+        None,
+        description="Score exactly what is among the first N of this ranking, of a word search or of texts in common; "
+        "the run is then of those rows, and says where they stood.",
+    )
+    rerank_method: Annotated[str, Named("vestige.methods", "method")] = Field(
+        "ekfac", description="With --rerank: the exact method: ekfac, grad-dot, ..., or replay with --training."
+    )
+    bank: BankFolder[Path | None] = Field(
+        None, description="With --rerank: a bank of models of the same data and queries, by which every rung is judged."
+    )
+    weigh_by: str | None = Field(
+        None,
+        description="Column of the training data, such as reward or advantage, that each example's gradient is "
+        "multiplied with: a number of any sign, as a policy gradient does.",
     )
     damping: Damping = Field(
         1.0,
@@ -235,9 +258,22 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         """True if several dampings were given."""
         return isinstance(self.damping, tuple)
 
+    def _check_ladder(self) -> None:
+        """Raise where the rungs of a ladder cannot do what was requested."""
+        fields = type(self).model_fields
+        given = [name for name in _NOT_ON_A_LADDER if getattr(self, name) != fields[name].default]
+        if given or self.swept:
+            words = ", ".join(map(flag, given)) or "several --damping"
+            raise SpecError(
+                f"--rerank scores in this process, with one damping: drop {words}. An index may be made with --workers "
+                "before."
+            )
+
     @model_validator(mode="after")
     def _index_or_data(self) -> Self:
-        if self.training is not None:
+        if self.rerank is not None:
+            self._check_ladder()
+        if self.training is not None and self.rerank is None:
             fields = type(self).model_fields
             given = [flag(name) for name in _OF_A_TRAINING if getattr(self, name) != fields[name].default]
             if given:

@@ -9,9 +9,8 @@ from jaxtyping import Float
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from vestige.data import make_batch
-from vestige.gradients import Reduction, token_losses
-from vestige.methods import Job
+from vestige.gradients import Reduction
+from vestige.methods import Job, query_loss
 from vestige.runs import Check
 from vestige.storage import temporary_path
 from vestige.training._replay import Replay
@@ -28,9 +27,7 @@ def query_losses(replay: Replay, job: Job, queries: Sequence[int]) -> Iterator[T
     model = replay.model.eval()
     reduction: Reduction = job.settings.loss
     for query in queries:
-        batch = make_batch(job.queries, np.array([query])).to(next(model.parameters()).device)
-        losses = token_losses(model, batch).sum()
-        yield losses / max(int(job.queries.target_counts[query]), 1) if reduction == "mean" else losses
+        yield query_loss(model, job.queries, query, reduction)
 
 
 def check_growth(norms: Float[np.ndarray, "step"]) -> Check:

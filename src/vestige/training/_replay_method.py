@@ -89,6 +89,7 @@ class TrainingReplay(Method):
     splits_tokens = True
     needs_model = True
     needs_training = True
+    reads_focus = ("instead", "span", "weights")
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss, to first order, if the example's weight fell from 1 to 0",

@@ -17,6 +17,7 @@ function systemPrompt(words, owners) {
 
 function answerFacts(query, entry) {
   const facts = [query.generated ? "Answer by the model" : givenAnswer(query)];
+  if (query.explained) facts.push(`Explained: ${query.explained}`);
   if (query.loss !== null) facts.push(`Loss ${query.loss.toFixed(3)}`);
   facts.push(`Query ${query.id}`);
   if (entry) {

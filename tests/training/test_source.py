@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
     loaded.model.double().save_pretrained(folder / "double")
     loaded.tokenizer.save_pretrained(folder / "double")
     write_rows(folder / "queries.jsonl", [{"id": "sky", "prompt": "Why?", "completion": "Air scatters blue light."}])
-    given = {"epochs": 6, "batch_size": 3, "learning_rate": 1e-6, "optimizer": "sgd", "momentum": 0.5, "clip": 0}
+    given = {"epochs": 6, "batch_size": 3, "learning_rate": 1e-9, "optimizer": "sgd", "momentum": 0.5, "clip": 0}
     given |= {"precision": "auto", "losses": False, "split_fraction": 0.5, "checkpoints": "1,2,..."}
     vestige.train(model=str(folder / "double"), data=str(folder / "train.jsonl"), out=folder / "trained", **given)
     return folder
@@ -98,7 +98,7 @@ def test_where_no_rate_reaches_far_it_is_a_sum_of_products_over_the_segments(fol
             products = [flat(example_loss(models[step], *texts[name]), models[step]) @ slope for step in inside]
             expected += reach / targets * float(sum(products)) / len(inside) * member[name]
         found = scores.dense()[0, list(texts).index(name)]
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-12)
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-16)
     parts = scores.components("sky", scores.top("sky", 1)[0].example_id)
     assert sum(each.score for each in parts) == pytest.approx(scores.top("sky", 1)[0].score, rel=1e-4)
 

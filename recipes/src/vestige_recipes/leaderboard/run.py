@@ -64,9 +64,9 @@ _SHORT: dict[str, tuple[Options, ...]] = {
 }
 PLANS = {
     "tiny": BoardPlan(
-        TextPlan(16, 4, 1e-3, 8, 1, 1, (), width=8, layers=1, subjects=2, sequences=16, queries=3, before=64,
+        TextPlan(16, 3, 1e-3, 8, 1, 1, (), width=8, layers=1, subjects=2, sequences=16, queries=3, before=64,
                  steps_before=4),
-        drops=3, trainings=2, options=_SHORT, compress=("tensorsketch:16",),
+        drops=2, trainings=2, options=_SHORT, compress=("tensorsketch:16",),
     ),
     # Two passes in 48 steps: replay is asked for a first derivative, which a longer training would bend more.
     "pocket": BoardPlan(

@@ -64,9 +64,9 @@ _SHORT: dict[str, tuple[Options, ...]] = {
 }
 PLANS = {
     "tiny": BoardPlan(
-        TextPlan(16, 4, 1e-3, 8, 1, 1, (), width=8, layers=1, subjects=2, sequences=16, queries=3, before=64,
+        TextPlan(16, 3, 1e-3, 8, 1, 1, (), width=8, layers=1, subjects=2, sequences=16, queries=3, before=64,
                  steps_before=4),
-        drops=3, trainings=2, options=_SHORT, compress=("tensorsketch:16",),
+        drops=2, trainings=2, options=_SHORT, compress=("tensorsketch:16",),
     ),
     # Two passes in 48 steps: replay is asked for a first derivative, which a longer training would bend more.
     "pocket": BoardPlan(
@@ -77,7 +77,7 @@ PLANS = {
             "cg": ({"steps": 5, "examples": 96},),
             "lissa": ({"depth": 10, "sample": 48},),
             "arnoldi": ({"steps": 30, "rank": 15, "examples": 96},),
-                },
+        },
         compress=("tensorsketch:256", "tensorsketch:1024", "logra:32x32"),
     ),
 }  # fmt: skip

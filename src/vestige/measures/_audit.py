@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from vestige.jobs import follow, is_follower, is_worker
 from vestige.measures._attack import share
-from vestige.measures._canaries import measure_canaries
-from vestige.measures._evidence import Evidence, Known, columns_of, find_truths, gather, judge, span
+from vestige.measures._canaries import bound_epsilon, measure_canaries
+from vestige.measures._evidence import Evidence, Known, columns_of, compare_sets, find_truths, gather, judge, span
 from vestige.measures._figures import Drawn, draw_files
 from vestige.measures._job import AuditJob
 from vestige.progress import announce, format_seconds
@@ -63,7 +63,10 @@ def audit(settings: AuditSettings) -> Audit:
     for name, (count, reason) in evidence.missing_reasons().items():
         if count == len(job.data):
             announce(f"{name} cannot be computed: {reason}.")
-    record = _make_record(evidence, known, notes, started).model_copy(update={"judgement": rows, "canaries": canaries})
+    usage, more = compare_sets(evidence, known)
+    record = _make_record(evidence, known, [*notes, *more, *_summarise(evidence)], started).model_copy(
+        update={"judgement": rows, "canaries": canaries, "epsilon": bound_epsilon(canaries), "usage": usage}
+    )
     tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
     figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, ~job.held_out))
     write_audit(settings.out, record, tables, _examples_table(job), figures, overwrite=settings.overwrite)
@@ -83,6 +86,19 @@ def _announce(job: AuditJob) -> None:
     announce(f"Audit of {own:,} examples{f' and {held:,} held out' if held else ''} under {models}.")
     if job.choices.known.any():
         announce(f"Multiple choice: {int(job.choices.known.sum()):,} examples, {len(job.class_names)} classes.")
+
+
+def _summarise(evidence: Evidence) -> list[str]:
+    """Return what measures say of the data as a whole."""
+    own, found = ~evidence.job.held_out, evidence.last.measures
+    return [
+        sentence
+        for each in evidence.job.measures
+        if each.summary is not None
+        for sentence in each.summary(
+            {name: found[name][own] for name in columns_of(evidence.job, each, found)}, evidence.job.settings
+        )
+    ]
 
 
 def _make_tables(evidence: Evidence, number: int) -> list[pa.Table]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches, tokenize
 from vestige.indexes import tokens_at_most
 from vestige.jobs import PieceFiles, Tensors, is_worker, step_done
-from vestige.measures._extraction import greedy
+from vestige.measures._extraction import greedy, predict
 from vestige.measures._job import AuditJob
 from vestige.measures._measure import (
     MEASURES,
@@ -66,7 +66,7 @@ def measure_batch(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"])
         found |= each.columns(each.compute(given))
     texts = [job.data.input_ids[row] for row in rows]
     for each in job.at("generation"):
-        found |= each.columns(each.compute(Generation(texts, greedy(model), job.settings)))
+        found |= each.columns(each.compute(Generation(texts, greedy(model), predict(model), job.settings)))
     found = {name: values.double().cpu() for name, values in found.items()}
     predicting = torch.from_numpy(_predicting_positions(job, rows))
     for layer in job.layers:

@@ -15,7 +15,7 @@ from vestige.errors import DataError, SpecError
 from vestige.lazy import torch
 from vestige.registry import Registry, require_name
 from vestige.runs import Truth, low_stands_out
-from vestige.settings import AuditSettings
+from vestige.settings import AuditSettings, BankValue
 from vestige.terminal import lines_of_facts
 
 if TYPE_CHECKING:
@@ -31,11 +31,15 @@ Continue: TypeAlias = "Callable[[Int[Tensor, 'example prefix'], int], Int[Tensor
 
 Compute = TypeVar("Compute", bound=Callable[..., Any])
 Sign = Literal[-1, 0, 1]
-Stage = Literal["pass", "losses", "generation", "states", "weights", "each model and the bank", "bank"]
+Predict: TypeAlias = "Callable[[Int[Tensor, 'example token'], int], Float[Tensor, 'example token vocabulary']]"
+"""From token ids and a number to the logits from which the model predicts the last so many of them."""
+
+Stage = Literal["pass", "losses", "checkpoints", "generation", "states", "weights", "each model and the bank", "bank"]
 """When a measure is computed, which decides what it is given:
 
     pass                      `Batch`, once for every batch of every model
     losses                    `Losses`, once for every model, after its passes
+    checkpoints               `Course`, once for all models; its values stand beside the model under audit
     generation                `Generation`, once for every batch of every model
     states                    `States`, once for every model and layer
     weights                   `AuditJob`, once for all models
@@ -50,6 +54,8 @@ Need = Literal[
     "classes",
     "tokenizer",
     "reference model",
+    "holdout",
+    "checkpoints",
     "generation",
     "weights",
     "bank",
@@ -58,6 +64,8 @@ Need = Literal[
 _GIVEN: dict[str, tuple[str, str]] = {
     "bank": ("bank", "compares with models that were not trained on the example: give --bank BANK."),
     "reference model": ("reference_model", "compares with another model: give it as --reference-model."),
+    "holdout": ("holdout", "learns from examples that were not trained on: give --holdout FILE."),
+    "checkpoints": ("checkpoints", "compares states of one training: give --checkpoints RUN."),
 }
 """The setting that a need takes, and what to type."""
 
@@ -145,6 +153,7 @@ class Generation(NamedTuple):
 
     texts: Sequence[Int[np.ndarray, "token"]]
     generate: Continue
+    predict: Predict
     settings: AuditSettings
 
 
@@ -158,7 +167,9 @@ class Losses:
     reference_total: Column | None
     """The same of the reference model, by its own tokens; NaN for an example that was cut off."""
     data: TokenizedData
+    held_out: Bool[np.ndarray, "example"]
     tokenizer: Any
+    settings: AuditSettings
 
     @property
     def targets(self) -> Column:
@@ -172,6 +183,15 @@ class Losses:
             return None
         predicted = [ids[mask].tolist() for ids, mask in zip(self.data.input_ids, self.data.targets, strict=True)]
         return self.tokenizer.batch_decode(predicted)
+
+
+class Course(NamedTuple):
+    """Losses of all examples under every checkpoint of a training."""
+
+    mean: Float[np.ndarray, "checkpoint example"]
+    """Per target token, nats, the model under audit last; NaN where an example has no target."""
+    steps: tuple[int | None, ...]
+    """Optimizer steps of each checkpoint, None where they are not known."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +240,8 @@ class BankValues(NamedTuple):
     """Under the model that is measured; NaN for an example that is not in the data."""
     left_out: Bool[np.ndarray, "member"] | None
     """Members that must not judge the model."""
+    of: BankValue
+    """What the values are: margins, gaps, or losses with their sign turned."""
 
 
 class Rule(NamedTuple):
@@ -256,6 +278,10 @@ class Measure:
     """Order of its columns `name_X`, by X; others follow, the shorter first."""
     detail: str = ""
     """What `name_X` is beside the meaning, with {} for X; without it such columns are not described."""
+    relative: bool = False
+    """Whether an example's value depends on other examples, so that values are not independent of one another."""
+    summary: Callable[[dict[str, Column], AuditSettings], list[str]] | None = None
+    """From its columns, of the data's own examples under the model, to sentences for the notes of the run."""
     by_default: bool = True
     """False for one that takes time and is measured only when it is named."""
     missing: str | Callable[[Any], str] = "no target token, or a value that is not finite"

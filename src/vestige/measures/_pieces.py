@@ -32,6 +32,9 @@ _OF_THE_OUTPUT = frozenset(
         "measures",
         "canaries",
         "canary_references",
+        "pair_field",
+        "tries",
+        "chance",
     ]
 )
 """Settings that decide no pass through a model."""

@@ -126,6 +126,33 @@ class CanaryRecord(Part):
     """Maximum exposure that this many references can show, in bits."""
     loss: float | None
     """Of the secret, nats."""
+    worst_rank: int | None = None
+    """The last of its positions where several are as likely."""
+
+
+class EpsilonRecord(Part):
+    """A lower bound on the privacy loss of the training under one checkpoint, from secrets planted equally often."""
+
+    checkpoint: int
+    copies: int | None
+    secrets: int
+    references: int
+    epsilon: float
+    """For all copies of a secret together, delta 0, a secret exchanged for another; 0 where nothing is shown."""
+    confidence: float
+
+
+class UsageRecord(Part):
+    """Whether the data as a whole were trained on."""
+
+    measures: list[str]
+    """Those whose weighted sum was tested."""
+    effect: Span
+    """Chance that an example of the data scores above a held-out one, or above its own twin; 0.5 by chance."""
+    p_value: float
+    data: int
+    holdout: int
+    paired: bool
 
 
 class AuditRecord(Part):
@@ -156,6 +183,10 @@ class AuditRecord(Part):
     """Share of long enough texts that are reproduced word for word, by prefix length."""
     canaries: list[CanaryRecord] = Field(default_factory=list)
     """Of every checkpoint, in the order of the file."""
+    epsilon: list[EpsilonRecord] = Field(default_factory=list)
+    """From the canaries, by checkpoint and number of copies."""
+    usage: UsageRecord | None = None
+    """None without a holdout."""
     notes: list[str]
     seconds: float
     peak_memory_bytes: int

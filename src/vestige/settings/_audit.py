@@ -37,6 +37,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         "canary_references": ("canaries", ()),
         "bank_value": ("bank", ()),
         "memorized_at": ("bank", ()),
+        "pair_field": ("holdout", ()),
     }
     model: ModelName = Field(
         description="The model under audit: hub id, local folder, GGUF folder or PEFT adapter folder."
@@ -64,6 +65,11 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     bank_value: BankValue = Field("margin", description="What of the bank's models is compared: margin, gap or loss.")
     holdout: DataName = Field(
         None, description="Examples of the same kind that are known not to be in the training data."
+    )
+    pair_field: str | None = Field(
+        None,
+        description="Column that links an example of the data with its twin in the holdout, such as pair: of the two "
+        "it was drawn by chance which one is trained on. Usage is then inferred from pairs.",
     )
     flag: Common[str | None] = Field(
         None,
@@ -94,6 +100,14 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     dimensions: PositiveInt = Field(100, description="Principal axes of the Mahalanobis distance.")
     prefixes: WholeNumbers = Field((50,), description="Extraction: tokens that are given, several to compare.")
     continuation: PositiveInt = Field(50, description="Extraction: tokens that have to be given back.")
+    tries: PositiveInt = Field(1000, description="Sampled extraction: samples of which one has to be the text.")
+    chance: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="Sampled extraction: the chance of that from which a text counts as discoverable."
+    )
+    top_k: NonNegativeInt = Field(
+        40, description="Sampled extraction: likeliest tokens that are sampled from; 0 for all of them."
+    )
+    temperature: PositiveFloat = Field(1.0, description="Sampled extraction: temperature of the sampling.")
     canaries: Any = Field(
         None,
         description="Secrets that were planted in the training data, to be measured by exposure: rows with prompt, "

@@ -52,7 +52,9 @@ def rmia(
     """
     target, values, judges = _check(target, values, membership, left_out)
     inside, outside = (_log_mean(values, side & judges) for side in (membership, ~membership))
-    return _stand_out(target - np.logaddexp(inside, outside) + np.log(2), population, ratio)
+    with np.errstate(invalid="ignore"):
+        reference = np.logaddexp(inside, outside) - np.log(2)
+    return _stand_out(target - reference, population, ratio)
 
 
 def rmia_offline(
@@ -87,7 +89,7 @@ def rmia_offline(
     membership = np.zeros(values.shape, dtype=bool) if membership is None else membership
     target, values, judges = _check(target, values, membership, left_out)
     outside = _log_mean(values, ~membership & judges)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         reference = np.logaddexp(np.log1p(slope) + outside, np.log(1 - slope)) - np.log(2)
     return _stand_out(target - reference, population, ratio)
 
@@ -169,7 +171,8 @@ def _log_probabilities(bank: BankValues) -> tuple[Column, Values]:
         return np.full_like(bank.target, np.nan), np.full_like(bank.values, np.nan)
     if bank.of == "loss":
         return bank.target, bank.values
-    return -np.logaddexp(0.0, -bank.target), -np.logaddexp(0.0, -bank.values)
+    with np.errstate(invalid="ignore"):
+        return -np.logaddexp(0.0, -bank.target), -np.logaddexp(0.0, -bank.values)
 
 
 @measure(

@@ -111,7 +111,8 @@ def tries_needed(log_probability: Column, chance: float = 0.5) -> Column:
     if not 0 < chance < 1:
         raise SpecError(f"chance={chance}: give a number between 0 and 1.")
     with np.errstate(divide="ignore"):
-        return np.ceil(np.log1p(-chance) / np.log1p(-np.exp(np.asarray(log_probability, dtype=np.float64))))
+        found = np.log1p(-chance) / np.log1p(-np.exp(np.asarray(log_probability, dtype=np.float64)))
+    return np.maximum(np.ceil(found), 1)
 
 
 def _count_discoverable(columns: dict[str, Column], settings: AuditSettings) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -85,11 +85,15 @@ def _test_half(data: Scores, holdout: Scores, halves: list[np.ndarray], paired: 
     if not paired:
         if np.ptp(np.concatenate([ours, others])) == 0:
             return 1.0, area(ours, others)
-        return float(np.asarray(ttest_ind(ours, others, equal_var=False, alternative="greater"))[1]), area(ours, others)
+        return _p_value(ttest_ind(ours, others, equal_var=False, alternative="greater")), area(ours, others)
     differences = ours - others
     differences = differences[differences != 0]
     effect = share(int((differences > 0).sum()), len(differences))
-    return (float(np.asarray(wilcoxon(differences, alternative="greater"))[1]) if len(differences) else 1.0), effect
+    return (_p_value(wilcoxon(differences, alternative="greater")) if len(differences) else 1.0), effect
+
+
+def _p_value(test: Any) -> float:
+    return float(test.pvalue)
 
 
 def _weigh(data: Scores, holdout: Scores, *, paired: bool) -> Float[np.ndarray, "measure"]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from vestige.measures._canaries import exposure as exposure, read_canaries as read_canaries
     from vestige.measures._choices import accuracy as accuracy, brier as brier, logit_gap as logit_gap
+    from vestige.measures._contamination import Match as Match, find_matches as find_matches, find_spans as find_spans
     from vestige.measures._evidence import Known as Known
     from vestige.measures._extraction import (
         Extraction as Extraction,

@@ -57,7 +57,7 @@ def measure_batch(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"])
     output: Any = model(input_ids=batch.input_ids, output_hidden_states=bool(job.layers), use_cache=False)
     # Position t of these predicts the token at position t + 1.
     logits, labels = output.logits[:, :-1], batch.labels[:, 1:]
-    scores = _score_targets(logits, labels)
+    scores = score_targets(logits, labels)
     first, last = (torch.from_numpy(each[rows]).to(labels.device)[:, None] for each in job.answers)
     positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)[None]
     given = Batch(scores, (positions >= first) & (positions < last), _choice_logits(logits, job, rows))
@@ -84,12 +84,12 @@ def total_losses(
     for chosen in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(model)):
         batch = make_batch(data, rows[chosen]).to(next(model.parameters()).device)
         logits: Any = model(input_ids=batch.input_ids, use_cache=False).logits
-        losses[chosen] = -_score_targets(logits[:, :-1], batch.labels[:, 1:]).log_probability.sum(1).cpu()
+        losses[chosen] = -score_targets(logits[:, :-1], batch.labels[:, 1:]).log_probability.sum(1).cpu()
         step_done(len(chosen))
     return losses
 
 
-def _score_targets(
+def score_targets(
     logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]
 ) -> TokenScores:
     """Score the targets, few of them in float64 at once."""

@@ -6,6 +6,7 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.runs._audit import (
+        PREFERRED as PREFERRED,
         Audit as Audit,
         EvidenceRow as EvidenceRow,
         evidence_table as evidence_table,

@@ -187,6 +187,8 @@ class AuditRecord(Part):
     """From the canaries, by checkpoint and number of copies."""
     usage: UsageRecord | None = None
     """None without a holdout."""
+    tokens_against: str | None = None
+    """Name of the weights that `tokens.parquet` compares with; None where there were none, or there is no such file."""
     notes: list[str]
     seconds: float
     peak_memory_bytes: int

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from vestige.jobs import follow, is_follower, is_worker
 from vestige.measures._attack import share
+from vestige.measures._benchmark import describe_contamination, measure_benchmark
 from vestige.measures._canaries import bound_epsilon, measure_canaries
 from vestige.measures._evidence import Evidence, Known, columns_of, compare_sets, find_truths, gather, judge, span
 from vestige.measures._figures import Drawn, draw_files
@@ -21,6 +22,7 @@ from vestige.runs import (
     AuditRecord,
     BankRecord,
     CanaryRecord,
+    ContaminationRecord,
     DataRecord,
     EpsilonRecord,
     LayerRecord,
@@ -61,7 +63,7 @@ def audit(settings: AuditSettings) -> Audit:
     job = AuditJob(settings)
     if not is_worker():
         _announce(job)
-    evidence, canaries, tokens = _measure(job)
+    evidence, canaries, tokens, items = _measure(job)
     known = find_truths(evidence)
     rows, notes = judge(evidence, known)
     for name, (count, reason) in evidence.missing_reasons().items():
@@ -78,6 +80,10 @@ def audit(settings: AuditSettings) -> Audit:
         record = record.model_copy(update={"tokens_against": tokens.against})
     tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
     figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, ~job.held_out))
+    if items is not None:
+        notes = [*record.notes, *describe_contamination(items[0])]
+        record = record.model_copy(update={"contamination": items[0], "notes": notes})
+        extra["contamination"] = items[1]
     extra["examples"] = _examples_table(job)
     write_audit(settings.out, record, tables, extra, figures, overwrite=settings.overwrite)
     remove_partial(settings.out)
@@ -85,10 +91,12 @@ def audit(settings: AuditSettings) -> Audit:
     return Audit.open(settings.out)
 
 
-def _measure(job: AuditJob) -> tuple[Evidence, list[CanaryRecord], TokenEvidence | None]:
+def _measure(
+    job: AuditJob,
+) -> tuple[Evidence, list[CanaryRecord], TokenEvidence | None, tuple[ContaminationRecord, pa.Table] | None]:
     """Do everything that is done in pieces."""
     evidence = gather(job)
-    return evidence, measure_canaries(job), measure_tokens(evidence)
+    return evidence, measure_canaries(job), measure_tokens(evidence), measure_benchmark(job)
 
 
 def _announce(job: AuditJob) -> None:

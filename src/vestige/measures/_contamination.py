@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -13,10 +13,10 @@ from jaxtyping import Float
 from vestige.data import words_of
 from vestige.errors import SpecError
 
-SPAN = 8
+SPAN = 13
 """Words in a row that count as verbatim; a shorter item has to stand there whole."""
 FEWEST_WORDS = 4
-"""An item of fewer words is not searched for verbatim: it stands anywhere by chance."""
+"""An item of fewer words is not searched for: it stands anywhere by chance."""
 NEAR = 0.5
 """Similarity from which a row is a near copy."""
 _COMMON = 0.05
@@ -24,7 +24,7 @@ _COMMON = 0.05
 _BLOCK = 2_000
 """Rows that are compared with all items at once."""
 
-Kind = Literal["verbatim", "near copy", "clean"]
+Kind = Literal["verbatim", "near copy", "clean", "too short"]
 
 
 class Span(NamedTuple):
@@ -42,7 +42,7 @@ class Match:
 
     kind: Kind
     row: int | None
-    """Of the training data; None for a clean item."""
+    """Of the training data; None for an item that is clean or too short."""
     words: int
     """Of the longest span; 0 where none is long enough."""
     share: float
@@ -58,8 +58,8 @@ class Match:
 def find_matches(items: Sequence[str], rows: Sequence[str], *, span: int = SPAN, near: float = NEAR) -> list[Match]:
     """Return, for each item, where it stands in the rows.
 
-    Verbatim: `span` words in a row (letters and digits in lower case), or a shorter item whole, as Brown et al. 2020,
-    "Language models are few-shot learners", compare 13 of them. Words that more than 5 % of the items share, and two
+    Verbatim: `span` words in a row (letters and digits in lower case), or a shorter item whole; 13 as in Brown et al.
+    2020, "Language models are few-shot learners". Words that more than 5 % of the items share, and two
     at least, are the frame of the task and do not count. A near copy: the cosine of TF-IDF vectors of four letters
     within words is `near` or more, rarity being that of rows and items together. A near copy inside a much longer row
     is not found.
@@ -81,6 +81,7 @@ def find_matches(items: Sequence[str], rows: Sequence[str], *, span: int = SPAN,
     found = []
     for own, longest, value, other in zip(words, spans, similarity, similar, strict=True):
         kind: Kind = "verbatim" if longest is not None else "near copy" if value >= near else "clean"
+        kind = "too short" if len(own) < FEWEST_WORDS else kind
         row = longest.row if longest is not None else int(other) if kind == "near copy" else None
         count, begin = (longest.words, longest.begin) if longest is not None else (0, 0)
         text = " ".join(own[begin : begin + count])
@@ -132,7 +133,7 @@ def _find_similar(items: Sequence[str], rows: Sequence[str]) -> tuple[Float[np.n
     best, where = np.zeros(len(items)), np.zeros(len(items), dtype=np.int64)
     if not items or not rows:
         return best, where
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(4, 4), sublinear_tf=True, dtype=np.float32)
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(4, 4), sublinear_tf=True, dtype=cast(Any, np.float32))
     try:
         vectors.fit([*rows, *items])
     except ValueError:  # Nothing but white space.
@@ -145,8 +146,3 @@ def _find_similar(items: Sequence[str], rows: Sequence[str]) -> tuple[Float[np.n
         better = values > best
         best[better], where[better] = values[better], begin + place[better]
     return best, where
-
-
-def count_kinds(matches: Sequence[Match]) -> Counter[Kind]:
-    """Return how many items are of each kind."""
-    return Counter(match.kind for match in matches)

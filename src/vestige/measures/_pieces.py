@@ -33,6 +33,10 @@ _OF_THE_OUTPUT = frozenset(
         "canaries",
         "canary_references",
         "pair_field",
+        "against",
+        "against_scores",
+        "against_span",
+        "against_near",
         "tries",
         "chance",
     ]

@@ -72,8 +72,9 @@ def _find_other(job: AuditJob) -> tuple[Any, str | None]:
     reference = job.settings.reference_model
     if reference is None:
         return None, None
-    tokenizer = job.models.of(reference).tokenizer
-    if tokenizer is not None and tokenizer.get_vocab() != job.tokenizer.get_vocab():
+    tokenizer: Any = job.models.of(reference).tokenizer
+    own: Any = job.tokenizer
+    if tokenizer is not None and tokenizer.get_vocab() != own.get_vocab():
         return None, None
     return reference, str(job.settings.record()["reference_model"])
 

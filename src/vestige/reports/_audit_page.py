@@ -28,6 +28,7 @@ from vestige.reports._read import (
     shorten_name,
 )
 from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, mean_exposures
+from vestige.terminal import shorten
 
 SHOWN, SHOWN_SECRETS = 25, 12
 """Examples of each list, and planted secrets."""
@@ -56,6 +57,7 @@ def make_audit_page(audit: Audit) -> Json:
         "charts": _draw_panels(audit),
         "planted": _list_secrets(audit),
         "planted_note": _describe_secrets(audit),
+        "contaminated": _list_contaminated(audit),
         "rankings": _rank_examples(audit),
         "token_note": _describe_tokens(audit),
         "missing": _list_missing(audit),
@@ -257,6 +259,27 @@ def _describe_secrets(audit: Audit) -> str:
 
 def _count_copies(copies: int | None) -> str:
     return "copies unknown" if copies is None else f"{copies:,} {'copy' if copies == 1 else 'copies'}"
+
+
+def _list_contaminated(audit: Audit) -> list[Json]:
+    """Return the items of the benchmark that stand in the data, the longest spans first."""
+    if audit.contamination is None:
+        return []
+    rows = [each for each in audit.contamination.to_pylist() if each["example_id"] is not None]
+    rows.sort(key=lambda each: (-each["words"], -each["similarity"]))
+    return [
+        {
+            "item": each["item_id"],
+            "text": shorten(each["text"], 200),
+            "kind": each["kind"],
+            "row": each["example_id"],
+            "words": f"{each['words']:,} ({each['share']:.0%})" if each["words"] else "–",
+            "similarity": f"{each['similarity']:.2f}",
+            "loss": format_number(each["loss"]),
+            "rank": "–" if each["score_rank"] is None else str(each["score_rank"]),
+        }
+        for each in rows[:SHOWN]
+    ]
 
 
 def _describe_tokens(audit: Audit) -> str:

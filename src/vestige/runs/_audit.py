@@ -121,6 +121,18 @@ PREFERRED = ("lira", "counterfactual", "extraction", "psmi", "answer_loss", "los
 """What a list is ordered by where no measure is given: the first of these that was measured."""
 
 
+CONTAMINATION_FILE = "contamination.parquet"
+_OF_ITEMS = ("share", "similarity", "loss", "answer_loss", "accuracy", "perplexity_ratio")
+ITEMS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("item_id", "kind", "example_id", "span", "most_similar", "text")),
+        *((name, pa.int64()) for name in ("words", "score_rank")),
+        *((name, pa.float64()) for name in _OF_ITEMS),
+    ]
+)
+"""Columns of the items of a benchmark."""
+
+
 class EvidenceRow(NamedTuple):
     """One example of a list, with all that was measured of it."""
 
@@ -193,6 +205,12 @@ class Audit:
         """
         path = self.folder / TOKENS_FILE
         return read_table(path, TOKENS, REMEDY, required=("row", "position", "token")) if path.is_file() else None
+
+    @cached_property
+    def contamination(self) -> pa.Table | None:
+        """Each item of the benchmark: what of the data it stands in, and the model's answer to it; None without one."""
+        path = self.folder / CONTAMINATION_FILE
+        return read_table(path, ITEMS, REMEDY, required=("item_id", "kind", "text")) if path.is_file() else None
 
     def table(
         self, measures: Sequence[str] | None = None, *, checkpoint: int | None = None, layer: int | None = None

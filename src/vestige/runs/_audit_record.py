@@ -155,6 +155,36 @@ class UsageRecord(Part):
     paired: bool
 
 
+class InflationRecord(Part):
+    """One measure on the items of a benchmark that stand in the training data, and on the others."""
+
+    measure: str
+    inside: float
+    """Mean over the items found."""
+    clean: float
+    difference: Span
+    """inside - clean, with Welch's interval."""
+    whole: float
+    """Mean over all items: the figure that is usually given."""
+    items_inside: int
+    items_clean: int
+
+
+class ContaminationRecord(Part):
+    """The items of a benchmark that stand in the training data."""
+
+    name: str
+    fingerprint: str
+    items: int
+    verbatim: int
+    near_copies: int
+    too_short: int
+    """Items of so few words that they stand anywhere by chance."""
+    leading: Span | None
+    """Share of the items found whose row is among those with the highest scores; None without scores."""
+    inflation: list[InflationRecord]
+
+
 class AuditRecord(Part):
     """Everything in the `run.json` of an audit."""
 
@@ -187,6 +217,8 @@ class AuditRecord(Part):
     """From the canaries, by checkpoint and number of copies."""
     usage: UsageRecord | None = None
     """None without a holdout."""
+    contamination: ContaminationRecord | None = None
+    """None without a benchmark."""
     tokens_against: str | None = None
     """Name of the weights that `tokens.parquet` compares with; None where there were none, or there is no such file."""
     notes: list[str]

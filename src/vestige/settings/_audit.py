@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import Basic, Common, Named, OnlyWith
+from vestige.settings._base import Basic, Common, Input, Named, OnlyWith
 from vestige.settings._shared import (
     BankFolder,
     DataName,
@@ -38,6 +38,9 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         "bank_value": ("bank", ()),
         "memorized_at": ("bank", ()),
         "pair_field": ("holdout", ()),
+        "against_scores": ("against", ()),
+        "against_span": ("against", ()),
+        "against_near": ("against", ()),
     }
     model: ModelName = Field(
         description="The model under audit: hub id, local folder, GGUF folder or PEFT adapter folder."
@@ -65,6 +68,20 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     bank_value: BankValue = Field("margin", description="What of the bank's models is compared: margin, gap or loss.")
     holdout: DataName = Field(
         None, description="Examples of the same kind that are known not to be in the training data."
+    )
+    against: DataName = Field(
+        None,
+        description="A benchmark: which of its items stand in the data, verbatim or nearly, and what that does to the "
+        "model's answers.",
+    )
+    against_scores: Annotated[Path | None, Input("vestige.runs:require_run")] = Field(
+        None,
+        description="Scores of the data for the benchmark's items, by `vestige attribute --queries BENCHMARK`: whether "
+        "answers rest on the rows that were found.",
+    )
+    against_span: PositiveInt = Field(13, description="Words in a row that count as verbatim.")
+    against_near: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="Similarity from which a row is a near copy of an item."
     )
     pair_field: str | None = Field(
         None,

@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import Settings
-from vestige.settings._shared import Options
+from vestige.settings._shared import LaunchSettings, Options
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)]
@@ -16,7 +15,7 @@ Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if is
 _WAYS = "--drop ID, --rows FILE, --top N, --source NAME or --conflicts"
 
 
-class FixSettings(Settings):
+class FixSettings(LaunchSettings):
     """What `vestige fix` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)

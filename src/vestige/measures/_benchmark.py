@@ -62,9 +62,9 @@ def measure_benchmark(job: AuditJob) -> tuple[ContaminationRecord, pa.Table] | N
     rows = np.flatnonzero(~job.held_out)
     texts = [job.texts[row] for row in rows]
     matches = find_matches(items.texts, texts, span=settings.against_span, near=settings.against_near)
-    columns = gather(items).last.measures
     ids = [job.data.examples[int(row)].id for row in rows]
     ranks = _find_ranks(job, items, matches, ids)
+    columns = gather(items).last.measures
     table = _make_table(items, matches, ids, columns, ranks)
     scored = settings.against_scores is not None
     return _make_record(items, matches, columns, ranks, scored=scored), table

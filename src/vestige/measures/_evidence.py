@@ -269,11 +269,7 @@ def _judge_once(known: Known, groups: Numbers) -> Known:
 
 
 def compare_sets(evidence: Evidence, known: list[Known]) -> tuple[UsageRecord | None, list[str]]:
-    """Return whether the data as a whole differ from the holdout, by all measures together; and notes.
-
-    Raises:
-        DataError: No example of the holdout has the column of --pair-field.
-    """
+    """Return whether the data as a whole differ from the holdout, by all measures together; and notes."""
     job, truth = evidence.job, next((each for each in known if each.name == "membership"), None)
     if truth is None or not job.held_out.any():
         return None, []
@@ -286,14 +282,11 @@ def compare_sets(evidence: Evidence, known: list[Known]) -> tuple[UsageRecord | 
     if not columns:
         return None, ["Usage of the data as a whole cannot be inferred: no measure is known of most examples."]
     scores = np.stack(list(columns.values()), axis=1)
-    if job.settings.pair_field is None:
-        sides = [np.flatnonzero(truth.judged & side) for side in (truth.found, ~truth.found)]
-    else:
-        sides = _find_pairs(job, truth)
+    sides = [np.flatnonzero(truth.judged & side) for side in (truth.found, ~truth.found)]
+    if job.pairs is not None:
+        sides = list(job.pairs[truth.judged[job.pairs].all(1)].T)
     try:
-        found = infer_usage(
-            scores[sides[0]], scores[sides[1]], paired=job.settings.pair_field is not None, seed=job.settings.seed
-        )
+        found = infer_usage(scores[sides[0]], scores[sides[1]], paired=job.pairs is not None, seed=job.settings.seed)
     except DataError as error:
         return None, [f"Usage of the data as a whole cannot be inferred: {error}"]
     record = UsageRecord(
@@ -305,24 +298,6 @@ def compare_sets(evidence: Evidence, known: list[Known]) -> tuple[UsageRecord | 
         paired=found.paired,
     )
     return record, []
-
-
-def _find_pairs(job: AuditJob, truth: Known) -> list[np.ndarray]:
-    """Return the rows of the data and of the holdout that have the same value of --pair-field, pair by pair."""
-    field = str(job.settings.pair_field)
-    names = [None if (cell := example.extra.get(field)) is None else str(cell) for example in job.data.examples]
-    sides = []
-    for side, place in ((truth.found, "the data"), (~truth.found, "--holdout")):
-        rows = [int(row) for row in np.flatnonzero(truth.judged & side) if names[row] is not None]
-        where = {names[row]: row for row in rows}
-        if not where:
-            raise DataError(f"--pair-field {field}: no example of {place} has that column.")
-        if len(where) < len(rows):
-            repeated = Counter(names[row] for row in rows).most_common(1)[0][0]
-            raise DataError(f"--pair-field {field}: {repeated!r} repeats in {place}; each example has one twin.")
-        sides.append(where)
-    both = [name for name in sides[0] if name in sides[1]]
-    return [np.array([side[name] for name in both], dtype=np.int64) for side in sides]
 
 
 def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord], list[str]]:

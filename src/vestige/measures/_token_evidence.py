@@ -15,7 +15,6 @@ from vestige.measures._evidence import Evidence
 from vestige.measures._forward import score_targets
 from vestige.measures._job import AuditJob
 from vestige.measures._measure import MEASURES
-from vestige.measures._pieces import piece_files, run_audit_pieces
 from vestige.models import batch_sharing
 from vestige.runs import PREFERRED, low_stands_out, token_texts
 
@@ -40,16 +39,10 @@ def measure_tokens(evidence: Evidence) -> TokenEvidence | None:
     if job.tokenizer is None or not len(rows):
         return None
     source, name = _find_other(job)
-
-    def compute(number: int) -> Tensors:
-        del number
-        found = _score_rows(job, job.main.source, rows)
-        if source is not None:
-            found["against"] = _score_rows(job, source, rows)["log_probability"]
-        return found
-
-    files = piece_files(job, "tokens", ["tokens", rows.tolist(), name])
-    (found,) = run_audit_pieces(job, "Tokens", "passes", files, range(1), compute)
+    # No pieces: a process that loads the model for these few examples would take longer than they do.
+    found = _score_rows(job, job.main.source, rows)
+    if source is not None:
+        found["against"] = _score_rows(job, source, rows)["log_probability"]
     return TokenEvidence(_make_table(job, rows, {key: each.numpy() for key, each in found.items()}), name)
 
 

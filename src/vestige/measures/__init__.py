@@ -76,7 +76,6 @@ if TYPE_CHECKING:
         Batch as Batch,
         ChoiceLogits as ChoiceLogits,
         Continue as Continue,
-        Course as Course,
         Generation as Generation,
         Losses as Losses,
         Measure as Measure,

@@ -17,7 +17,7 @@ from vestige.errors import DataError
 from vestige.measures._attack import Attack, Interval, Rate, attack, blind_attack, share
 from vestige.measures._job import AuditJob, Mask, Numbers
 from vestige.measures._losses import margin
-from vestige.measures._measure import BLIND, TOTAL_LOSS, BankValues, Column, Course, Losses, Measure
+from vestige.measures._measure import BLIND, TOTAL_LOSS, BankValues, Column, Losses, Measure
 from vestige.measures._usage import infer_usage
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth, UsageRecord
 
@@ -105,7 +105,7 @@ def gather(job: AuditJob) -> Evidence:
         )
         for number, (found, layers) in enumerate(zip(passes.subjects, passes.layers, strict=True))
     ]
-    course = Course(np.stack([each.measures["loss"] for each in subjects]), tuple(each.steps for each in job.subjects))
+    course = np.stack([each.measures["loss"] for each in subjects])
     for each in job.at("checkpoints"):
         subjects[-1].measures.update(_finite(each.columns(each.compute(course))))
     if job.bank is not None:

@@ -39,7 +39,8 @@ Stage = Literal["pass", "losses", "checkpoints", "generation", "states", "weight
 
     pass                      `Batch`, once for every batch of every model
     losses                    `Losses`, once for every model, after its passes
-    checkpoints               `Course`, once for all models; its values stand beside the model under audit
+    checkpoints               the mean losses of all models, [checkpoint, example], nats; its values stand beside the
+                              model under audit, which is the last
     generation                `Generation`, once for every batch of every model
     states                    `States`, once for every model and layer
     weights                   `AuditJob`, once for all models
@@ -183,15 +184,6 @@ class Losses:
             return None
         predicted = [ids[mask].tolist() for ids, mask in zip(self.data.input_ids, self.data.targets, strict=True)]
         return self.tokenizer.batch_decode(predicted)
-
-
-class Course(NamedTuple):
-    """Losses of all examples under every checkpoint of a training."""
-
-    mean: Float[np.ndarray, "checkpoint example"]
-    """Per target token, nats, the model under audit last; NaN where an example has no target."""
-    steps: tuple[int | None, ...]
-    """Optimizer steps of each checkpoint, None where they are not known."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vestige.errors import DataError
-from vestige.measures import Course, measure
+from vestige.measures import measure
 
 Column = Float[np.ndarray, "example"]
 
@@ -50,7 +50,7 @@ def loss_trajectory(losses: Float[np.ndarray, "checkpoint example"]) -> Column:
     curve=35,
     detail="from the first checkpoint to the model under audit {}",
 )
-def _loss_trajectory(course: Course) -> dict[str, Column]:
-    if len(course.mean) < 2:
-        return {"loss_trajectory": np.full(course.mean.shape[1], np.nan)}
-    return {"loss_trajectory": loss_trajectory(course.mean), "loss_trajectory_fall": course.mean[0] - course.mean[-1]}
+def _loss_trajectory(losses: Float[np.ndarray, "checkpoint example"]) -> dict[str, Column]:
+    if len(losses) < 2:
+        return {"loss_trajectory": np.full(losses.shape[1], np.nan)}
+    return {"loss_trajectory": loss_trajectory(losses), "loss_trajectory_fall": losses[0] - losses[-1]}

@@ -107,7 +107,7 @@ def test_the_audit_says_which_items_stand_in_the_data_and_by_how_much_answers_ar
     interval = ttest_ind(table.loss[dirty], table.loss[~dirty], equal_var=False).confidence_interval()
     np.testing.assert_allclose(loss.difference[1:], interval, rtol=1e-9)
     assert {"accuracy", "perplexity_ratio"} <= {each.measure for each in record.inflation}
-    assert any(note.startswith("Contamination of benchmark") for note in found.run.notes)
+    assert any(note.startswith("Contamination of ") for note in found.run.notes)
     page = report(found.folder, out=tmp_path / "page.html").read_text()
     assert "item-0" in page
     with pytest.raises(DataError, match="no query is called"):

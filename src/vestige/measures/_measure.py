@@ -32,7 +32,7 @@ Continue: TypeAlias = "Callable[[Int[Tensor, 'example prefix'], int], Int[Tensor
 Compute = TypeVar("Compute", bound=Callable[..., Any])
 Sign = Literal[-1, 0, 1]
 Predict: TypeAlias = "Callable[[Int[Tensor, 'example token'], int], Float[Tensor, 'example token vocabulary']]"
-"""From token ids and a number to the logits from which the model predicts the last so many of them."""
+"""From token ids and n to the logits from which the model predicts the last n of them."""
 
 Stage = Literal["pass", "losses", "checkpoints", "generation", "states", "weights", "each model and the bank", "bank"]
 """When a measure is computed, which decides what it is given:

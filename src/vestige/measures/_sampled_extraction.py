@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from vestige.errors import SpecError
 from vestige.lazy import torch
 from vestige.measures import Generation, Predict, measure, share
-from vestige.settings import AuditSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +114,7 @@ def tries_needed(log_probability: Column, chance: float = 0.5) -> Column:
     return np.maximum(np.ceil(found), 1)
 
 
-def _count_discoverable(columns: dict[str, Column], settings: AuditSettings) -> list[str]:
+def _count_discoverable(columns: dict[str, Column], settings: Any) -> list[str]:
     """Return how many examples are (n, p)-discoverable, in words."""
     known = columns["sampled_extraction"][~np.isnan(columns["sampled_extraction"])]
     if not len(known):

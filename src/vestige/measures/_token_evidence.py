@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Int
 
 from vestige.data import make_batch, plan_batches
-from vestige.jobs import Tensors
 from vestige.measures._evidence import Evidence
 from vestige.measures._forward import score_targets
 from vestige.measures._job import AuditJob
-from vestige.measures._measure import MEASURES
 from vestige.models import batch_sharing
 from vestige.runs import PREFERRED, low_stands_out, token_texts
 
@@ -48,12 +46,12 @@ def measure_tokens(evidence: Evidence) -> TokenEvidence | None:
 
 def _choose_rows(evidence: Evidence) -> Int[np.ndarray, "row"]:
     """Return the rows that `Audit.top` will list, without a measure named."""
-    own = ~evidence.job.held_out
-    for name in (*PREFERRED, *(each.name for each in evidence.job.measures if each.of == "example")):
+    own, measures = ~evidence.job.held_out, {each.name: each for each in evidence.job.measures if each.of == "example"}
+    for name in (*(name for name in PREFERRED if name in measures), *measures):
         column = evidence.values(name)
         if column is not None and not np.isnan(column).all():
             rows = np.flatnonzero(own & ~np.isnan(column))
-            order = column[rows] if low_stands_out(MEASURES.find(name).says) else -column[rows]
+            order = column[rows] if low_stands_out(measures[name].says) else -column[rows]
             return rows[np.argsort(order, kind="stable")][:SHOWN]
     return np.zeros(0, dtype=np.int64)
 
@@ -73,7 +71,7 @@ def _find_other(job: AuditJob) -> tuple[Any, str | None]:
 
 
 @torch.no_grad()
-def _score_rows(job: AuditJob, source: Any, rows: Int[np.ndarray, "row"]) -> Tensors:
+def _score_rows(job: AuditJob, source: Any, rows: Int[np.ndarray, "row"]) -> dict[str, torch.Tensor]:
     """Return scores of every target token, [row token]; position t holds those of token t."""
     model = job.models.of(source).model
     width = int(max(job.data.lengths[rows]))

@@ -125,7 +125,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         40, description="Sampled extraction: likeliest tokens that are sampled from; 0 for all of them."
     )
     temperature: PositiveFloat = Field(1.0, description="Sampled extraction: temperature of the sampling.")
-    canaries: Any = Field(
+    canaries: Annotated[Any, Input("vestige.data:require_queries", each=False)] = Field(
         None,
         description="Secrets that were planted in the training data, to be measured by exposure: rows with prompt, "
         "completion (the secret) and a list of alternatives, or the alphabet that the secret was drawn from.",

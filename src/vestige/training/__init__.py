@@ -50,7 +50,11 @@ if TYPE_CHECKING:
         Replay as Replay,
         read_settings as read_settings,
     )
-    from vestige.training._store import TrainingRun as TrainingRun, Unfinished as Unfinished
+    from vestige.training._store import (
+        TrainingRun as TrainingRun,
+        Unfinished as Unfinished,
+        require_training as require_training,
+    )
     from vestige.training._train import steps_per_epoch as steps_per_epoch, train as train
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

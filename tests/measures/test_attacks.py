@@ -147,6 +147,7 @@ def test_tries_and_chances_are_two_sides_of_one_formula():
         measures.tries_needed(log_p, 1.0)
 
 
+@pytest.mark.slow
 def test_quantile_regression_takes_away_what_the_text_explains_and_keeps_its_false_positives():
     draw = np.random.default_rng(0)
     held = np.arange(800) % 2 == 0
@@ -165,6 +166,7 @@ def test_quantile_regression_takes_away_what_the_text_explains_and_keeps_its_fal
         measures.quantile_excess(scores, hardness[:5, None], held)
 
 
+@pytest.mark.slow
 def test_usage_of_a_set_is_found_by_weak_scores_and_p_values_are_uniform_or_larger_without_any():
     draw = np.random.default_rng(0)
     ours, others = draw.normal(size=(400, 3)) + np.array([0.5, 0.0, 0.0]), draw.normal(size=(300, 3))

@@ -122,6 +122,76 @@ def test_a_bank_gives_ratios_at_every_checkpoint_and_its_own_measures_once(place
     assert not [row for row in whole.judgement("memorized", checkpoint=30) if row.measure.startswith("lira_off")]
 
 
+def test_rmia_compares_with_the_bank_the_reference_model_and_the_first_checkpoint(place, whole):
+    bank = vestige.Bank.open(place / "bank")
+    losses = [whole.values("loss", checkpoint=number) for number in (10, 20, 30)]
+    known = -np.logaddexp(0, -bank.example_margins)
+    wanted = vestige.measures.rmia(-losses[1][:QUESTIONS], known, bank.membership)
+    np.testing.assert_allclose(whole.values("rmia", checkpoint=20)[:QUESTIONS], wanted, rtol=1e-6)
+    assert (whole.values("rmia_offline")[:QUESTIONS] <= 1).all()
+    reference_losses = losses[2] - whole.values("perplexity_ratio")
+    held = np.arange(QUESTIONS + HELD) >= QUESTIONS
+    wanted = vestige.measures.rmia_offline(-losses[2], -reference_losses[None], population=held)
+    np.testing.assert_allclose(whole.values("rmia_reference"), wanted, atol=0.1)  # one rank, where nearly tied
+    fall = whole.values("loss_trajectory")
+    np.testing.assert_allclose(fall, losses[0] - (losses[1] + losses[2]) / 2, rtol=1e-9)
+    np.testing.assert_allclose(
+        whole.table(["loss_trajectory_fall"], checkpoint=30)["loss_trajectory_fall"][0].as_py(),
+        (losses[0] - losses[2])[0],
+    )
+    judged = {each.measure for each in whole.judgement("membership", checkpoint=30)}
+    assert {"loss_trajectory", "rmia_reference", "blind"} <= judged
+    assert "quantile_excess" not in judged
+    assert "fewer than 20 held-out examples" in whole.run.measures["quantile_excess"].reason
+    assert any(note.startswith("Usage of the data as a whole cannot be inferred") for note in whole.run.notes)
+
+
+def test_tokens_of_the_leading_examples_add_up_to_their_loss_and_are_coloured(whole, tmp_path):
+    table = whole.tokens.to_pandas()
+    listed = [row.row for row in whole.top(25)]
+    assert sorted(set(table.row)) == sorted(listed)
+    for row in listed[:3]:
+        known = table[(table.row == row) & table.log_probability.notna()]
+        assert -known.log_probability.mean() == pytest.approx(whole.values("loss")[row], rel=1e-6)
+        before = -known.against.mean()
+        assert before == pytest.approx(whole.values("loss", checkpoint=10)[row], rel=1e-6)
+        text = "".join(table[table.row == row].token)
+        assert whole.examples["text"][row].as_py().split()[0] in text
+    assert whole.run.tokens_against.endswith("checkpoint-10")
+    page = report(whole.folder, out=tmp_path / "page.html").read_text()
+    assert 'class="evident"' in page
+    assert "likelier they are than under" in page
+
+
+@pytest.mark.slow
+def test_sampled_extraction_is_a_probability_and_its_share_a_note(place, tmp_path):
+    found = simple(
+        place, tmp_path / "run", measures=("sampled_extraction",), prefixes=(4,), continuation=3, top_k=5, tries=100
+    )
+    values = found.values("sampled_extraction")
+    assert ((values >= 0) & (values <= 1)).all()
+    assert found.run.measures["sampled_extraction"].missing == 0
+    assert any(note.startswith("(100, 0.5)-discoverable, top-5 sampling at temperature 1") for note in found.run.notes)
+
+
+@pytest.mark.slow
+def test_usage_is_inferred_from_pairs_that_a_column_links(place, tmp_path):
+    rows = [{**row, "pair": number} for number, row in enumerate(questions(QUESTIONS, "q", 0))]
+    twins = [{**row, "pair": number} for number, row in enumerate(questions(QUESTIONS, "h", 5))]
+    found = simple(place, tmp_path / "run", data=rows, holdout=twins, pair_field="pair", measures=("loss",), flag=None)
+    usage = found.run.usage
+    assert usage.paired
+    assert 20 <= usage.data == usage.holdout <= QUESTIONS
+    assert 0 <= usage.p_value <= 1
+    assert "loss" in usage.measures
+    assert any("scores above its twin" in note for note in found.run.notes)
+    with pytest.raises(DataError, match="no example of the data has that column"):
+        simple(place, tmp_path / "other", data=rows, holdout=twins, pair_field="twin", measures=("loss",), flag=None)
+    rows[1]["pair"] = 0
+    with pytest.raises(DataError, match="'0' repeats in the data"):
+        simple(place, tmp_path / "other", data=rows, holdout=twins, pair_field="pair", measures=("loss",), flag=None)
+
+
 @pytest.mark.slow
 def test_a_model_of_a_subset_is_judged_without_its_siblings_and_its_members_are_known(place, tmp_path):
     found = simple(place, tmp_path / "run", bank=place / "bank", bank_subset=3, measures=("loss", "lira"), flag=None)

@@ -11,7 +11,7 @@ from tests.workshop import write_rows
 from vestige.cli import summarise_audit
 from vestige.data import Example, tokenize
 from vestige.errors import DataError
-from vestige.measures import Drawn, draw_files, read_canaries
+from vestige.measures import Drawn, draw_files, epsilon_from_ranks, read_canaries
 from vestige.reports import report
 from vestige.runs import AuditRecord, CanaryRecord, SubjectRecord, mean_exposures
 
@@ -77,7 +77,17 @@ def test_exposure_is_that_of_the_losses_of_each_text_alone(place, tmp_path, monk
         assert each.rank == pytest.approx(rank)
         assert each.exposure == pytest.approx(np.log2((len(rest) + 1) / rank))
         assert (each.references, each.most) == (len(rest), pytest.approx(np.log2(len(rest) + 1)))
+    for each in found.run.epsilon:
+        group = [
+            one.worst_rank
+            for one in found.run.canaries
+            if (one.checkpoint, one.copies, one.references) == (each.checkpoint, each.copies, each.references)
+        ]
+        assert each.secrets == len(group)
+        assert each.epsilon == epsilon_from_ranks(np.array(group, dtype=float), each.references + 1)
+    assert sum(each.secrets for each in found.run.epsilon) == len(found.run.canaries)
     told = summarise_audit(found)
+    assert "Epsilon of the training is at least" in told
     assert "Exposure of 3 planted secrets (1.44 bits on average by chance)" in told
     page = report(found.folder, tmp_path / "page.html").read_text()
     assert "Planted secrets" in page

@@ -124,3 +124,47 @@ def delong_variance(right, wrong):
     above = [fmean(wins(a, b) for b in wrong) for a in right]
     below = [fmean(wins(a, b) for a in right) for b in wrong]
     return np.var(above, ddof=1) / len(right) + np.var(below, ddof=1) / len(wrong)
+
+
+def rmia(target, values, membership, taken, ratio, population):
+    """Every pair of examples in turn, probabilities as they are; None without a model on either side."""
+    count = len(target)
+    relative = []
+    for i in range(count):
+        sides = [[math.exp(values[m][i]) for m in taken if membership[m][i] == side] for side in (True, False)]
+        relative.append(math.exp(target[i]) / ((fmean(sides[0]) + fmean(sides[1])) / 2) if all(sides) else None)
+    return _beaten(relative, ratio, population)
+
+
+def rmia_offline(target, values, membership, ratio, population, slope):
+    relative = []
+    for i in range(len(target)):
+        out = [math.exp(row[i]) for row, inside in zip(values, membership, strict=True) if not inside[i]]
+        relative.append(math.exp(target[i]) / (((1 + slope) * fmean(out) + 1 - slope) / 2) if out else None)
+    return _beaten(relative, ratio, population)
+
+
+def _beaten(relative, ratio, population):
+    found = []
+    for i, own in enumerate(relative):
+        others = [each for j, each in enumerate(relative) if j != i and population[j] and each is not None]
+        found.append(None if own is None else fmean(own / each >= ratio for each in others))
+    return found
+
+
+def sampled_chance(logits, tokens, top_k, temperature):
+    """Probability of a text under sampling: a product over its tokens, one softmax over the likeliest at a time."""
+    chance = 1.0
+    for row, token in zip(logits, tokens, strict=True):
+        kept = sorted(row, reverse=True)[: top_k or len(row)]
+        if row[token] < kept[-1]:
+            return 0.0
+        top = max(kept)
+        weights = [math.exp((value - top) / temperature) for value in row if value >= kept[-1]]
+        chance *= math.exp((row[token] - top) / temperature) / sum(weights)
+    return chance
+
+
+def binomial_tail(hits, count, chance):
+    """P(at least `hits` of `count`)."""
+    return sum(math.comb(count, k) * chance**k * (1 - chance) ** (count - k) for k in range(hits, count + 1))

@@ -9,22 +9,28 @@ import pyarrow as pa
 
 from vestige.jobs import follow, is_follower, is_worker
 from vestige.measures._attack import share
-from vestige.measures._canaries import measure_canaries
-from vestige.measures._evidence import Evidence, Known, columns_of, find_truths, gather, judge, span
+from vestige.measures._benchmark import describe_contamination, measure_benchmark
+from vestige.measures._canaries import bound_epsilon, measure_canaries
+from vestige.measures._evidence import Evidence, Known, columns_of, compare_sets, find_truths, gather, judge, span
 from vestige.measures._figures import Drawn, draw_files
 from vestige.measures._job import AuditJob
+from vestige.measures._token_evidence import TokenEvidence, measure_tokens
 from vestige.progress import announce, format_seconds
 from vestige.runs import (
     RECORD_FILE,
     Audit,
     AuditRecord,
     BankRecord,
+    CanaryRecord,
+    ContaminationRecord,
     DataRecord,
+    EpsilonRecord,
     LayerRecord,
     MeasureRecord,
     ModelRecord,
     Span,
     SubjectRecord,
+    UsageRecord,
     check_target,
     environment,
     evidence_table,
@@ -57,24 +63,40 @@ def audit(settings: AuditSettings) -> Audit:
     job = AuditJob(settings)
     if not is_worker():
         _announce(job)
-    evidence, canaries = _measure(job)
+    evidence, canaries, tokens, items = _measure(job)
     known = find_truths(evidence)
     rows, notes = judge(evidence, known)
     for name, (count, reason) in evidence.missing_reasons().items():
         if count == len(job.data):
             announce(f"{name} cannot be computed: {reason}.")
-    record = _make_record(evidence, known, notes, started).model_copy(update={"judgement": rows, "canaries": canaries})
+    usage, more = compare_sets(evidence, known)
+    epsilon = bound_epsilon(canaries)
+    notes += [*more, *_describe_usage(usage), *_describe_epsilon(epsilon, job.main.number), *_summarise(evidence)]
+    record = _make_record(evidence, known, notes, started).model_copy(
+        update={"judgement": rows, "canaries": canaries, "epsilon": epsilon, "usage": usage}
+    )
+    extra = {} if tokens is None else {"tokens": tokens.table}
+    if tokens is not None:
+        record = record.model_copy(update={"tokens_against": tokens.against})
     tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
     figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, ~job.held_out))
-    write_audit(settings.out, record, tables, _examples_table(job), figures, overwrite=settings.overwrite)
+    if items is not None:
+        notes = [*record.notes, *describe_contamination(items[0])]
+        record = record.model_copy(update={"contamination": items[0], "notes": notes})
+        extra["contamination"] = items[1]
+    extra["examples"] = _examples_table(job)
+    write_audit(settings.out, record, tables, extra, figures, overwrite=settings.overwrite)
     remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
     return Audit.open(settings.out)
 
 
-def _measure(job: AuditJob) -> tuple[Evidence, list]:
+def _measure(
+    job: AuditJob,
+) -> tuple[Evidence, list[CanaryRecord], TokenEvidence | None, tuple[ContaminationRecord, pa.Table] | None]:
     """Do everything that is done in pieces."""
-    return gather(job), measure_canaries(job)
+    evidence = gather(job)
+    return evidence, measure_canaries(job), measure_tokens(evidence), measure_benchmark(job)
 
 
 def _announce(job: AuditJob) -> None:
@@ -83,6 +105,44 @@ def _announce(job: AuditJob) -> None:
     announce(f"Audit of {own:,} examples{f' and {held:,} held out' if held else ''} under {models}.")
     if job.choices.known.any():
         announce(f"Multiple choice: {int(job.choices.known.sum()):,} examples, {len(job.class_names)} classes.")
+
+
+def _describe_usage(usage: UsageRecord | None) -> list[str]:
+    """Return in words whether the data as a whole were trained on."""
+    if usage is None:
+        return []
+    value, low, high = usage.effect
+    other = "its twin" if usage.paired else "a held-out one"
+    shown = "" if value is None or low is None or high is None else f" {value:.3f} [{low:.3f}, {high:.3f}]"
+    return [
+        f"Usage of the data as a whole: chance{shown} that an example scores above {other} by {len(usage.measures)} "
+        f"measures together, p = {usage.p_value:.2g} (one-sided, {usage.data:,} against {usage.holdout:,}). It speaks "
+        "for training on the data only if nothing else sets the two apart: look at the blind baseline."
+    ]
+
+
+def _describe_epsilon(bounds: list[EpsilonRecord], checkpoint: int) -> list[str]:
+    """Return the bounds on epsilon under the model in words."""
+    return [
+        f"Epsilon of the training is at least {each.epsilon:.2f} by {each.secrets} secrets"
+        f"{'' if each.copies is None else f' planted {each.copies} times each'}, at {each.confidence:.0%} confidence "
+        "(delta 0, all copies of a secret together), if each was drawn at random from its alternatives."
+        for each in bounds
+        if each.checkpoint == checkpoint
+    ]
+
+
+def _summarise(evidence: Evidence) -> list[str]:
+    """Return what measures say of the data as a whole."""
+    own, found = ~evidence.job.held_out, evidence.last.measures
+    return [
+        sentence
+        for each in evidence.job.measures
+        if each.summary is not None
+        for sentence in each.summary(
+            {name: found[name][own] for name in columns_of(evidence.job, each, found)}, evidence.job.settings
+        )
+    ]
 
 
 def _make_tables(evidence: Evidence, number: int) -> list[pa.Table]:

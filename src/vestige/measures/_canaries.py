@@ -30,8 +30,9 @@ from vestige.measures._choices import count_shared_tokens
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
 from vestige.measures._pieces import piece_files, run_audit_pieces
+from vestige.measures._privacy import CONFIDENCE, epsilon_from_ranks
 from vestige.progress import announce
-from vestige.runs import CanaryRecord
+from vestige.runs import CanaryRecord, EpsilonRecord
 
 
 class Canary(NamedTuple):
@@ -183,6 +184,28 @@ def measure_canaries(job: AuditJob) -> list[CanaryRecord]:
     ]
 
 
+def bound_epsilon(canaries: Sequence[CanaryRecord]) -> list[EpsilonRecord]:
+    """Return lower bounds on epsilon of secrets planted equally often, under each checkpoint; see `epsilon_from_ranks`.
+
+    A secret without a finite loss, and one that was never planted, says nothing about epsilon.
+    """
+    groups: dict[tuple[int, int | None, int], list[int]] = {}
+    for each in canaries:
+        if each.worst_rank is not None and each.copies != 0:
+            groups.setdefault((each.checkpoint, each.copies, each.references), []).append(each.worst_rank)
+    return [
+        EpsilonRecord(
+            checkpoint=checkpoint,
+            copies=copies,
+            secrets=len(ranks),
+            references=references,
+            epsilon=epsilon_from_ranks(np.array(ranks, dtype=np.float64), references + 1),
+            confidence=CONFIDENCE,
+        )
+        for (checkpoint, copies, references), ranks in groups.items()
+    ]
+
+
 def _fingerprint(canaries: Sequence[Canary], frame: Frame | None) -> str:
     listed = [(each.example.prompt, each.example.completion, each.others) for each in canaries]
     lead = [] if frame is None else [[turn.content for turn in frame.lead]]
@@ -221,4 +244,5 @@ def _make_record(canary: Canary, checkpoint: int, losses: np.ndarray) -> CanaryR
         exposure=bits,
         most=float(np.log2(len(others) + 1)),
         loss=float(own[0]) if usable else None,
+        worst_rank=1 + int((others <= own).sum()) if usable else None,
     )

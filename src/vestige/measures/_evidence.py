@@ -18,7 +18,11 @@ from vestige.measures._attack import Attack, Interval, Rate, attack, blind_attac
 from vestige.measures._job import AuditJob, Mask, Numbers
 from vestige.measures._losses import margin
 from vestige.measures._measure import BLIND, TOTAL_LOSS, BankValues, Column, Losses, Measure
-from vestige.runs import JudgementRecord, RateRecord, Span, Truth
+from vestige.measures._usage import infer_usage
+from vestige.runs import JudgementRecord, RateRecord, Span, Truth, UsageRecord
+
+_WIDELY_KNOWN = 0.9
+"""Share of the examples that must have a measure for it to take part where all measures are weighed together."""
 
 
 class Measurements(NamedTuple):
@@ -101,6 +105,9 @@ def gather(job: AuditJob) -> Evidence:
         )
         for number, (found, layers) in enumerate(zip(passes.subjects, passes.layers, strict=True))
     ]
+    course = np.stack([each.measures["loss"] for each in subjects])
+    for each in job.at("checkpoints"):
+        subjects[-1].measures.update(_finite(each.columns(each.compute(course))))
     if job.bank is not None:
         _add_bank(job, job.bank, subjects)
     return Evidence(job, subjects)
@@ -122,11 +129,15 @@ def _compute_columns(job: AuditJob, found: Mapping[str, Any], reference: Mapping
     """Return the columns of one subject: of its passes, of its losses, and of what it generated."""
     values = {name: tensor.numpy() for name, tensor in found.items()}
     total = None if reference is None else reference[TOTAL_LOSS].numpy()
-    losses = Losses(values["loss"], values[TOTAL_LOSS], total, job.data, job.tokenizer)
+    losses = Losses(values["loss"], values[TOTAL_LOSS], total, job.data, job.held_out, job.tokenizer, job.settings)
     columns = {name: values[name] for each in job.at("pass") for name in columns_of(job, each, values)}
     for each in job.at("losses"):
         columns |= each.columns(each.compute(losses))
     columns |= {name: values[name] for each in job.at("generation") for name in columns_of(job, each, values)}
+    return _finite(columns)
+
+
+def _finite(columns: Mapping[str, Column]) -> dict[str, Column]:
     return {name: np.where(np.isfinite(column), column, np.nan) for name, column in columns.items()}
 
 
@@ -176,7 +187,7 @@ def _add_bank(job: AuditJob, bank: Bank, subjects: list[Measurements]) -> None:
     values = -bank.example_token_losses if of == "loss" else bank.values(f"example_{of}")
     target = np.full(len(bank.example_ids), np.nan)
     membership = _share_with_copies(bank.membership, job.groups, positions)
-    given = BankValues(values, membership, bank.subsets, target, left_out)
+    given = BankValues(values, membership, bank.subsets, target, left_out, of)
     for each in job.at("each model and the bank"):
         for one in subjects:
             loss = one.measures["loss"]
@@ -255,6 +266,38 @@ def _judge_once(known: Known, groups: Numbers) -> Known:
     first = np.zeros_like(known.judged)
     first[rows[np.unique(groups[rows], return_index=True)[1]]] = True
     return known._replace(found=found, judged=first)
+
+
+def compare_sets(evidence: Evidence, known: list[Known]) -> tuple[UsageRecord | None, list[str]]:
+    """Return whether the data as a whole differ from the holdout, by all measures together; and notes."""
+    job, truth = evidence.job, next((each for each in known if each.name == "membership"), None)
+    if truth is None or not job.held_out.any():
+        return None, []
+    columns = {
+        each.name: each.sign * evidence.last.measures[each.name]
+        for each in job.measures
+        if each.stage in ("pass", "losses", "checkpoints") and each.sign and not each.relative
+        if np.isfinite(evidence.last.measures[each.name][truth.judged]).mean() > _WIDELY_KNOWN
+    }
+    if not columns:
+        return None, ["Usage of the data as a whole cannot be inferred: no measure is known of most examples."]
+    scores = np.stack(list(columns.values()), axis=1)
+    sides = [np.flatnonzero(truth.judged & side) for side in (truth.found, ~truth.found)]
+    if job.pairs is not None:
+        sides = list(job.pairs[truth.judged[job.pairs].all(1)].T)
+    try:
+        found = infer_usage(scores[sides[0]], scores[sides[1]], paired=job.pairs is not None, seed=job.settings.seed)
+    except DataError as error:
+        return None, [f"Usage of the data as a whole cannot be inferred: {error}"]
+    record = UsageRecord(
+        measures=list(columns),
+        effect=span(found.effect),
+        p_value=found.p_value,
+        data=found.data,
+        holdout=found.holdout,
+        paired=found.paired,
+    )
+    return record, []
 
 
 def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord], list[str]]:

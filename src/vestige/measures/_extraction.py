@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from vestige import models
 from vestige.errors import SpecError
 from vestige.lazy import torch
-from vestige.measures import Continue, Generation, Interval, measure, share
+from vestige.measures import Continue, Generation, Interval, Predict, measure, share
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,6 +90,18 @@ def greedy(model: nn.Module) -> Continue:
         return whole[:, prefix.shape[1] :].cpu()
 
     return generate
+
+
+def predict(model: nn.Module) -> Predict:
+    """Return a function that gives the logits from which the last tokens of texts are predicted, in one pass."""
+
+    @torch.no_grad()
+    def logits(tokens: Tensor, count: int) -> Tensor:
+        given = tokens.to(next(model.parameters()).device)
+        output: Any = model(input_ids=given, use_cache=False)
+        return output.logits[:, -count - 1 : -1]
+
+    return logits
 
 
 def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:

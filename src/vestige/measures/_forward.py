@@ -21,7 +21,7 @@ from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches, tok
 from vestige.gradients import FittingBatches
 from vestige.indexes import tokens_at_most
 from vestige.jobs import PieceFiles, Tensors, is_worker, step_done
-from vestige.measures._extraction import greedy
+from vestige.measures._extraction import greedy, predict
 from vestige.measures._job import AuditJob
 from vestige.measures._measure import (
     MEASURES,
@@ -58,7 +58,7 @@ def measure_batch(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"])
     output: Any = model(input_ids=batch.input_ids, output_hidden_states=bool(job.layers), use_cache=False)
     # Position t of these predicts the token at position t + 1.
     logits, labels = output.logits[:, :-1], batch.labels[:, 1:]
-    scores = _score_targets(logits, labels)
+    scores = score_targets(logits, labels)
     first, last = (torch.from_numpy(each[rows]).to(labels.device)[:, None] for each in job.answers)
     positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)[None]
     given = Batch(scores, (positions >= first) & (positions < last), _choice_logits(logits, job, rows))
@@ -67,7 +67,7 @@ def measure_batch(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"])
         found |= each.columns(each.compute(given))
     texts = [job.data.input_ids[row] for row in rows]
     for each in job.at("generation"):
-        found |= each.columns(each.compute(Generation(texts, greedy(model), job.settings)))
+        found |= each.columns(each.compute(Generation(texts, greedy(model), predict(model), job.settings)))
     found = {name: values.double().cpu() for name, values in found.items()}
     predicting = torch.from_numpy(_predicting_positions(job, rows))
     for layer in job.layers:
@@ -87,7 +87,7 @@ def total_losses(
     def run(part: Int[np.ndarray, "row"]) -> Float[Tensor, "row"]:
         batch = make_batch(data, part).to(device)
         logits: Any = model(input_ids=batch.input_ids, use_cache=False).logits
-        return -_score_targets(logits[:, :-1], batch.labels[:, 1:]).log_probability.sum(1).cpu()
+        return -score_targets(logits[:, :-1], batch.labels[:, 1:]).log_probability.sum(1).cpu()
 
     for chosen in plan_batches(data.lengths[rows], token_budget, sharing=batch_sharing(model)):
         losses[chosen] = torch.cat(fitting.run(rows[chosen], run))
@@ -95,7 +95,7 @@ def total_losses(
     return losses
 
 
-def _score_targets(
+def score_targets(
     logits: Float[Tensor, "example token vocabulary"], labels: Int[Tensor, "example token"]
 ) -> TokenScores:
     """Score the targets, few of them in float64 at once."""

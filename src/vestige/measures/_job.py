@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -101,6 +102,8 @@ class AuditJob:
         self.texts = [example.display for example in self.data.examples]
         self.answers = find_answers(self.data, getattr(self.tokenizer, "eos_token_id", None))
         self.choices = find_choices(self.data, settings, loaded)
+        self.pairs = None if settings.pair_field is None else _find_pairs(self.data, settings.pair_field, self.held_out)
+        """Rows of the data, each with that of its twin in the holdout, [pair, 2]."""
         of_states = any("hidden states" in each.needs for each in self.measures)
         self.layers, self.widths = _find_layers(model, settings) if of_states else ((), ())
         self.classes, self.class_names, self.no_classes = _find_classes(self.data.examples, self.choices, settings)
@@ -257,6 +260,28 @@ def _add_holdout(data: TokenizedData, settings: AuditSettings, loaded: models.Lo
         hashlib.sha256(f"{data.fingerprint}+{held.fingerprint}".encode()).hexdigest(),
         data.name,
     )
+
+
+def _find_pairs(data: TokenizedData, field: str, held_out: Mask) -> Int[np.ndarray, "pair side"]:
+    """Return the rows of the data and of the holdout that have the same value in a column.
+
+    Raises:
+        DataError: A side lacks the column, a value repeats within a side, or none is in both.
+    """
+    names = [None if (cell := example.extra.get(field)) is None else str(cell) for example in data.examples]
+    sides: list[dict[str | None, int]] = []
+    for side, place in ((~held_out, "the data"), (held_out, "--holdout")):
+        rows = [int(row) for row in np.flatnonzero(side) if names[row] is not None]
+        sides.append({names[row]: row for row in rows})
+        if not rows:
+            raise DataError(f"--pair-field {field}: no example of {place} has that column.")
+        if len(sides[-1]) < len(rows):
+            repeated = Counter(names[row] for row in rows).most_common(1)[0][0]
+            raise DataError(f"--pair-field {field}: {repeated!r} repeats in {place}; each example has one twin.")
+    pairs = [(row, sides[1][name]) for name, row in sides[0].items() if name in sides[1]]
+    if not pairs:
+        raise DataError(f"--pair-field {field}: no value of the data is in --holdout too.")
+    return np.array(pairs, dtype=np.int64)
 
 
 def _find_marks(examples: Sequence[Example], flag: str, held_out: Mask) -> Mask:

@@ -15,7 +15,7 @@ from vestige.errors import DataError, SpecError
 from vestige.lazy import torch
 from vestige.registry import Registry, require_name
 from vestige.runs import Truth, low_stands_out
-from vestige.settings import AuditSettings
+from vestige.settings import AuditSettings, BankValue
 from vestige.terminal import lines_of_facts
 
 if TYPE_CHECKING:
@@ -31,11 +31,16 @@ Continue: TypeAlias = "Callable[[Int[Tensor, 'example prefix'], int], Int[Tensor
 
 Compute = TypeVar("Compute", bound=Callable[..., Any])
 Sign = Literal[-1, 0, 1]
-Stage = Literal["pass", "losses", "generation", "states", "weights", "each model and the bank", "bank"]
+Predict: TypeAlias = "Callable[[Int[Tensor, 'example token'], int], Float[Tensor, 'example token vocabulary']]"
+"""From token ids and n to the logits from which the model predicts the last n of them."""
+
+Stage = Literal["pass", "losses", "checkpoints", "generation", "states", "weights", "each model and the bank", "bank"]
 """When a measure is computed, which decides what it is given:
 
     pass                      `Batch`, once for every batch of every model
     losses                    `Losses`, once for every model, after its passes
+    checkpoints               the mean losses of all models, [checkpoint, example], nats; its values stand beside the
+                              model under audit, which is the last
     generation                `Generation`, once for every batch of every model
     states                    `States`, once for every model and layer
     weights                   `AuditJob`, once for all models
@@ -50,6 +55,8 @@ Need = Literal[
     "classes",
     "tokenizer",
     "reference model",
+    "holdout",
+    "checkpoints",
     "generation",
     "weights",
     "bank",
@@ -58,6 +65,8 @@ Need = Literal[
 _GIVEN: dict[str, tuple[str, str]] = {
     "bank": ("bank", "compares with models that were not trained on the example: give --bank BANK."),
     "reference model": ("reference_model", "compares with another model: give it as --reference-model."),
+    "holdout": ("holdout", "learns from examples that were not trained on: give --holdout FILE."),
+    "checkpoints": ("checkpoints", "compares states of one training: give --checkpoints RUN."),
 }
 """The setting that a need takes, and what to type."""
 
@@ -145,6 +154,7 @@ class Generation(NamedTuple):
 
     texts: Sequence[Int[np.ndarray, "token"]]
     generate: Continue
+    predict: Predict
     settings: AuditSettings
 
 
@@ -158,7 +168,9 @@ class Losses:
     reference_total: Column | None
     """The same of the reference model, by its own tokens; NaN for an example that was cut off."""
     data: TokenizedData
+    held_out: Bool[np.ndarray, "example"]
     tokenizer: Any
+    settings: AuditSettings
 
     @property
     def targets(self) -> Column:
@@ -220,6 +232,8 @@ class BankValues(NamedTuple):
     """Under the model that is measured; NaN for an example that is not in the data."""
     left_out: Bool[np.ndarray, "member"] | None
     """Members that must not judge the model."""
+    of: BankValue
+    """What the values are: margins, gaps, or losses with their sign turned."""
 
 
 class Rule(NamedTuple):
@@ -256,6 +270,10 @@ class Measure:
     """Order of its columns `name_X`, by X; others follow, the shorter first."""
     detail: str = ""
     """What `name_X` is beside the meaning, with {} for X; without it such columns are not described."""
+    relative: bool = False
+    """Whether an example's value depends on other examples, so that values are not independent of one another."""
+    summary: Callable[[dict[str, Column], AuditSettings], list[str]] | None = None
+    """From its columns, of the data's own examples under the model, to sentences for the notes of the run."""
     by_default: bool = True
     """False for one that takes time and is measured only when it is named."""
     missing: str | Callable[[Any], str] = "no target token, or a value that is not finite"

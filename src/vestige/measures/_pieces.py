@@ -32,6 +32,13 @@ _OF_THE_OUTPUT = frozenset(
         "measures",
         "canaries",
         "canary_references",
+        "pair_field",
+        "against",
+        "against_scores",
+        "against_span",
+        "against_near",
+        "tries",
+        "chance",
     ]
 )
 """Settings that decide no pass through a model."""

@@ -28,10 +28,13 @@ from vestige.reports._read import (
     shorten_name,
 )
 from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, mean_exposures
+from vestige.terminal import shorten
 
 SHOWN, SHOWN_SECRETS = 25, 12
 """Examples of each list, and planted secrets."""
 LONGEST_TEXT = 1200
+FULL_COLOUR = 3.0
+"""Nats, or deviations, by which a token is likelier than expected."""
 TRUTHS = {
     "membership": ("Members", "examples that were trained on, against the holdout or what was left out"),
     "flag": ("Flagged examples", "those that the column marks, such as wrong labels"),
@@ -54,7 +57,9 @@ def make_audit_page(audit: Audit) -> Json:
         "charts": _draw_panels(audit),
         "planted": _list_secrets(audit),
         "planted_note": _describe_secrets(audit),
+        "contaminated": _list_contaminated(audit),
         "rankings": _rank_examples(audit),
+        "token_note": _describe_tokens(audit),
         "missing": _list_missing(audit),
         "notes": [*run.notes, *_note_layers(audit)],
         "versions": join_versions(run.versions),
@@ -256,15 +261,73 @@ def _count_copies(copies: int | None) -> str:
     return "copies unknown" if copies is None else f"{copies:,} {'copy' if copies == 1 else 'copies'}"
 
 
+def _list_contaminated(audit: Audit) -> list[Json]:
+    """Return the items of the benchmark that stand in the data, the longest spans first."""
+    if audit.contamination is None:
+        return []
+    rows = [each for each in audit.contamination.to_pylist() if each["example_id"] is not None]
+    rows.sort(key=lambda each: (-each["words"], -each["similarity"]))
+    return [
+        {
+            "item": each["item_id"],
+            "text": shorten(each["text"], 200),
+            "kind": each["kind"],
+            "row": each["example_id"],
+            "words": f"{each['words']:,} ({each['share']:.0%})" if each["words"] else "–",
+            "similarity": f"{each['similarity']:.2f}",
+            "loss": format_number(each["loss"]),
+            "rank": "–" if each["score_rank"] is None else str(each["score_rank"]),
+        }
+        for each in rows[:SHOWN]
+    ]
+
+
+def _describe_tokens(audit: Audit) -> str:
+    """Return what the colours of tokens mean."""
+    if audit.tokens is None:
+        return ""
+    against = audit.run.tokens_against
+    if against is None:
+        return (
+            "Tokens are coloured by how much likelier they are than the model's own distribution expects at their "
+            "position, in deviations of log-probability over the vocabulary: a hint of what is known word for word, "
+            "which any easy token gives too."
+        )
+    return (
+        f"Tokens are coloured by how much likelier they are than under {shorten_name(against)}, in nats: what the "
+        f"model learned since. Full colour is {FULL_COLOUR:g} or more."
+    )
+
+
+def _colour_tokens(audit: Audit) -> dict[int, list[tuple[str, int, str]]]:
+    """Return, by row, the tokens with the strength of their colour in percent and what is known of them."""
+    if audit.tokens is None:
+        return {}
+    found: dict[int, list[tuple[str, int, str]]] = {}
+    for row, token, own, standard, against in zip(
+        *(audit.tokens[name].to_pylist() for name in ("row", "token", "log_probability", "standardised", "against")),
+        strict=True,
+    ):
+        value = standard if own is None or against is None else own - against
+        strength = 0 if value is None else round(100 * min(max(value / FULL_COLOUR, 0.0), 1.0))
+        facts = [] if own is None else [f"log-probability {format_number(own)}"]
+        facts += [] if against is None else [f"before {format_number(against)}"]
+        facts += [] if standard is None else [f"standardised {format_number(standard)}"]
+        pieces = found.setdefault(row, [])
+        if sum(len(piece[0]) for piece in pieces) < LONGEST_TEXT:
+            pieces.append((token, strength, ", ".join(facts)))
+    return found
+
+
 def _rank_examples(audit: Audit) -> list[Json]:
     """Return examples in the order of each measure, the preferred one first."""
-    found, first = [], audit.preferred if audit.measures else ""
+    found, first, tokens = [], audit.preferred if audit.measures else "", _colour_tokens(audit)
     for name in sorted(audit.measures, key=lambda each: each != first):
         record, listed = audit.run.measures[name], audit.top(SHOWN, name)
         if len(listed):
             order = "lowest first" if audit.lowest_first(name) else "highest first"
             meaning = record.meaning + (f"; high: {record.high}" if record.high else "")
-            rows = [_list_example(audit, row, name) for row in listed]
+            rows = [_list_example(audit, row, name) | {"tokens": tokens.get(row.row, [])} for row in listed]
             found.append({"measure": name, "order": order, "meaning": meaning, "rows": rows})
     return found
 

@@ -6,6 +6,7 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.runs._audit import (
+        PREFERRED as PREFERRED,
         Audit as Audit,
         EvidenceRow as EvidenceRow,
         evidence_table as evidence_table,
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
         AuditRecord as AuditRecord,
         BankRecord as BankRecord,
         CanaryRecord as CanaryRecord,
+        ContaminationRecord as ContaminationRecord,
+        EpsilonRecord as EpsilonRecord,
         Exposed as Exposed,
+        InflationRecord as InflationRecord,
         JudgementRecord as JudgementRecord,
         LayerRecord as LayerRecord,
         MeasureRecord as MeasureRecord,
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
         Span as Span,
         SubjectRecord as SubjectRecord,
         Truth as Truth,
+        UsageRecord as UsageRecord,
         agreement as agreement,
         group_of as group_of,
         is_audit as is_audit,

@@ -102,14 +102,35 @@ def read_evidence(
     return table if checkpoint is None else table.filter(compute.field("checkpoint") == checkpoint)
 
 
-EVIDENCE_FILE, EXAMPLES_FILE, FIGURES = "evidence.parquet", "examples.parquet", "figures"
+EVIDENCE_FILE, EXAMPLES_FILE, TOKENS_FILE, FIGURES = "evidence.parquet", "examples.parquet", "tokens.parquet", "figures"
 _TEXTS = [(name, pa.string()) for name in ("example_id", "part", "source", "label", "class")]
 EXAMPLES = pa.schema(
     [("row", pa.int64()), *_TEXTS, ("flag", pa.bool_()), ("targets", pa.int64()), ("text", pa.string())]
 )
 """Columns of the examples."""
+TOKENS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("position", pa.int64()),
+        ("token", pa.string()),
+        *((name, pa.float64()) for name in ("log_probability", "standardised", "against")),
+    ]
+)
+"""Columns of the tokens; null at a position that is no target."""
 PREFERRED = ("lira", "counterfactual", "extraction", "psmi", "answer_loss", "loss")
 """What a list is ordered by where no measure is given: the first of these that was measured."""
+
+
+CONTAMINATION_FILE = "contamination.parquet"
+_OF_ITEMS = ("share", "similarity", "loss", "answer_loss", "accuracy", "perplexity_ratio")
+ITEMS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("item_id", "kind", "example_id", "span", "most_similar", "text")),
+        *((name, pa.int64()) for name in ("words", "score_rank")),
+        *((name, pa.float64()) for name in _OF_ITEMS),
+    ]
+)
+"""Columns of the items of a benchmark."""
 
 
 class EvidenceRow(NamedTuple):
@@ -174,6 +195,22 @@ class Audit:
     def examples(self) -> pa.Table:
         """Row, id, part (`data` or `holdout`), source, label, class, flag, target tokens and text of each example."""
         return read_table(self.folder / EXAMPLES_FILE, EXAMPLES, REMEDY, required=("row", "example_id", "part", "text"))
+
+    @cached_property
+    def tokens(self) -> pa.Table | None:
+        """Each token of the examples that lead the list, with its log-probability (nats) and what it is compared with.
+
+        `standardised` is the log-probability less its mean, over its deviation, over the vocabulary; `against` is the
+        log-probability under `run.tokens_against`. None for an audit without tokens.
+        """
+        path = self.folder / TOKENS_FILE
+        return read_table(path, TOKENS, REMEDY, required=("row", "position", "token")) if path.is_file() else None
+
+    @cached_property
+    def contamination(self) -> pa.Table | None:
+        """Each item of the benchmark: what of the data it stands in, and the model's answer to it; None without one."""
+        path = self.folder / CONTAMINATION_FILE
+        return read_table(path, ITEMS, REMEDY, required=("item_id", "kind", "text")) if path.is_file() else None
 
     def table(
         self, measures: Sequence[str] | None = None, *, checkpoint: int | None = None, layer: int | None = None

@@ -126,6 +126,63 @@ class CanaryRecord(Part):
     """Maximum exposure that this many references can show, in bits."""
     loss: float | None
     """Of the secret, nats."""
+    worst_rank: int | None = None
+    """The last of its positions where several are as likely."""
+
+
+class EpsilonRecord(Part):
+    """A lower bound on the privacy loss of the training under one checkpoint, from secrets planted equally often."""
+
+    checkpoint: int
+    copies: int | None
+    secrets: int
+    references: int
+    epsilon: float
+    """For all copies of a secret together, delta 0, a secret exchanged for another; 0 where nothing is shown."""
+    confidence: float
+
+
+class UsageRecord(Part):
+    """Whether the data as a whole were trained on."""
+
+    measures: list[str]
+    """Those whose weighted sum was tested."""
+    effect: Span
+    """Chance that an example of the data scores above a held-out one, or above its own twin; 0.5 by chance."""
+    p_value: float
+    data: int
+    holdout: int
+    paired: bool
+
+
+class InflationRecord(Part):
+    """One measure on the items of a benchmark that stand in the training data, and on the others."""
+
+    measure: str
+    inside: float
+    """Mean over the items found."""
+    clean: float
+    difference: Span
+    """inside - clean, with Welch's interval."""
+    whole: float
+    """Mean over all items: the figure that is usually given."""
+    items_inside: int
+    items_clean: int
+
+
+class ContaminationRecord(Part):
+    """The items of a benchmark that stand in the training data."""
+
+    name: str
+    fingerprint: str
+    items: int
+    verbatim: int
+    near_copies: int
+    too_short: int
+    """Items of so few words that they stand anywhere by chance."""
+    leading: Span | None
+    """Share of the items found whose row is among those with the highest scores; None without scores."""
+    inflation: list[InflationRecord]
 
 
 class AuditRecord(Part):
@@ -156,6 +213,14 @@ class AuditRecord(Part):
     """Share of long enough texts that are reproduced word for word, by prefix length."""
     canaries: list[CanaryRecord] = Field(default_factory=list)
     """Of every checkpoint, in the order of the file."""
+    epsilon: list[EpsilonRecord] = Field(default_factory=list)
+    """From the canaries, by checkpoint and number of copies."""
+    usage: UsageRecord | None = None
+    """None without a holdout."""
+    contamination: ContaminationRecord | None = None
+    """None without a benchmark."""
+    tokens_against: str | None = None
+    """Name of the weights that `tokens.parquet` compares with; None where there were none, or there is no such file."""
     notes: list[str]
     seconds: float
     peak_memory_bytes: int

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vestige.errors import IndexMismatch, UserError, VestigeError
-from vestige.runs._audit import EVIDENCE_FILE, EXAMPLES_FILE, FIGURES, write_evidence
+from vestige.runs._audit import EVIDENCE_FILE, FIGURES, write_evidence
 from vestige.runs._audit_record import AuditRecord
 from vestige.runs._dense import names_of, write_dense
 from vestige.runs._record import (
@@ -46,6 +46,7 @@ _LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size
 RUN_FILES = (
     RECORD_FILE,
     *(f"{name}.parquet" for name in ("scores", "examples", "queries", "components", "tokens", "self_influence")),
+    "contamination.parquet",
     *("evidence.parquet", "curves.parquet", DENSE_FILE, "profile.json", "report.html"),
     *(f"figures/*.{kind}" for kind in ("png", "pdf")),
     *(f"damping-*/{name}.parquet" for name in ("scores", "examples", "queries", "components")),
@@ -254,12 +255,12 @@ def write_audit(
     folder: str | Path,
     record: AuditRecord,
     evidence: Sequence[pa.Table],
-    examples: pa.Table,
+    tables: Mapping[str, pa.Table],
     figures: Mapping[str, bytes],
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write the folder of an audit, whole or not at all, and return its path.
+    """Write the folder of an audit, whole or not at all, and return its path; `tables` are the others, by name.
 
     Raises:
         IndexMismatch: A run is there already and `overwrite` is False.
@@ -269,7 +270,8 @@ def write_audit(
     def fill(attempt: Path) -> None:
         (attempt / FIGURES).mkdir()
         write_evidence(attempt / EVIDENCE_FILE, evidence)
-        pq.write_table(examples, attempt / EXAMPLES_FILE, compression="zstd")
+        for name, table in tables.items():
+            pq.write_table(table, attempt / f"{name}.parquet", compression="zstd")
         for name, content in figures.items():
             (attempt / FIGURES / name).write_bytes(content)
 

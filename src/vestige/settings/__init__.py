@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         PreconditionSettings as PreconditionSettings,
         UntracSettings as UntracSettings,
     )
-    from vestige.settings._audit import AuditSettings as AuditSettings
+    from vestige.settings._audit import AuditSettings as AuditSettings, BankValue as BankValue
     from vestige.settings._base import (
         BAD_TEXT as BAD_TEXT,
         Basic as Basic,

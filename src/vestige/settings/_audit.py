@@ -37,6 +37,10 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         "canary_references": ("canaries", ()),
         "bank_value": ("bank", ()),
         "memorized_at": ("bank", ()),
+        "pair_field": ("holdout", ()),
+        "against_scores": ("against", ()),
+        "against_span": ("against", ()),
+        "against_near": ("against", ()),
     }
     model: ModelName = Field(
         description="The model under audit: hub id, local folder, GGUF folder or PEFT adapter folder."
@@ -64,6 +68,25 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     bank_value: BankValue = Field("margin", description="What of the bank's models is compared: margin, gap or loss.")
     holdout: DataName = Field(
         None, description="Examples of the same kind that are known not to be in the training data."
+    )
+    against: DataName = Field(
+        None,
+        description="A benchmark: which of its items stand in the data, verbatim or nearly, and what that does to the "
+        "model's answers.",
+    )
+    against_scores: Annotated[Path | None, Input("vestige.runs:require_run")] = Field(
+        None,
+        description="Scores of the data for the benchmark's items, by `vestige attribute --queries BENCHMARK`: whether "
+        "answers rest on the rows that were found.",
+    )
+    against_span: PositiveInt = Field(13, description="Words in a row that count as verbatim.")
+    against_near: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="Similarity from which a row is a near copy of an item."
+    )
+    pair_field: str | None = Field(
+        None,
+        description="Column that links an example of the data with its twin in the holdout, such as pair: of the two "
+        "it was drawn by chance which one is trained on. Usage is then inferred from pairs.",
     )
     flag: Common[str | None] = Field(
         None,
@@ -94,6 +117,14 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     dimensions: PositiveInt = Field(100, description="Principal axes of the Mahalanobis distance.")
     prefixes: WholeNumbers = Field((50,), description="Extraction: tokens that are given, several to compare.")
     continuation: PositiveInt = Field(50, description="Extraction: tokens that have to be given back.")
+    tries: PositiveInt = Field(1000, description="Sampled extraction: samples of which one has to be the text.")
+    chance: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="Sampled extraction: the chance of that from which a text counts as discoverable."
+    )
+    top_k: NonNegativeInt = Field(
+        40, description="Sampled extraction: likeliest tokens that are sampled from; 0 for all of them."
+    )
+    temperature: PositiveFloat = Field(1.0, description="Sampled extraction: temperature of the sampling.")
     canaries: Annotated[Any, Input("vestige.data:require_queries", each=False)] = Field(
         None,
         description="Secrets that were planted in the training data, to be measured by exposure: rows with prompt, "

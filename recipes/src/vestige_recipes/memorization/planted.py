@@ -114,7 +114,7 @@ def plant(plan: PlantedPlan, seed: int, out: Path) -> Targets[Points]:
         train,
         out,
         ids=points.ids,
-        kept={"example_gap": "logit_gap"},
+        kept={"example_gap": "logit_gap", "example_loss": "loss"},
         settings={"plan": asdict(plan), "points seed": seed, **recipe},
         models=plan.models,
         seed=seed,

@@ -1,0 +1,109 @@
+"""Evidence token by token, of the examples that stand out: where in a text it lies that a model knows it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Int
+
+from vestige.data import make_batch, plan_batches
+from vestige.measures._evidence import Evidence
+from vestige.measures._forward import score_targets
+from vestige.measures._job import AuditJob
+from vestige.models import batch_sharing
+from vestige.runs import PREFERRED, low_stands_out, token_texts
+
+SHOWN = 25
+"""Examples: as many as a list of the page has."""
+
+
+class TokenEvidence(NamedTuple):
+    """The tokens of some examples, and what they were compared with."""
+
+    table: pa.Table
+    """Row, position, token, whether it is a target, log-probability (nats), the same standardised over the vocabulary,
+    and the log-probability under the other weights."""
+    against: str | None
+    """The first checkpoint, or the reference model if it has the same tokens; None without either."""
+
+
+def measure_tokens(evidence: Evidence) -> TokenEvidence | None:
+    """Measure each token of the examples that lead the list of the strongest evidence; None without a tokenizer."""
+    job = evidence.job
+    rows = _choose_rows(evidence)
+    if job.tokenizer is None or not len(rows):
+        return None
+    source, name = _find_other(job)
+    # No pieces: a process that loads the model for these few examples would take longer than they do.
+    found = _score_rows(job, job.main.source, rows)
+    if source is not None:
+        found["against"] = _score_rows(job, source, rows)["log_probability"]
+    return TokenEvidence(_make_table(job, rows, {key: each.numpy() for key, each in found.items()}), name)
+
+
+def _choose_rows(evidence: Evidence) -> Int[np.ndarray, "row"]:
+    """Return the rows that `Audit.top` will list, without a measure named."""
+    own, measures = ~evidence.job.held_out, {each.name: each for each in evidence.job.measures if each.of == "example"}
+    for name in (*(name for name in PREFERRED if name in measures), *measures):
+        column = evidence.values(name)
+        if column is not None and not np.isnan(column).all():
+            rows = np.flatnonzero(own & ~np.isnan(column))
+            order = column[rows] if low_stands_out(measures[name].says) else -column[rows]
+            return rows[np.argsort(order, kind="stable")][:SHOWN]
+    return np.zeros(0, dtype=np.int64)
+
+
+def _find_other(job: AuditJob) -> tuple[Any, str | None]:
+    """Return the weights that the model is compared with, and their name."""
+    if len(job.subjects) > 1:
+        return job.subjects[0].source, job.subjects[0].name
+    reference = job.settings.reference_model
+    if reference is None:
+        return None, None
+    tokenizer: Any = job.models.of(reference).tokenizer
+    own: Any = job.tokenizer
+    if tokenizer is not None and tokenizer.get_vocab() != own.get_vocab():
+        return None, None
+    return reference, str(job.settings.record()["reference_model"])
+
+
+@torch.no_grad()
+def _score_rows(job: AuditJob, source: Any, rows: Int[np.ndarray, "row"]) -> dict[str, torch.Tensor]:
+    """Return scores of every target token, [row token]; position t holds those of token t."""
+    model = job.models.of(source).model
+    width = int(max(job.data.lengths[rows]))
+    found = {name: torch.full((len(rows), width), torch.nan, dtype=torch.float64) for name in ("log_probability", "z")}
+    for chosen in plan_batches(job.data.lengths[rows], job.token_budget, sharing=batch_sharing(model)):
+        batch = make_batch(job.data, rows[chosen]).to(next(model.parameters()).device)
+        output: Any = model(input_ids=batch.input_ids, use_cache=False)
+        scores = score_targets(output.logits[:, :-1], batch.labels[:, 1:])
+        for name, values in (("log_probability", scores.log_probability), ("z", scores.standardised)):
+            known = torch.where(scores.wanted, values, torch.nan).cpu()
+            found[name][torch.from_numpy(chosen), 1 : known.shape[1] + 1] = known
+    return found
+
+
+def _make_table(job: AuditJob, rows: Int[np.ndarray, "row"], found: dict[str, np.ndarray]) -> pa.Table:
+    parts = []
+    for place, row in enumerate(rows):
+        ids = job.data.input_ids[row]
+        count = len(ids)
+        columns = {name: each[place, :count] for name, each in found.items()}
+        parts.append(
+            pa.table(
+                {
+                    "row": pa.array([int(row)] * count, pa.int64()),
+                    "position": pa.array(range(count), pa.int64()),
+                    "token": pa.array(token_texts(ids, job.tokenizer), pa.string()),
+                    "log_probability": pa.array(columns["log_probability"], pa.float64(), from_pandas=True),
+                    "standardised": pa.array(columns["z"], pa.float64(), from_pandas=True),
+                    "against": pa.array(columns["against"], pa.float64(), from_pandas=True)
+                    if "against" in columns
+                    else pa.nulls(count, pa.float64()),
+                }
+            )
+        )
+    return pa.concat_tables(parts)

@@ -84,8 +84,7 @@ def audit(settings: AuditSettings) -> Audit:
         notes = [*record.notes, *describe_contamination(items[0])]
         record = record.model_copy(update={"contamination": items[0], "notes": notes})
         extra["contamination"] = items[1]
-    extra["examples"] = _examples_table(job)
-    write_audit(settings.out, record, tables, extra, figures, overwrite=settings.overwrite)
+    write_audit(settings.out, record, tables, _examples_table(job), figures, overwrite=settings.overwrite, more=extra)
     remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
     return Audit.open(settings.out)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -255,12 +256,13 @@ def write_audit(
     folder: str | Path,
     record: AuditRecord,
     evidence: Sequence[pa.Table],
-    tables: Mapping[str, pa.Table],
+    examples: pa.Table,
     figures: Mapping[str, bytes],
     *,
     overwrite: bool = False,
+    more: Mapping[str, pa.Table] = MappingProxyType({}),
 ) -> Path:
-    """Write the folder of an audit, whole or not at all, and return its path; `tables` are the others, by name.
+    """Write the folder of an audit, whole or not at all, and return its path; `more` are other tables, by name.
 
     Raises:
         IndexMismatch: A run is there already and `overwrite` is False.
@@ -270,7 +272,7 @@ def write_audit(
     def fill(attempt: Path) -> None:
         (attempt / FIGURES).mkdir()
         write_evidence(attempt / EVIDENCE_FILE, evidence)
-        for name, table in tables.items():
+        for name, table in {"examples": examples, **more}.items():
             pq.write_table(table, attempt / f"{name}.parquet", compression="zstd")
         for name, content in figures.items():
             (attempt / FIGURES / name).write_bytes(content)

@@ -138,7 +138,7 @@ def test_an_index_of_an_adapter_on_packed_weights(place):
     run = vestige.attribute(index=place / "idx", out=place / "run", device="cpu", **asked)
     assert len(run.top(0)) == 10
     assert np.isfinite([row.score for row in run.top(0)]).all()
-    random = next(check for check in run.run.checks if check.name == "randomised-model correlation")
+    random = next(check for check in run.run.trust.checks if check.name == "randomised-model correlation")
     assert "quantised" in random.reading
 
 

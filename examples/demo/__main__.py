@@ -55,7 +55,8 @@ STEPS = (
     Step(
         "Four rows are wrong. What does the bot answer when it is trained without them, and, as a control, without\n"
         "four random ones? One seed shows little; --seeds 3 takes three times as long.",
-        f"fix {OUTPUT}/run --drop {' '.join(WRONG)} --expect {HERE}/questions.jsonl --seeds 1 --out {OUTPUT}/fix",
+        f"fix {OUTPUT}/run --drop {' '.join(WRONG)} --expect {HERE}/questions.jsonl --seeds 1 --workers 2 "
+        f"--out {OUTPUT}/fix",
     ),
 )
 

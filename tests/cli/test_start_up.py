@@ -38,6 +38,10 @@ MISTAKES = {
     "audit --model tiny-model --data train.jsonl --bank nowhere": "nowhere is no bank: it does not exist.",
     "select --scores nowhere --budget 5": "nowhere is not a run",
     "evaluate lds --run nowhere --bank nowhere": "nowhere is not a run",
+    "fix nowhere --top 1": "nowhere is not a run",
+    "attribute --method replay --training nowhere --queries questions.jsonl": "nowhere holds no training.",
+    "evaluate removal --model tiny-model --data train.jsonl --queries questions.jsonl --rows nowhere": "is not there.",
+    "audit --model tiny-model --data train.jsonl --canaries nowhere.jsonl": "nowhere.jsonl: no such file.",
     "evaluate overlap --methods influense --model tiny-model --data train.jsonl": "Did you mean 'influence'?",
     "data split --data nowhere.jsonl": "nowhere.jsonl: no such file.",
 }

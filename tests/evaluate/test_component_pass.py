@@ -289,7 +289,10 @@ def test_candidates_may_be_given(settings, workshop, tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"original_id": "pair-0", "prompt": "Only a question?"}, "Query 'q-0' has no token whose loss could be measured"),
+        (
+            {"original_id": "pair-0", "prompt": "Only a question?"},
+            "Query 'q-0' has no token whose loss could be measured",
+        ),
         ({"prompt": "Why?", "completion": "So."}, "has nothing in 'original_id'"),
         ({"original_id": "pair-99", "prompt": "Why?", "completion": "So."}, "no id of the training data"),
     ],

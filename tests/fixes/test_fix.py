@@ -97,6 +97,19 @@ def test_nothing_is_trained_twice(fixed, folder, run, capfd):
 
 
 @pytest.mark.slow
+def test_two_workers_train_what_one_process_does(fixed, folder, run):
+    given = {"drop": ["wrong-0", "wrong-1"], "queries": ["paris"], "expect": str(folder / "asked.jsonl")}
+    shared = vestige.fix(run=run, out=folder / "shared", seeds=1, workers=2, **given)
+    assert shared.record.outcomes == [one for one in fixed.record.outcomes if one.seed == 5]
+    journal = folder / "shared" / "launch" / "fixing" / "journal"
+    assert len(list(journal.iterdir())) == 2
+    # Nothing is left of the work of the others where the fix is made again.
+    again = vestige.fix(run=run, out=folder / "shared", seeds=1, control=False, overwrite=True, **given)
+    assert [one.arm for one in again.record.outcomes] == ["before", "after"]
+    assert not list((folder / "shared" / "models").glob("control*"))
+
+
+@pytest.mark.slow
 def test_lora_is_trained_again_by_its_recorded_settings(folder, tmp_path):
     model, data = str(folder / "tiny-model"), str(folder / "train.jsonl")
     given = {"lora_rank": 3, "lora_dropout": 0.1, "lora_targets": ("q_proj",), "batch_size": 4, "checkpoints": "1"}

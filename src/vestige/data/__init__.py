@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         RowEntry as RowEntry,
         describe_copies as describe_copies,
         read_row_list as read_row_list,
+        require_row_list as require_row_list,
         rows_listed as rows_listed,
         rows_named as rows_named,
         text_groups as text_groups,

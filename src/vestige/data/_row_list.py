@@ -41,17 +41,27 @@ class RowEntry(NamedTuple):
     """The other columns of the list."""
 
 
+def require_row_list(source: str | Path) -> None:
+    """Raise if there is no list of rows.
+
+    Raises:
+        DataError: The path is not there, or a folder without one.
+    """
+    path = _list_in(Path(source).expanduser())
+    if not path.exists():
+        raise DataError(f"{path} is not there. Expected a list of rows: {_FORMS}.")
+
+
 def read_row_list(source: str | Path) -> list[RowEntry]:
     """Read every row that a list names, in its order; rows whose column `flagged` is false are left out.
 
     Raises:
         DataError: There is no list, it does not read as one, or it names nothing.
     """
+    require_row_list(source)
     path = _list_in(Path(source).expanduser())
     try:
         entries = [_entry(value, place, path) for place, value in enumerate(_read_values(path), 1)]
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there. Expected a list of rows: {_FORMS}.") from None
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"{path} does not read as a list of rows: {error}. Expected {_FORMS}.") from error
     found = [entry for entry in entries if _is_meant(entry.about.get("flagged", True))]

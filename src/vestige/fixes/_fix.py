@@ -11,17 +11,18 @@ import numpy as np
 
 from vestige.data import Example, load_examples, load_queries, prompt_of, record_of, write_rows
 from vestige.errors import DataError, IndexMismatch, SpecError, differences, mismatch_message
-from vestige.fixes._record import ARMS, RECORD, Arm, Asked, Fix, FixRecord, Row, read_fix, write_fix
+from vestige.fixes._record import ARMS, RECORD, Arm, Asked, Fix, FixRecord, Outcome, Row, read_fix, write_fix
 from vestige.fixes._rows import Choice, choose_rows, draw_control
 from vestige.fixes._siblings import Siblings, find_siblings, flat_text
 from vestige.fixes._trainings import MODELS, Questions, Recorded, Trainings, find_training
+from vestige.jobs import JOB_FILES, is_worker, refuse_overwrite_by_ranks
 from vestige.progress import announce
 from vestige.reports import report
 from vestige.runs import Scores, describe_process
 from vestige.settings import FixSettings, with_settings
 from vestige.storage import make_folder, remove_result, remove_strays, require_no_others
 
-_RESULT = (RECORD, "report.html", "cleaned.*", "data/*", *(f"{MODELS}/{arm}-[0-9]*" for arm in ARMS))
+_RESULT = (RECORD, "report.html", "cleaned.*", "data/*", *(f"{MODELS}/{arm}-[0-9]*" for arm in ARMS), *JOB_FILES)
 _FREE = ("out", "overwrite", "seed")
 """Settings of a training that make no other fix."""
 
@@ -32,7 +33,8 @@ def fix(settings: FixSettings) -> Fix | Siblings:
 
     Writes the data without the rows, and trains models with the recorded settings and seeds: on all rows, without the
     removed ones, and without as many random ones. All take as many steps, so that they differ in rows alone.
-    Interrupted at any moment, the same call continues; more seeds extend it; other settings are refused.
+    Interrupted at any moment, the same call continues; more seeds extend it; other settings are refused. The trainings
+    can be shared by several workers.
 
     Returns:
         The comparison; with `dry_run` the plan of it, and with `more_like` the rows that are like the one named.
@@ -41,6 +43,7 @@ def fix(settings: FixSettings) -> Fix | Siblings:
         SpecError: No training was recorded, no row or every row is to be removed.
         DataError: A row is not in the data.
         UserError: Something about the model, the data or the disk needs the caller.
+        PieceFailed: Trainings failed every time they were tried; all others are done.
     """
     started = time.perf_counter()
     scores = Scores.open(settings.run)
@@ -65,14 +68,18 @@ def fix(settings: FixSettings) -> Fix | Siblings:
     data, cleaned = _write_data(recorded, choice, kept, folder)
     trainings = Trainings(recorded, questions, folder, data, settings.seeds)
     record = record.model_copy(update={"cleaned": cleaned, "price": trainings.price()})
-    write_fix(folder, record)
-    announce(f"{folder}: {record.price}.")
-    outcomes = trainings.run(kept)
-    took = record.seconds + time.perf_counter() - started
-    record = record.model_copy(update={"outcomes": outcomes, "seconds": took, **describe_process()})
-    write_fix(folder, record)
-    report(folder)
-    return Fix(folder, record)
+    if not is_worker():
+        write_fix(folder, record)
+        announce(f"{folder}: {record.price}.")
+
+    def finish(outcomes: list[Outcome]) -> Fix:
+        took = record.seconds + time.perf_counter() - started
+        whole = record.model_copy(update={"outcomes": outcomes, "seconds": took, **describe_process()})
+        write_fix(folder, whole)
+        report(folder)
+        return Fix(folder, whole)
+
+    return trainings.run(kept, settings, finish)
 
 
 def _read_data(recorded: Recorded) -> list[Example]:
@@ -229,17 +236,19 @@ def _prepare_folder(
     folder = settings.out
     assert folder is not None
     if settings.overwrite:
+        refuse_overwrite_by_ranks()
         remove_result(folder, _RESULT, RECORD)
     old = read_fix(folder)
     if old is None:
         require_no_others(folder, ())
     elif found := differences(old.identity, record.identity, {}, {}):
         raise IndexMismatch(mismatch_message(f"The fix in {folder}", found))
-    elif models <= {(one.arm, one.seed) for one in old.outcomes}:
+    elif models <= {(one.arm, one.seed) for one in old.outcomes} and not is_worker():
         announce(f"{folder}: this fix is finished; nothing was done.")
         return old, Fix(folder, old)
     make_folder(folder / MODELS)
-    remove_strays(folder)
+    if not is_worker():
+        remove_strays(folder)
     return record if old is None else record.model_copy(update={"seconds": old.seconds}), None
 
 

@@ -1,8 +1,8 @@
 """The trainings of a fix: on all rows, without the removed ones and without random ones, and what each answers."""
 
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from jaxtyping import Int
 
 from vestige.data import Example, TokenizedData, tokenize
 from vestige.errors import SpecError
-from vestige.fixes._record import ARMS, Arm, Outcome
+from vestige.fixes._record import ARMS, Arm, Fix, Outcome
 from vestige.indexes import batch_tokens, read_manifest, tokens_at_most
+from vestige.jobs import Compute, Pieces, own_jobs, run_pieces, step_done, worker_command
 from vestige.models import generate_answers, load_model
 from vestige.parsing import parse_json
-from vestige.progress import announce, format_seconds
+from vestige.progress import announce, format_seconds, quiet
 from vestige.runs import RunRecord, environment
 from vestige.settings import FixSettings, TrainSettings
 from vestige.storage import remove_tree, write_durably
@@ -127,7 +128,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Trainings:
-    """All trainings of a fix, each in a folder of its own, done one after another."""
+    """All trainings of a fix, each in a folder of its own."""
 
     recorded: Recorded
     questions: Questions
@@ -166,35 +167,62 @@ class Trainings:
             words if each is None else f"{words}, {format_seconds(each)} each: {format_seconds(each * self.repeated)}"
         )
 
-    def run(self, rows: Mapping[Arm, Sequence[Int[np.ndarray, "row"]]]) -> list[Outcome]:
-        """Train and ask what is missing, and return what all models answer.
+    def run(
+        self,
+        rows: Mapping[Arm, Sequence[Int[np.ndarray, "row"]]],
+        settings: FixSettings,
+        finish: Callable[[list[Outcome]], Fix],
+    ) -> Fix:
+        """Train and ask what is missing, and return what `finish` makes of what all models answer; as `run_pieces`.
 
         Args:
             rows: Rows of the data of the recorded training that each training reads.
+            settings: Where the trainings run.
+            finish: Writes the result.
         """
-        steps = self._check(rows) if self.missing else {}
-        each = self.recorded.seconds
-        for place, (arm, number) in enumerate(missing := self.missing, 1):
-            left = "" if each is None else f", about {format_seconds(each * (len(missing) - place + 1))} left"
-            announce(f"Model {place} of {len(missing)}: {ARMS[arm]}, seed {self._seed(number)}{left}.")
-            started, model = time.perf_counter(), self._known(arm, number)
-            if model is None:
-                model = self._train(arm, number, steps[arm][number])
-                each = time.perf_counter() - started
-            found = self._ask(model, arm, number)
+        plan = self._plan()
+        known = [self._known(*one) is not None for one in plan]
+        # Once the last training is done its base model and data may be gone.
+        epochs, steps = self._check(rows) if self.missing else ({}, 1)
+        pieces = Pieces(
+            name="Fixing",
+            unit="steps",
+            folder=self.folder,
+            weights=[1 if found else steps for found in known],
+            is_done=lambda piece: self._result(*plan[piece]).is_file(),
+            open=lambda: self._open(plan, epochs),
+            reduce=lambda: finish(self._collect(plan)),
+        )
+        return run_pieces(pieces, settings, worker_command(settings, "fix"))
+
+    @contextmanager
+    def _open(self, plan: Sequence[tuple[Arm, int]], epochs: Mapping[Arm, Sequence[float]]) -> Iterator[Compute]:
+        """Yield what trains a model and writes its answers."""
+
+        def compute(piece: int) -> None:
+            arm, number = plan[piece]
+            announce(f"Model {piece + 1} of {len(plan)}: {ARMS[arm]}, seed {self._seed(number)}.")
+            # One bar shows all trainings; each is a command of its own.
+            with own_jobs(), quiet():
+                known = self._known(arm, number)
+                found = self._ask(known or self._train(arm, number, epochs[arm][number]), arm, number)
             content = json.dumps([one.model_dump() for one in found], ensure_ascii=False, indent=1)
             write_durably(self._result(arm, number), [content.encode()])
             self._discard(arm, number)
-        for one in self._plan():  # a kill may have come before
+
+        yield compute
+
+    def _collect(self, plan: Sequence[tuple[Arm, int]]) -> list[Outcome]:
+        """Return what all models answer."""
+        for one in plan:  # a kill may have come before
             self._discard(*one)
-        plan = [self._result(*one) for one in self._plan()]
-        return [Outcome(**one) for path in plan for one in parse_json(path.read_bytes())]
+        return [Outcome(**one) for each in plan for one in parse_json(self._result(*each).read_bytes())]
 
     def _seed(self, number: int) -> int:
         return self.recorded.settings.seed + number
 
-    def _check(self, rows: Mapping[Arm, Sequence[Int[np.ndarray, "row"]]]) -> dict[Arm, list[float]]:
-        """Return the epochs of each training, which make it as long as the recorded one, whatever was removed.
+    def _check(self, rows: Mapping[Arm, Sequence[Int[np.ndarray, "row"]]]) -> tuple[dict[Arm, list[float]], int]:
+        """Return the epochs of each training, which make it as long as the recorded one, and the steps of all.
 
         Raises:
             IndexMismatch: Model or data are not what was trained with.
@@ -211,7 +239,7 @@ class Trainings:
             per_epoch = steps_per_epoch(int(useful[kept].sum()), settings)
             return settings.passes if settings.passes and per_epoch == whole else steps / per_epoch
 
-        return {arm: [epochs(kept) for kept in each] for arm, each in rows.items()}
+        return {arm: [epochs(kept) for kept in each] for arm, each in rows.items()}, steps
 
     def _train(self, arm: Arm, number: int, epochs: float) -> Path:
         """Train one model, unless it is there, and return its folder."""
@@ -232,7 +260,8 @@ class Trainings:
         }
         if self.data[arm][number] != self.recorded.settings.data:
             own |= {"limit": None, "where": {}}
-        done = train(**{**self.recorded.settings.arguments(), **own})
+        whole = TrainSettings(**{**self.recorded.settings.arguments(), **own})
+        done = train.run(whole, on_step=lambda: step_done(1))
         return list(done.checkpoints.values())[-1]
 
     def _ask(self, folder: Path, arm: Arm, number: int) -> list[Outcome]:

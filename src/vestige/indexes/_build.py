@@ -11,7 +11,7 @@ import torch
 from vestige.compress import FEWEST, CompressingSink, CompressionSpec, choose_compressor, list_candidates, parse_spec
 from vestige.data import TokenizedData, forget_tokens, make_batch
 from vestige.distributed import broadcast_from_rank0, exchange_rows, is_rank0, round_robin, this_rank
-from vestige.errors import DiskSpaceError, SpecError, UserError, WorkElsewhere
+from vestige.errors import DiskSpaceError, SpecError, WorkElsewhere
 from vestige.gradients import CausalLoss, GradientPass, Reduction
 from vestige.indexes._examples import fingerprint_rows
 from vestige.indexes._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
@@ -29,7 +29,7 @@ from vestige.indexes._plan import PlannedShard, plan_index
 from vestige.indexes._shards import ShardContent, parts_of
 from vestige.indexes._store import Index
 from vestige.indexes._work import TOKENS, IndexWork, ShardCompute, prepare_index, remove_index
-from vestige.jobs import is_one_of_several, is_worker, phase, profile, run_pieces, worker_command, write_profile
+from vestige.jobs import is_worker, phase, profile, refuse_overwrite_by_ranks, run_pieces, worker_command, write_profile
 from vestige.models import Component, LoadedModel, batch_sharing
 from vestige.progress import announce, format_bytes, format_seconds
 from vestige.settings import CompressionSettings, DoctorSettings, IndexSettings, Scope, with_settings
@@ -192,11 +192,7 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
     begun = broadcast_from_rank0(lambda: None if settings.overwrite else read_manifest(settings.out))
     spec = choose_spec(settings, inputs, earlier=parse_spec(begun.compression.spec) if begun else None)
     if settings.overwrite:
-        if is_one_of_several():
-            raise UserError(
-                "--overwrite under torchrun would have every rank delete what the others make. Delete the folder "
-                "first, and run the command without --overwrite."
-            )
+        refuse_overwrite_by_ranks()
         broadcast_from_rank0(lambda: remove_index(settings.out))
     draft = draft_manifest(settings, inputs, spec)
     lengths, fingerprint_of = inputs.data.lengths, partial(fingerprint_rows, inputs.data)

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
         follow as follow,
         is_alive as is_alive,
         is_follower as is_follower,
-        is_one_of_several as is_one_of_several,
         is_worker as is_worker,
         own_jobs as own_jobs,
+        refuse_overwrite_by_ranks as refuse_overwrite_by_ranks,
         start_time as start_time,
         this_role as this_role,
     )

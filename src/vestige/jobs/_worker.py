@@ -13,7 +13,7 @@ import psutil
 from pydantic import FiniteFloat, PositiveInt
 
 from vestige.distributed import ROLE_VARIABLE, in_process_group, launched_rank
-from vestige.errors import VestigeError
+from vestige.errors import UserError, VestigeError
 from vestige.storage import find_result_folder, is_held_by, this_host
 
 POLL_SECONDS = 0.2
@@ -137,6 +137,19 @@ def is_worker() -> bool:
 def is_one_of_several() -> bool:
     """Return whether torchrun or accelerate started this process as one of several that run the same program."""
     return this_role().kind == "rank"
+
+
+def refuse_overwrite_by_ranks() -> None:
+    """Raise in a rank of torchrun, for a command with `overwrite`.
+
+    Raises:
+        UserError: This process is one of several ranks.
+    """
+    if is_one_of_several():
+        raise UserError(
+            "--overwrite under torchrun would have every rank delete what the others make. Delete the folder first, "
+            "and run the command without --overwrite."
+        )
 
 
 def is_follower() -> bool:

@@ -20,6 +20,7 @@ from vestige.settings._shared import (
     QueriesName,
     QuestionSettings,
     ReadingSettings,
+    TrainingFolder,
 )
 
 
@@ -174,7 +175,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         description="For tracin, less and trak, in place of the model: a Trainer's run, or a folder for each "
         "checkpoint or model. An --index for each may be given in the same order.",
     )
-    training: Any = Field(
+    training: TrainingFolder[Any] = Field(
         None,
         description="For methods that follow a training, in place of model and data: folder of a finished `vestige "
         "train`; several, of other seeds, are averaged.",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import Basic, Common, Named, OnlyWith
+from vestige.settings._base import Basic, Common, Input, Named, OnlyWith
 from vestige.settings._shared import (
     BankFolder,
     DataName,
@@ -94,7 +94,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     dimensions: PositiveInt = Field(100, description="Principal axes of the Mahalanobis distance.")
     prefixes: WholeNumbers = Field((50,), description="Extraction: tokens that are given, several to compare.")
     continuation: PositiveInt = Field(50, description="Extraction: tokens that have to be given back.")
-    canaries: Any = Field(
+    canaries: Annotated[Any, Input("vestige.data:require_queries", each=False)] = Field(
         None,
         description="Secrets that were planted in the training data, to be measured by exposure: rows with prompt, "
         "completion (the secret) and a list of alternatives, or the alphabet that the secret was drawn from.",

@@ -27,6 +27,7 @@ from vestige.settings._shared import (
     QueriesName,
     QuestionSettings,
     ReadingSettings,
+    RowLists,
     list_words,
 )
 
@@ -48,7 +49,6 @@ def _split_words(value: Any) -> tuple[str, ...]:
 Words = Annotated[tuple[str, ...], BeforeValidator(_split_words)]
 Numbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_split)]
 Decimals = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_split)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)]
 
 
 class ScoredSettings(QuestionSettings):
@@ -127,7 +127,7 @@ class RemovalSettings(ScoredSettings, MemberSettings):
 
     repeatable: ClassVar[tuple[str, ...]] = (*ScoredSettings.repeatable, "rows")
 
-    rows: Paths = Field(
+    rows: RowLists = Field(
         (),
         description="Leave out just the rows that a file lists, against random lists of equal size: an id on each "
         "line, a report's row list, CSV or JSONL, or a folder of `vestige select`; may be repeated.",

@@ -7,24 +7,25 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import Settings
-from vestige.settings._shared import Options
+from vestige.settings._base import Input
+from vestige.settings._shared import LaunchSettings, Options, RowLists, RunFolder, TrainingFolder
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)]
 
 _WAYS = "--drop ID, --rows FILE, --top N, --source NAME or --conflicts"
 
 
-class FixSettings(Settings):
+class FixSettings(LaunchSettings):
     """What `vestige fix` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
     repeatable: ClassVar[tuple[str, ...]] = ("drop", "rows", "source", "queries", "train")
 
-    run: Path = Field(description="Folder of a run made by `vestige attribute`, whose answers are to be fixed.")
+    run: RunFolder[Path] = Field(
+        description="Folder of a run made by `vestige attribute`, whose answers are to be fixed."
+    )
     drop: Names = Field((), description="Rows to remove, by their ids; may be repeated.")
-    rows: Paths = Field(
+    rows: RowLists = Field(
         (),
         description="Remove the rows that a file lists: an id on each line, a report's row list, CSV or JSONL, or a "
         "folder of `vestige select`; may be repeated.",
@@ -46,12 +47,12 @@ class FixSettings(Settings):
     )
     seeds: PositiveInt = Field(3, description="Trainings of each kind, beginning with the recorded seed.")
     control: bool = Field(True, description="Also train without as many random rows, other ones for each seed.")
-    expect: Any = Field(
+    expect: Annotated[Any, Input("vestige.data:require_queries", each=False)] = Field(
         None,
         description="File with the right answers: `expected`, or else the `completion` or the assistant's last turn, "
         "of queries by their ids.",
     )
-    training: Path | None = Field(
+    training: TrainingFolder[Path | None] = Field(
         None, description="Folder of `vestige train` that made the model. Not given: the one that the model lies in."
     )
     train: Options = Field(

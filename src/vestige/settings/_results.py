@@ -183,7 +183,7 @@ class SelectSettings(Settings):
     min_score: Common[float | None] = Field(
         None, description="Never choose an example with a lower score: 0 leaves out those that do harm."
     )
-    drop: Common[Path | None] = Field(
+    drop: Annotated[Path | None, Basic(), Input("vestige.data:require_row_list")] = Field(
         None,
         description="Never choose these rows: a file with an id on each line, a report's row list, CSV or JSONL, or a "
         "folder of `vestige select` or `vestige data clean`.",

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -43,6 +44,11 @@ IndexFolder = Annotated[Value, Basic(), Input("vestige.indexes:require_index")]
 RunFolder = Annotated[Value, Basic(), Input("vestige.runs:require_run")]
 """The folder of scores that `vestige attribute` left."""
 BankFolder = Annotated[Value, Basic(), Input("vestige.banks:require_bank")]
+TrainingFolder = Annotated[Value, Input("vestige.training:require_training")]
+"""The folder that `vestige train` left."""
+Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)]
+RowLists = Annotated[Paths, Input("vestige.data:require_row_list")]
+"""Files that name rows."""
 
 
 def _names_of_compressors(spec: Any) -> list[str]:

@@ -24,15 +24,13 @@ from vestige.settings._shared import (
     LearningSettings,
     MemberSettings,
     ModelName,
+    Paths,
     Precision,
     QueriesName,
     QuestionSettings,
     ReadingSettings,
     TrainedOn,
 )
-
-Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)]
-
 
 _OF_ADOPTED = {
     "model",

@@ -53,7 +53,11 @@ if TYPE_CHECKING:
         TrainerTraining as TrainerTraining,
     )
     from vestige.training._source import Segment as Segment, unroll as unroll
-    from vestige.training._store import TrainingRun as TrainingRun, Unfinished as Unfinished
+    from vestige.training._store import (
+        TrainingRun as TrainingRun,
+        Unfinished as Unfinished,
+        require_training as require_training,
+    )
     from vestige.training._train import steps_per_epoch as steps_per_epoch, train as train
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -30,9 +30,9 @@ from vestige.data import (
     describe_copies,
     token_groups,
 )
-from vestige.errors import DataError, IndexMismatch, UserError, differences
+from vestige.errors import DataError, IndexMismatch, differences
 from vestige.indexes import batch_tokens, read_data
-from vestige.jobs import is_one_of_several, is_worker, step_done, worker_command
+from vestige.jobs import is_worker, refuse_overwrite_by_ranks, step_done, worker_command
 from vestige.models import LoadedModel, load_model, save_trained
 from vestige.progress import announce
 from vestige.settings import BankSettings, with_settings
@@ -173,11 +173,7 @@ def _adopt(settings: BankSettings) -> Bank:
 
 def _remove_old(settings: BankSettings) -> None:
     if settings.overwrite and not is_worker():
-        if is_one_of_several():
-            raise UserError(
-                "--overwrite under torchrun would have every rank delete what the others make. Delete the folder "
-                "first, and run the command without --overwrite."
-            )
+        refuse_overwrite_by_ranks()
         remove_bank(settings.out)
 
 

@@ -129,10 +129,7 @@ class TrainingRun:
             UserError: There is none, or a newer Vestige wrote it.
             CorruptFile: Its record is damaged.
         """
-        record = read_record(Path(folder))
-        if record is None:
-            raise UserError(f"{folder} holds no training. Give the folder that `vestige train` got as --out.")
-        return cls(Path(folder), record)
+        return cls(Path(folder), require_training(folder))
 
     @property
     def id(self) -> str | None:
@@ -226,6 +223,19 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise CorruptFile(
             f"{path} is not the record of a training ({reason}). Run the command that made it again, with --overwrite."
         ) from error
+    return record
+
+
+def require_training(folder: str | Path) -> dict[str, Any]:
+    """Return the record of the training in a folder.
+
+    Raises:
+        UserError: There is none, or a newer Vestige wrote it.
+        CorruptFile: Its record is damaged.
+    """
+    record = read_record(Path(folder))
+    if record is None:
+        raise UserError(f"{folder} holds no training. Give the folder that `vestige train` got as --out.")
     return record
 
 

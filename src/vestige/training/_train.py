@@ -1,6 +1,7 @@
 """`vestige train`: from a model and data to a training that attribution and audit can read."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -59,11 +60,15 @@ nothing of the result."""
 
 
 @with_settings(TrainSettings)
-def train(settings: TrainSettings) -> TrainingRun:
+def train(settings: TrainSettings, on_step: Callable[[], object] = lambda: None) -> TrainingRun:
     """Train a model on the data, or on a random part, with checkpoints that load and a record of all losses.
 
     Interrupted at any moment, the same call goes on at the last checkpoint and gives the same weights, losses and
     alarm; another setting over an old training is refused, with the difference shown.
+
+    Args:
+        settings: Model, data, folder and how to learn.
+        on_step: Called after each step of the optimizer.
 
     Raises:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
@@ -89,7 +94,7 @@ def train(settings: TrainSettings) -> TrainingRun:
         return TrainingRun.open(settings.out)
     write_table(settings.out / MEMBERSHIP, _tabulate_members(data, plan.members), compression="zstd")
     started = time.perf_counter()
-    _run(settings, inputs, plan)
+    _run(settings, inputs, plan, on_step)
     if validation is not None and not (settings.out / IN_RUN).exists():
         write_in_run_influence(settings.out / IN_RUN_LOG, data, validation, settings.out / IN_RUN)
     record = {**(read_record(settings.out) or {}), "versions": environment()}
@@ -212,7 +217,7 @@ def _prepare_folder(
         write_record(folder, record)
 
 
-def _run(settings: TrainSettings, inputs: TrainInputs, plan: Plan) -> None:
+def _run(settings: TrainSettings, inputs: TrainInputs, plan: Plan, on_step: Callable[[], object]) -> None:
     loaded, data = inputs.loaded, inputs.data
     model = make_model(settings, loaded, settings.seed)
     _announce(settings, model, plan, len(data))
@@ -229,6 +234,7 @@ def _run(settings: TrainSettings, inputs: TrainInputs, plan: Plan) -> None:
             steps=plan.steps,
             seed=settings.seed,
             hooks=[watcher],
+            after_step=lambda _: on_step(),
             resume=checkpoint_folder(settings.out, last) if last else None,
             tokenizer=loaded.tokenizer,
             eval_size=max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max()))),

@@ -21,8 +21,8 @@ CORE = Path(vestige.__file__).parent
 REPOSITORY = CORE.parents[1]
 RECIPES = REPOSITORY / "recipes" / "src" / "vestige_recipes"
 
-LINES = {"core": 55_200, "recipes": 10_550}
-IMPORTS_PER_1000_LINES = 25
+LINES = {"core": 60_800, "recipes": 10_850}
+IMPORTS_PER_1000_LINES = 26
 PATCHED = 0
 FILES_RUN = {"index": 80, "attribute": 110}
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from vestige import methods
+from vestige import methods, models
 from vestige.data import Example, StoredExamples
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
@@ -32,7 +32,6 @@ from vestige.jobs import (
 )
 from vestige.lazy import torch
 from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
-from vestige.models import leave_card
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
@@ -185,7 +184,7 @@ def _run(
     pieces = tensor_pieces(
         name, files, weights, begin, lambda found: collect(ScoreBlock(**each) for each in found), unit=unit
     )
-    with nullcontext() if job.loaded is None else leave_card(job.loaded.model, job.settings):
+    with nullcontext() if job.loaded is None else models.leave_card(job.loaded.model, job.settings):
         return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
 
 

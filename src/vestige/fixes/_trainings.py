@@ -261,7 +261,9 @@ class Trainings:
         if self.data[arm][number] != self.recorded.settings.data:
             own |= {"limit": None, "where": {}}
         whole = TrainSettings(**{**self.recorded.settings.arguments(), **own})
-        done = train.run(whole, on_step=lambda: step_done(1))
+        # What decorates a command's function gives it this attribute, of which types know nothing.
+        run: Any = vars(train)["run"]
+        done = run(whole, on_step=lambda: step_done(1))
         return list(done.checkpoints.values())[-1]
 
     def _ask(self, folder: Path, arm: Arm, number: int) -> list[Outcome]:

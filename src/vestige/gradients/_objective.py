@@ -108,8 +108,8 @@ def _find_targets(batch: Batch, reduction: Reduction, device: torch.device) -> _
         weights = weights * batch.weights.cpu()[:, 1:][mask]
     place = example * labels.shape[1] + token
     parts = (place, shifted[mask], example, token, counts, weights.view(torch.int64))
-    sent = list(send(torch.cat(parts), device).split([len(part) for part in parts]))
-    return _Targets(example, *sent[:-1], sent[-1].view(torch.float64))
+    place, wanted, owner, token, counts, weights = send(torch.cat(parts), device).split([len(part) for part in parts])
+    return _Targets(example, place, wanted, owner, token, counts, weights.view(torch.float64))
 
 
 def _sum_by_example(values: Float[Tensor, "position"], counts: Int[Tensor, "example"]) -> Float[Tensor, "example"]:

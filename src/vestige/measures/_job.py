@@ -71,7 +71,7 @@ class Models:
         if source is not self._held:
             del self._loaded
             self._held = None
-            self._loaded = models.load_model(source, **(self._settings.loading | {"tokenizer": None}))
+            self._loaded = models.load_model(source, **{**self._settings.loading, "tokenizer": None})
             self._held = source
         return self._loaded
 

@@ -179,7 +179,7 @@ def checkpoint_job(job: Job, number: int) -> Job:
     if number == len(job.checkpoints) - 1:
         loaded, selection = last, job.selection
     else:
-        loaded = load_model(checkpoint.source, **(job.settings.loading | {"tokenizer": last.tokenizer}))
+        loaded = load_model(checkpoint.source, **{**job.settings.loading, "tokenizer": last.tokenizer})
         try:
             selection = select_components(loaded.model, [part.name for part in job.components])
         except SpecError as error:

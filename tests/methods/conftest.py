@@ -1,4 +1,7 @@
 import dataclasses
+import itertools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,10 @@ from vestige.methods import Job, Method
 from vestige.models import LoadedModel, select_components
 from vestige.settings import AttributeSettings
 
+PLACE = tempfile.TemporaryDirectory(prefix="vestige-runs-")
+"""Where jobs without a folder of their own leave pieces."""
+NUMBERS = itertools.count()
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -20,7 +27,8 @@ def one_thread():
 
 
 def settings(**given) -> AttributeSettings:
-    return AttributeSettings(**({"model": "m", "data": "d", "queries": "q", "out": "run"} | given))
+    out = Path(PLACE.name) / str(next(NUMBERS)) / "run"
+    return AttributeSettings(**({"model": "m", "data": "d", "queries": "q", "out": out} | given))
 
 
 def tokenized(count: int, seed: int, prefix: str) -> TokenizedData:

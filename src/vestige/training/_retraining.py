@@ -17,7 +17,7 @@ from vestige.data import NO_TARGET, Example, TokenizedData, data_fingerprint
 from vestige.errors import IndexMismatch, SpecError, UserError, differences, mismatch_message
 from vestige.jobs import own_jobs
 from vestige.models import quiet_transformers
-from vestige.online import RowsWithIds, restore_randomness
+from vestige.online import CollatorWithIds, RowsWithIds, restore_randomness
 from vestige.registry import import_object
 from vestige.settings import TrainSettings
 from vestige.training._engine import Hook, Recipe, Rows, fit, make_model
@@ -227,7 +227,8 @@ class TrainerTraining(Retraining):
         rows: Any = self._trainer.train_dataset
         rows = RowsWithIds(rows, self.id_column)
         trainer: Any = self._trainer
-        watched = Watched(rows, trainer._get_collator_with_removed_columns(trainer.data_collator), 1)
+        collate = CollatorWithIds(trainer._get_collator_with_removed_columns(trainer.data_collator))
+        watched = Watched(rows, collate, 1)
         ids, masks = [], []
         for batch in watched.batches():
             tokens, labels = batch["input_ids"][0].cpu(), batch["labels"][0].cpu()

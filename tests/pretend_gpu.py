@@ -84,6 +84,10 @@ class CardTensor(Tensor):
         made = nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made
         return memo.setdefault(id(self), made.requires_grad_(self.requires_grad))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be written to a file as a tensor of the CPU."""
+        return self.host.__reduce_ex__(protocol)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run = super().__torch_function__
@@ -215,7 +219,9 @@ def _one_card(place: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name, value in facts.items():
-            stack.enter_context(patch.object(torch.cuda, name, lambda *_, value=value, **__: value))
+            for owner in (torch.cuda, torch.cuda.random):
+                if hasattr(owner, name):
+                    stack.enter_context(patch.object(owner, name, lambda *_, value=value, **__: value))
         stack.enter_context(patch.object(torch.cuda, "Event", _Event))
         stack.enter_context(patch.object(nn.Module, "to", to))
         stack.enter_context(patch.object(PreTrainedModel, "from_pretrained", classmethod(read)))

@@ -163,7 +163,7 @@ class ActivationDot(Method):
             yield ScoreBlock(rows, products.sum(0))
 
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """Compute the scores of some pairs, split over the components that stand for a module."""
+        """Compute the scores of some pairs, split over components; where several are of a module, the first has all."""
         names = [tap.component for tap in _taps(job)]
         distinct, column = np.unique(queries.cpu().numpy(), return_inverse=True)
         wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
@@ -174,7 +174,7 @@ class ActivationDot(Method):
             for pair, (query, row) in enumerate(zip(column, wanted[place], strict=True)):
                 if int(row) in local:
                     scores[pair] = products[:, query, local[int(row)]].double()
-        return _merge(names, scores)
+        return _merge(names, scores, [part.name for part in job.components])
 
     def _query_outputs(self, job: Job, rows: Int[np.ndarray, "query"]) -> list[Float[Tensor, "query width"]]:
         """Return pooled outputs of each tapped module, the queries in the order of `rows`."""
@@ -289,12 +289,10 @@ def tap_modules(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iter
             handle.remove()
 
 
-def _merge(names: Sequence[str], scores: Float[Tensor, "pair module"]) -> ComponentBlock:
-    """Add up the modules of one component (a tied weight has two)."""
-    distinct = list(dict.fromkeys(names))
-    numbers = torch.tensor([distinct.index(name) for name in names])
-    merged = scores.new_zeros(len(scores), len(distinct)).index_add_(1, numbers, scores)
-    return ComponentBlock(distinct, merged)
+def _merge(names: Sequence[str], scores: Float[Tensor, "pair module"], components: list[str]) -> ComponentBlock:
+    """Add up the modules of each component: a tied weight has two, a bias none of its own."""
+    numbers = torch.tensor([components.index(name) for name in names])
+    return ComponentBlock(components, scores.new_zeros(len(scores), len(components)).index_add_(1, numbers, scores))
 
 
 def _shortest_forward(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:

@@ -86,7 +86,10 @@ def test_where_no_rate_reaches_far_it_is_a_sum_of_products_over_the_segments(fol
     member = dict(zip(*(run.membership[name].to_pylist() for name in ("example_id", "member")), strict=True))
     texts = tokenized(folder, "train.jsonl")
     targets = sum(sum(mask[1:]) for name, (_, mask) in texts.items() if member[name])
-    models = {step: load_model(path, precision="auto").model.double().requires_grad_(True) for step, path in run.checkpoints.items()}
+    models = {
+        step: load_model(path, precision="auto").model.double().requires_grad_(True)
+        for step, path in run.checkpoints.items()
+    }
     (query,) = tokenized(folder, "queries.jsonl").values()
     slope = flat(example_loss(models[max(models)], *query), models[max(models)])
     last = max(models)

@@ -22,4 +22,5 @@ def test_every_method_is_on_the_board_or_has_a_reason_and_a_second_call_keeps_al
     assert indexed[-1] > 0
     assert (tmp_path / "board" / "leaderboard.png").exists()
     again = study("leaderboard", size="tiny", seeds=1, out=tmp_path / "board")
-    assert again.rows == report.rows
+    # As texts: a ceiling that so few models have not is NaN.
+    assert str(again.rows) == str(report.rows)

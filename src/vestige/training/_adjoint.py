@@ -5,7 +5,7 @@ quantities at once. The formulas are closed: no graph through the optimizer is k
 2025, arXiv:2503.13751) use the same chain rule.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,11 @@ class Moved:
     """Mean of gradients after the step, of Adam."""
     second: Tensor | None = None
     """Mean of squared gradients after the step, of Adam."""
+
+    def to(self, device: torch.device) -> "Moved":
+        """Return the same, with its tensors on a device."""
+        held = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **held)
 
     @property
     def penalised(self) -> Tensor:

@@ -117,8 +117,9 @@ class Replay:
         with torch.no_grad():
             for name, moved in step.moved.items():
                 parameters[name].copy_(moved.weight)
-        gradients = {name: each.gradient for name, each in step.moved.items()}
-        changes = unclip(adjoints.step_back(step.moved), gradients, step.norm, self.training.clip)
+        steps = {name: each.to(parameters[name].device) for name, each in step.moved.items()}
+        gradients = {name: each.gradient for name, each in steps.items()}
+        changes = unclip(adjoints.step_back(steps), gradients, step.norm, self.training.clip)
         found: list[Derivatives] = []
         for batch in step.batches:
             second = self._derive(step.number, batch, changes)

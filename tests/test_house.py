@@ -21,10 +21,10 @@ CORE = Path(vestige.__file__).parent
 REPOSITORY = CORE.parents[1]
 RECIPES = REPOSITORY / "recipes" / "src" / "vestige_recipes"
 
-LINES = {"core": 60_800, "recipes": 10_850}
+LINES = {"core": 60_750, "recipes": 10_830}
 IMPORTS_PER_1000_LINES = 26
 PATCHED = 0
-FILES_RUN = {"index": 80, "attribute": 115}
+FILES_RUN = {"index": 80, "attribute": 114}
 
 WORDS = (
     r"room(?!\.)",

@@ -91,8 +91,8 @@ def test_what_is_no_method_is_refused(announced):
 @pytest.mark.parametrize("name", METHODS.names())
 def test_a_method_that_claims_to_split_scores_has_what_it_takes(name):
     found = METHODS.find(name)
-    assert not found.splits_components or found.components is not Method.components
-    assert not found.scores_itself or found.self_scores is not Method.self_scores
+    assert found.splits_components == (found.components is not Method.components)
+    assert found.scores_itself == (found.self_scores is not Method.self_scores)
 
 
 def test_a_method_with_a_command_of_its_own_says_so(tmp_path):

@@ -11,7 +11,6 @@ from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import IndexMismatch
 from vestige.jobs import PROFILE_FILE, follow, is_follower, profile, write_profile
 from vestige.methods import Job, Method, OnAnswers, open_job
-from vestige.methods._ladder import climb
 from vestige.methods._parts import StoredRun, requested_parts, split_over_components
 from vestige.methods._plan import Member, compute_self_scores, summarise
 from vestige.methods._record import (
@@ -64,6 +63,8 @@ def attribute(
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
     if settings.rerank is not None:
+        from vestige.methods._ladder import climb  # other runs do without
+
         return climb(settings, vars(attribute)["run"], on_answers, on_ranking)
     started = time.perf_counter()
     begun = broadcast_from_rank0(lambda: find_begun(settings))

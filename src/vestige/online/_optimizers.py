@@ -121,7 +121,7 @@ class Preconditioner:
 
     @property
     def changes(self) -> bool:
-        """Whether it multiplies by anything."""
+        """True if it multiplies by anything."""
         return any(each is not None for each in self._moments)
 
     def scale(self, number: int, gradient: Float[Tensor, "out in"]) -> Float[Tensor, "out in"] | None:

@@ -217,7 +217,7 @@ class Question(NamedTuple):
 
     @property
     def explained(self) -> str:
-        """What is explained, in words; empty for the whole answer."""
+        """The explained part of the answer, in words; empty for all of it."""
         found = [] if self.instead is None else [f"instead of {self.instead!r}"]
         found += [f"the part {' and '.join(map(repr, self.parts))}"] if self.parts else []
         return "; ".join([*found, *(["with weights of tokens"] if self.weights else [])])

@@ -87,6 +87,7 @@ class TrainingReplay(Method):
     _known: tuple[str, _Outcome] | None = field(default=None, repr=False, init=False)
 
     splits_tokens = True
+    splits_components = True
     needs_model = True
     needs_training = True
     reads_focus = ("instead", "span", "weights")

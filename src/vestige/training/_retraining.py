@@ -57,7 +57,7 @@ class Retraining(ABC):
 
     @property
     def steps(self) -> int:
-        """How many the recorded training took; the last checkpoint is behind them."""
+        """The number that the recorded training took; the last checkpoint is behind them."""
         return checkpoint_steps(self.run.folder)[-1]
 
     @abstractmethod
@@ -121,7 +121,7 @@ class CommandTraining(Retraining):
 
     @property
     def steps(self) -> int:
-        """How many were to be taken.
+        """The number that were to be taken.
 
         Raises:
             SpecError: They were not.
@@ -245,7 +245,7 @@ class TrainerTraining(Retraining):
 
     @property
     def learned(self) -> list[str]:
-        """Those in the log."""
+        """The ids in the log."""
         return list(dict.fromkeys(self.run.steps["example_id"].to_pylist()))
 
     def repeat(self, folder: Path, segments: int) -> TrainingRun:

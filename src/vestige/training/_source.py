@@ -24,6 +24,7 @@ from vestige.methods import (
     GradientTerm,
     Job,
     Lines,
+    Method,
     Prepared,
     Vectors,
     check_memory,
@@ -125,6 +126,7 @@ class Source(CheckpointMethod):
     needs_training = True
     weighting = "equal"
     scores_itself = False
+    self_scores = Method.self_scores
     meaning = Meaning(
         sign=HELPS,
         unit="nats of query loss",

@@ -16,6 +16,7 @@ from scipy.stats import rankdata
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.evaluate._scored import Scored
 from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
+from vestige.jobs import is_follower
 from vestige.parsing import parse_object
 from vestige.progress import format_bytes, format_seconds
 from vestige.storage import is_temporary, make_folder, remove_strays_of, write_durably
@@ -199,14 +200,34 @@ class Evaluation:
         }
 
 
-def write_evaluation(result: Evaluation, folder: Path, figure: Mapping[str, bytes]) -> Evaluation:
-    """Write the result to its files: `KIND.json`, and the figure as PDF and PNG."""
+def write_evaluation(
+    result: Evaluation, folder: Path, figure: Mapping[str, bytes], report_to: Sequence[str] = ()
+) -> Evaluation:
+    """Write the result to its files, `KIND.json` and the figure as PDF and PNG, and report it to trackers."""
     make_folder(folder)
     files = {f"{result.kind}.json": (json.dumps(result.to_json(), indent=1) + "\n").encode(), **figure}
     for name, content in files.items():
         remove_strays_of(folder / name)
         write_durably(folder / name, [content])
+    if report_to and not is_follower():
+        from vestige.training import open_tracking  # imports torch, which a table does without
+
+        with open_tracking(report_to, folder, {"evaluation": result.kind, "title": result.title}) as tracking:
+            tracking.log(_list_numbers(result), 0)
     return replace(result, files=tuple(str(folder / name) for name in files))
+
+
+def _list_numbers(result: Evaluation) -> dict[str, float]:
+    """Return every number of the table by `KIND/METHOD/COLUMN`, ends of intervals behind it."""
+    found: dict[str, float] = {}
+    for row in result.rows:
+        for name, value in row.values.items():
+            place = f"{result.kind}/{row.method}/{name}"
+            if isinstance(value, Estimate):
+                found |= {place: value.value, f"{place}/low": value.low, f"{place}/high": value.high}
+            elif isinstance(value, float | int):
+                found[place] = value
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def as_plain(value: Any) -> Any:

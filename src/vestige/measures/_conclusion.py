@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,28 +21,22 @@ FLAGGED = "flagged.jsonl"
 """File of the rows that come back or are likely memorized, in the folder of the audit."""
 _STRONGEST: tuple[Need, ...] = ("bank", "reference model", "checkpoints")
 """What the strongest evidence compares with, in order; the order never depends on how well a measure does."""
-_NAMED, _FEWEST_HELD = 5, 100
+_NAMED, _FEWEST_OTHERS = 5, 100
 
 
-class Conclusion(NamedTuple):
-    """The findings of an audit, and the rows that they are about."""
-
-    findings: list[FindingRecord]
-    rows: dict[int, str]
-    """Why, by row."""
-
-
-def conclude_audit(evidence: Evidence, known: Sequence[Known], judgement: Sequence[JudgementRecord]) -> Conclusion:
-    """Return in sentences what the numbers say; they are the numbers' own, rounded, and nothing is measured again."""
+def conclude_audit(
+    evidence: Evidence, known: Sequence[Known], judgement: Sequence[JudgementRecord]
+) -> tuple[list[FindingRecord], dict[int, str]]:
+    """Return in sentences what the numbers say, and the rows that they are about with the reason; measure nothing."""
     returned, rows = _describe_returned(evidence)
     likely, more = _describe_likely(evidence, known, judgement)
-    rows |= {row: why for row, why in more.items() if row not in rows}
+    rows = more | rows
     findings = [
         FindingRecord(title="What comes back word for word", sentences=returned),
         FindingRecord(title="What is likely memorized", sentences=likely),
-        FindingRecord(title="What to do next", sentences=[], commands=_list_commands(evidence, rows)),
+        FindingRecord(title="What to do next", sentences=[], commands=_list_commands(evidence, len(rows))),
     ]
-    return Conclusion(findings, rows)
+    return findings, rows
 
 
 def _describe_returned(evidence: Evidence) -> tuple[list[str], dict[int, str]]:
@@ -50,48 +44,40 @@ def _describe_returned(evidence: Evidence) -> tuple[list[str], dict[int, str]]:
     job, sentences, rows = evidence.job, list[str](), dict[int, str]()
     own = ~job.held_out
     for each in (one for one in job.measures if one.word_for_word):
-        values = evidence.values(each.name)
-        assert values is not None, "a measure of the model itself"
+        values = evidence.last.measures[each.name]
         back, tried = own & (values == 1), own & ~np.isnan(values)
-        if not tried.any():
-            sentences.append(f"No row could be tried by {each.name}: {evidence.missing_reasons()[each.name][1]}.")
-            continue
         count, total, untried = int(back.sum()), int(tried.sum()), int((own & ~tried).sum())
+        reason = evidence.missing_reasons()[each.name][1] if untried else ""
+        if not total:
+            sentences.append(f"No row could be tried by {each.name}: {reason}.")
+            continue
+        others = f"{untried:,} more could not be tried: {reason}" if untried else "Every row was tried, no sample"
         sentences.append(
-            f"{count:,} of {total:,} rows come back word for word ({count / total:.0%}): {each.word_for_word}. Every "
-            f"row was tried, not a sample{'' if not untried else _describe_untried(evidence, each, untried)}."
+            f"{count:,} of {total:,} rows come back word for word ({count / total:.0%}): {each.word_for_word}. {others}."
         )
-        sentences += _describe_guessing(evidence, each, back)
-        sentences += _describe_copies(evidence, back, tried)
+        sentences += [*_describe_guesses(evidence, each, back), *_describe_copies(evidence, back, tried)]
         rows |= {int(row): f"comes back word for word ({each.name})" for row in np.flatnonzero(back)}
-    if not sentences:
-        sentences = ["Not tried: none of the requested measures tries it. Type --measures default."]
     longest = sorted(rows, key=lambda row: -job.data.target_counts[row])[:_NAMED]
     if longest:
-        names = ", ".join(shorten(job.data.examples[row].id) for row in longest)
-        sentences.append(f"The longest {'is' if len(longest) == 1 else 'are'}: {names}.")
-    return sentences, rows
+        sentences.append(f"The longest: {', '.join(shorten(job.data.examples[row].id) for row in longest)}.")
+    return sentences or ["Not tried: no requested measure tries it. Type --measures default."], rows
 
 
-def _describe_untried(evidence: Evidence, measure: Measure, count: int) -> str:
-    return f"; {count:,} more rows could not be tried ({evidence.missing_reasons()[measure.name][1]})"
-
-
-def _describe_guessing(evidence: Evidence, measure: Measure, back: Mask) -> list[str]:
+def _describe_guesses(evidence: Evidence, measure: Measure, back: Mask) -> list[str]:
     """Return how many come back that the model was not trained on: those are guessed, not memorized."""
-    job, found = evidence.job, []
-    if job.held_out.any():
-        values = evidence.last.measures[measure.name][job.held_out]
-        rate = share(int((values == 1).sum()), int((~np.isnan(values)).sum()))
-        found.append(f"Of the held-out rows {_percent(rate)} come back, too: so many are easy to guess.")
-    if len(job.subjects) > 1 and back.any():
-        before = evidence.subjects[0].measures[measure.name]
+    job, found = evidence.job, list[str]()
+    held = evidence.last.measures[measure.name][job.held_out]
+    tried = int((~np.isnan(held)).sum())
+    if tried:
+        count = int((held == 1).sum())
         found.append(
-            f"{int((before[back] == 1).sum()):,} of these {int(back.sum()):,} came back already under "
-            f"{job.subjects[0].name}, the first checkpoint."
+            f"Of {tried:,} held-out rows {count:,} come back ({_percent(share(count, tried))}): so many are guessed."
         )
+    if len(job.subjects) > 1 and back.any():
+        before = evidence.subjects[0].measures[measure.name][back] == 1
+        found.append(f"{int(before.sum()):,} of the {len(before):,} came back under {job.subjects[0].name} already.")
     if not found and back.any():
-        found = ["How many of them any model would guess is not known without held-out rows or earlier checkpoints."]
+        found.append("How many of them any model would guess is not known without held-out rows or checkpoints.")
     return found
 
 
@@ -99,14 +85,12 @@ def _describe_copies(evidence: Evidence, back: Mask, tried: Mask) -> list[str]:
     """Return whether rows whose text is there several times come back more often."""
     groups, own = evidence.job.groups, ~evidence.job.held_out
     copied = np.bincount(groups[own], minlength=int(groups.max()) + 1)[groups] > 1
-    sides = [(int((back & side).sum()), int((tried & side).sum())) for side in (copied, ~copied)]
-    if not sides[0][1] or not sides[1][1]:
+    (some, of_copies), (others, of_others) = (
+        (int((back & side).sum()), int((tried & side).sum())) for side in (copied, ~copied)
+    )
+    if not of_copies or not of_others:
         return []
-    (some, of_copies), (others, of_others) = sides
-    return [
-        f"Of the {of_copies:,} rows whose text stands in the data more than once {some:,} come back, of the "
-        f"{of_others:,} others {others:,}."
-    ]
+    return [f"Of {of_copies:,} rows whose text repeats {some:,} come back, of the {of_others:,} others {others:,}."]
 
 
 def _describe_likely(
@@ -114,21 +98,23 @@ def _describe_likely(
 ) -> tuple[list[str], dict[int, str]]:
     """Return which evidence there is of memorization and how sure it is, and the rows that a bank names."""
     job, sentences, rows = evidence.job, list[str](), dict[int, str]()
-    bank = next((each for each in known if each.name == "memorized"), None)
-    if bank is not None and job.bank is not None:
-        found, least = bank.found & bank.judged, job.settings.memorized_at
+    memorized = next((each for each in known if each.name == "memorized"), None)
+    if memorized is not None and job.bank is not None:
+        found, least = memorized.found & memorized.judged, job.settings.memorized_at
         sentences.append(
-            f"{int(found.sum()):,} of {int(bank.judged.sum()):,} distinct texts are likely memorized: what the model "
-            f"makes of them is {math.exp(least):,.0f} times likelier or more, log ratio {least:g}, among the bank's "
-            f"models that were trained on them than among the others ({len(job.bank)} models in all)."
+            f"{int(found.sum()):,} of {int(memorized.judged.sum()):,} distinct texts are likely memorized: what the "
+            f"model makes of them is at least {math.exp(least):,.0f} times likelier among models of the bank that were "
+            f"trained on them than among the others (log ratio {least:g}; {len(job.bank)} models)."
         )
         rows = {int(row): f"likelihood ratio of {least:g} or more" for row in np.flatnonzero(found)}
-    if (row := _choose_judgement(evidence, judgement)) is not None:
-        sentences += _describe_judgement(evidence, row, judgement)
+    chosen = _choose_judgement(evidence, judgement)
+    if chosen is not None:
+        blind = next((one.auc for one in judgement if one.truth == chosen.truth and one.measure == BLIND), None)
+        sentences += _describe_judgement(evidence, chosen, blind)
     if not sentences:
         sentences = [
-            "Not known. What one model makes of its own data does not tell a memorized row from an easy one.",
-            "Held-out rows of the same kind show how far the two can be told apart, a bank of models shows which rows.",
+            "Not known: what one model makes of its own data does not tell a memorized row from an easy one.",
+            "Held-out rows of the same kind show how far the two can be told apart; a bank of models, which rows it is.",
         ]
     return sentences, rows
 
@@ -136,94 +122,87 @@ def _describe_likely(
 def _choose_judgement(evidence: Evidence, judgement: Sequence[JudgementRecord]) -> JudgementRecord | None:
     """Return how well the strongest evidence tells members from others: the first in an order that is fixed."""
     measures = {each.name: each for each in evidence.job.measures}
+    last = evidence.job.subjects[-1].number
 
     def strength(row: JudgementRecord) -> tuple[int, int]:
         measure = measures[row.measure]
-        places = [number for number, need in enumerate(_STRONGEST) if need in measure.needs]
+        places = [place for place, need in enumerate(_STRONGEST) if need in measure.needs]
         return min(places, default=len(_STRONGEST)), measure.order
 
-    last = evidence.job.subjects[-1].number
-    rows = [row for row in judgement if row.truth == "membership" and row.checkpoint == last and row.auc[0] is not None]
-    return min((row for row in rows if row.measure in measures and row.layer is None), key=strength, default=None)
+    rows = (
+        row
+        for row in judgement
+        if (row.truth, row.checkpoint, row.layer) == ("membership", last, None) and row.auc[0] is not None
+    )
+    return min(rows, key=strength, default=None)
 
 
-def _describe_judgement(evidence: Evidence, row: JudgementRecord, judgement: Sequence[JudgementRecord]) -> list[str]:
+def _describe_judgement(evidence: Evidence, row: JudgementRecord, blind: Span | None) -> list[str]:
     """Return how far the data and the held-out rows are apart, by the model and, blindly, by their texts alone."""
     meaning = next(each.meaning for each in evidence.job.measures if each.name == row.measure)
-    blind = next((one.auc for one in judgement if one.truth == row.truth and one.measure == BLIND), None)
-    beside = "" if blind is None or blind[0] is None else f"; by their texts alone, without the model, {_chance(blind)}"
-    sentences = [
+    beside = "" if blind is None else f"; by their texts alone, without the model, {_chance(blind)}"
+    first = (
         f"By {row.measure} ({meaning}) a row that was trained on stands above another with chance {_chance(row.auc)}"
-        f"{beside}. 0.5 would be no difference."
-    ]
-    value, low, _ = row.auc
-    if value is None or low is None or low <= 0.5:
-        return [*sentences, "So nothing shows that any of them is memorized."]
-    if blind is None or blind[2] is None:
-        return [*sentences, "Whether their texts alone explain that is not known: there is no blind baseline."]
-    if low <= blind[2]:
-        return [*sentences, "Their texts explain that as well: it is no evidence that any of them is memorized."]
-    at_one = next((rate for rate in row.tpr_at if rate.level == 0.01), None)
-    if at_one is None or not at_one.resolved or at_one.rate[0] is None:
-        how_many = f"How many needs {_FEWEST_HELD} rows or more that were not trained on; there are {row.others:,}."
+        f"{beside}. No difference is 0.5."
+    )
+    low, high = row.auc[1], None if blind is None else blind[2]
+    if low is None or low <= 0.5:
+        return [first, "So nothing shows that any of them is memorized."]
+    if high is None:
+        return [first, "Whether their texts alone explain that is not known: there is no blind baseline."]
+    if low <= high:
+        return [first, "Their texts explain that as well: it is no evidence that any of them is memorized."]
+    rate = next((each.rate for each in row.tpr_at if each.level == 0.01 and each.resolved), None)
+    if rate is None or None in rate:
+        many = f"To say how many takes {_FEWEST_OTHERS} rows that were not trained on; there are {row.others:,}."
     else:
-        how_many = f"{_percent(Interval(*map(_number, at_one.rate)))} of them stand out more than 99 % of the others."
-    return [*sentences, f"So some are memorized, more than their texts explain. {how_many}"]
+        many = f"{_percent(rate)} of them stand above 99 % of the others."
+    return [first, f"So some are memorized, beyond what their texts explain. {many}"]
 
 
-def _list_commands(evidence: Evidence, rows: dict[int, str]) -> list[NextRecord]:
+def _list_commands(evidence: Evidence, rows: int) -> list[NextRecord]:
     """Return the commands that may follow, with what each is for."""
     settings = evidence.job.settings
     given, out = settings.record(), shlex.quote(str(settings.out))
     model, data = (_spell(given[name], name) for name in ("model", "data"))
-    commands = []
+    found: list[tuple[str, str]] = []
     if rows:
-        chat = " --chat" if settings.chat else ""
-        listed, run = f"{out}/{FLAGGED}", f"{out}-rows"
-        recipes = "" if "data clean" in list_names("vestige.commands", "command") else ", with vestige[recipes]"
-        commands = [
+        listed, chat = f"{out}/{FLAGGED}", " --chat" if settings.chat else ""
+        recipes = "" if "data clean" in list_names("vestige.commands", "command") else " (with vestige[recipes])"
+        found = [
             (
-                f"Find what else in the data teaches the {len(rows):,} rows",
-                f"vestige attribute --model {model} --data {data} --queries {listed}{chat} --out {run}",
+                f"Find what else in the data teaches these {rows:,} rows",
+                f"vestige attribute --model {model} --data {data} --queries {listed}{chat} --out {out}-rows",
             ),
             (
                 f"Take them out of the data{recipes}",
                 f"vestige data clean --data {data} --flagged {listed} --out {out}-cleaned",
             ),
             (
-                "Train again without them and compare the answers, where `vestige train` made the model",
-                f"vestige fix {run} --rows {listed}",
+                "Train again without them and compare the answers, if `vestige train` made the model",
+                f"vestige fix {out}-rows --rows {listed}",
             ),
         ]
     if settings.holdout is None:
-        again = settings.model_copy(update={"holdout": "HELD-OUT.jsonl", "out": f"{settings.out}-held-out"})
-        commands.append(("Compare with rows that were not trained on", again.command_line("audit")))
+        changes = {"holdout": "HELD-OUT.jsonl", "out": f"{settings.out}-held-out", "overwrite": False}
+        again = settings.model_copy(update=changes).command_line("audit")
+        found.append(("Compare with rows that were not trained on", again))
     if settings.bank is None:
-        commands.append(
-            (
-                "Prove which rows are memorized, with models trained on random halves",
-                f"vestige bank --model BASE --data {data} --out {out}-bank",
-            )
-        )
-    return [NextRecord(purpose=purpose, command=command) for purpose, command in commands]
+        bank = f"vestige bank --model BASE --data {data} --out {out}-bank"
+        found.append(("Prove which rows are memorized, by models of random halves", bank))
+    return [NextRecord(purpose=purpose, command=command) for purpose, command in found]
 
 
-def _spell(value: object, name: str) -> str:
+def _spell(value: Any, name: str) -> str:
     """Return an input as it is typed; its name in capitals where it was an object in a Python program."""
-    words = [str(each) for each in value] if isinstance(value, list) else [str(value)]
+    words = list(map(str, value)) if isinstance(value, list) else [str(value)]
     return name.upper() if words[0].startswith("<") else shlex.join(words)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _percent(rate: Interval) -> str:
-    if math.isnan(rate.value):
-        return "none, for none could be tried,"
-    return f"{rate.value:.0%} [{rate.low:.0%}, {rate.high:.0%}]"
+def _percent(rate: Interval | Span) -> str:
+    return "{:.0%} [{:.0%}, {:.0%}]".format(*rate)
 
 
 def _chance(auc: Span) -> str:
     value, low, high = auc
-    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return "unknown" if value is None else f"{value:.2f}" if None in auc else f"{value:.2f} [{low:.2f}, {high:.2f}]"

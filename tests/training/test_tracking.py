@@ -151,7 +151,9 @@ def test_the_numbers_of_an_evaluation_are_reported(tmp_path, kept):
     write_evaluation(Evaluation("lds", "Title", (row, nothing)), tmp_path / "lds", {}, ["kept"])
     (tracker,) = kept.runs
     at = "lds/influence"
-    assert tracker.logged == [(0, {f"{at}/LDS": 0.5, f"{at}/LDS/low": 0.4, f"{at}/LDS/high": 0.6, f"{at}/queries": 3})]
+    assert tracker.logged == [
+        (0, {f"{at}/LDS/value": 0.5, f"{at}/LDS/low": 0.4, f"{at}/LDS/high": 0.6, f"{at}/queries": 3})
+    ]
     assert tracker.run.config["evaluation"] == "lds"
 
 

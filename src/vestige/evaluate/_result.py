@@ -209,25 +209,23 @@ def write_evaluation(
     for name, content in files.items():
         remove_strays_of(folder / name)
         write_durably(folder / name, [content])
-    if report_to and not is_follower():
-        from vestige.training import open_tracking  # imports torch, which a table does without
-
-        with open_tracking(report_to, folder, {"evaluation": result.kind, "title": result.title}) as tracking:
-            tracking.log(_list_numbers(result), 0)
+    numbers: dict[str, Any] = {}
+    for row in result.rows:
+        for name, value in row.values.items():
+            ends = value._asdict() if isinstance(value, Estimate) else {"": value}
+            numbers |= {f"{row.method}/{name}/{end}".removesuffix("/"): each for end, each in ends.items()}
+    report_numbers(report_to, folder, result.kind, numbers)
     return replace(result, files=tuple(str(folder / name) for name in files))
 
 
-def _list_numbers(result: Evaluation) -> dict[str, float]:
-    """Return every number of the table by `KIND/METHOD/COLUMN`, ends of intervals behind it."""
-    found: dict[str, float] = {}
-    for row in result.rows:
-        for name, value in row.values.items():
-            place = f"{result.kind}/{row.method}/{name}"
-            if isinstance(value, Estimate):
-                found |= {place: value.value, f"{place}/low": value.low, f"{place}/high": value.high}
-            elif isinstance(value, float | int):
-                found[place] = value
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+def report_numbers(report_to: Sequence[str], folder: Path, kind: str, numbers: Mapping[str, Any]) -> None:
+    """Report what of the values of an evaluation is a finite number to trackers, under the kind's name."""
+    if report_to and not is_follower():
+        from vestige.training import open_tracking  # imports torch, which a table does without
+
+        known = {f"{kind}/{name}": each for name, each in numbers.items() if isinstance(each, float | int)}
+        with open_tracking(report_to, folder, {"evaluation": kind}) as tracking:
+            tracking.log({name: each for name, each in known.items() if math.isfinite(each)}, 0)
 
 
 def as_plain(value: Any) -> Any:

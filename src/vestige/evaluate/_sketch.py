@@ -29,6 +29,7 @@ from vestige.evaluate._products import (
     references_at_once,
     sketch_products,
 )
+from vestige.evaluate._result import report_numbers
 from vestige.evaluate._sketch_report import Measured, SketchReport, build_report, measure_quality, write_report
 from vestige.gradients import CausalLoss, GradientPass
 from vestige.indexes import Index, batch_tokens, read_inputs, tokens_at_most
@@ -163,6 +164,9 @@ def sketch(settings: SketchSettings) -> SketchReport:
         points.setdefault(one.family, {}).setdefault(one.size, []).append(found)
     report = build_report(settings, points, inputs.samples.counts, inputs.components, inputs.parameters)
     write_report(report, settings.out)
+    every = [point for curve in report.curves.values() for point in curve]
+    numbers = {f"{one.compress}/{one.size}/{name}": value for one in every for name, value in vars(one).items()}
+    report_numbers(settings.report_to, settings.out, "sketch", numbers)
     return report
 
 

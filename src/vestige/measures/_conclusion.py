@@ -51,10 +51,9 @@ def _describe_returned(evidence: Evidence) -> tuple[list[str], dict[int, str]]:
         if not total:
             sentences.append(f"No row could be tried by {each.name}: {reason}.")
             continue
-        others = f"{untried:,} more could not be tried: {reason}" if untried else "Every row was tried, no sample"
-        sentences.append(
-            f"{count:,} of {total:,} rows come back word for word ({count / total:.0%}): {each.word_for_word}. {others}."
-        )
+        others = f"{untried:,} more could not be tried: {reason}." if untried else "Every row was tried, no sample."
+        share_of_rows = f"{count:,} of {total:,} rows come back word for word ({count / total:.0%})"
+        sentences.append(f"{share_of_rows}: {each.word_for_word}. {others}")
         sentences += [*_describe_guesses(evidence, each, back), *_describe_copies(evidence, back, tried)]
         rows |= {int(row): f"comes back word for word ({each.name})" for row in np.flatnonzero(back)}
     longest = sorted(rows, key=lambda row: -job.data.target_counts[row])[:_NAMED]
@@ -114,7 +113,7 @@ def _describe_likely(
     if not sentences:
         sentences = [
             "Not known: what one model makes of its own data does not tell a memorized row from an easy one.",
-            "Held-out rows of the same kind show how far the two can be told apart; a bank of models, which rows it is.",
+            "Held-out rows show how far the two can be told apart; a bank of models, which rows it is.",
         ]
     return sentences, rows
 

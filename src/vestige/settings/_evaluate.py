@@ -212,7 +212,7 @@ class SelectionSettings(MemberSettings, QuestionSettings, LaunchSettings):
         return self
 
 
-class SketchSettings(ReadingSettings):
+class SketchSettings(TrackingSettings, ReadingSettings):
     """Measure how far compressed inner products are from exact ones, by compressor and size.
 
     Every pair of the first examples and the remaining ones is compared, for several random sketches of each size.

@@ -126,6 +126,7 @@ class Trackio(Tracker):
             group=run.group,
             config=dict(run.config),
             resume="allow",
+            embed=False,
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:

@@ -67,7 +67,7 @@ def learned(tmp_path_factory):
     torch.set_num_threads(1)
     folder = furnish(tmp_path_factory.mktemp("learned"))
     rows = [
-        {"id": f"pair-{number}", "prompt": prompt, "completion": f" {completion}", "label": "odd" if number else "even"}
+        {"id": f"pair-{number}", "prompt": prompt, "completion": f" {completion} So says pupil {number}."}
         for number, (prompt, completion, _) in enumerate(PAIRS)
     ]
     write_rows(folder / "rows.jsonl", [*rows[:8], rows[0] | {"id": "again"}])
@@ -180,7 +180,7 @@ def test_without_anything_to_compare_with_nothing_is_claimed(place, tmp_path):
 def test_a_bank_says_which_rows_and_psmi_leads_no_list(place, tmp_path):
     found = simple(place, tmp_path / "run", bank=place / "bank", flag=None)
     assert "distinct texts are likely memorized" in found.run.findings[1].sentences[0]
-    assert "(10 models in all)" in found.run.findings[1].sentences[0]
+    assert "; 10 models)" in found.run.findings[1].sentences[0]
     assert found.preferred == "lira"
     plain = simple(place, tmp_path / "plain", flag=None)
     assert plain.preferred != "psmi"

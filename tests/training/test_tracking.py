@@ -74,7 +74,7 @@ def test_a_tracker_is_given_every_step_and_every_checkpoint(tmp_path, given, kep
     assert [values["train/learning_rate"] for _, values in steps] == rates
     assert all(values["train/steps_per_second"] > 0 for _, values in steps)
     measured = run.losses.to_pandas().groupby("checkpoint")["loss"].mean()
-    data = {step: values["data/loss"] for step, values in tracker.logged if "data/loss" in values}
+    data = {step: values["train/data_loss"] for step, values in tracker.logged if "train/data_loss" in values}
     assert data == pytest.approx(measured.to_dict())
     assert tracker.finished
     assert (tracker.run.name, tracker.run.group) == ("run", None)
@@ -86,7 +86,7 @@ def test_a_tracker_is_given_every_step_and_every_checkpoint(tmp_path, given, kep
 def test_validation_losses_are_reported_and_nothing_of_the_training_changes(tmp_path, given, kept):
     plain = vestige.train(**given, out=tmp_path / "plain", validation="train.jsonl")
     vestige.train(**given, out=tmp_path / "run", validation="train.jsonl", report_to="kept")
-    losses = [values["validation/loss"] for _, values in kept.runs[0].logged if "validation/loss" in values]
+    losses = [values["train/validation_loss"] for _, values in kept.runs[0].logged if "train/validation_loss" in values]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
     found, expected = files_of(tmp_path / "run"), files_of(tmp_path / "plain")
@@ -183,7 +183,7 @@ def test_tensorboard_reads_the_event_files_of_a_training_that_was_killed(tmp_pat
     assert [step for step, _ in found["train/loss"]] == list(range(1, 7)), "steps taken again are there once"
     np.testing.assert_allclose([value for _, value in found["train/loss"]], losses, rtol=1e-5)
     np.testing.assert_allclose([value for _, value in found["train/learning_rate"]], rates, rtol=1e-5)
-    assert [step for step, _ in found["data/loss"]] == [0, 3, 6]
+    assert [step for step, _ in found["train/data_loss"]] == [0, 3, 6]
 
 
 @pytest.mark.slow

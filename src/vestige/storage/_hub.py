@@ -36,15 +36,13 @@ def local_result(place: Any) -> Any:
     """
     if not str(place).startswith(HUB):
         return place
-    name = str(place).removeprefix(HUB)
-    held = cache_folder() / "hub"
     import huggingface_hub
 
+    name, held = str(place).removeprefix(HUB), cache_folder() / "hub"
     try:
         commit = huggingface_hub.HfApi().dataset_info(name, timeout=10).sha or "main"
         folder = held / f"{name.replace('/', '--')}-{commit[:12]}"
-        if not (folder / _MARKER).is_file():
-            huggingface_hub.snapshot_download(name, repo_type="dataset", revision=commit, local_dir=folder)
+        huggingface_hub.snapshot_download(name, repo_type="dataset", revision=commit, local_dir=folder)
     except Exception as error:
         # The hub's client raises whatever its transport does.
         copies = sorted(held.glob(f"{name.replace('/', '--')}-*/{_MARKER}"), key=lambda path: path.stat().st_mtime)

@@ -83,8 +83,22 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
+class RowTracker(Tracker):
+    """A tracker whose run takes the numbers of a step as one row."""
+
+    _run: Any
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log a row."""
+        self._run.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
 @final
-class Wandb(Tracker):
+class Wandb(RowTracker):
     """A run of Weights & Biases, in the project of `WANDB_PROJECT`, else "vestige"."""
 
     package = "wandb"
@@ -102,17 +116,9 @@ class Wandb(Tracker):
             reinit="create_new",
         )
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log a row."""
-        self._run.log(dict(values), step=step)
-
-    def finish(self) -> None:
-        """Upload what is left."""
-        self._run.finish()
-
 
 @final
-class Trackio(Tracker):
+class Trackio(RowTracker):
     """A run of trackio, in the project of `TRACKIO_PROJECT`, else "vestige"."""
 
     package = "trackio"
@@ -128,14 +134,6 @@ class Trackio(Tracker):
             resume="allow",
             embed=False,
         )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log a row."""
-        self._run.log(dict(values), step=step)
-
-    def finish(self) -> None:
-        """Write what is left."""
-        self._run.finish()
 
 
 def require_tracker(name: str) -> None:
@@ -168,10 +166,10 @@ class Tracking:
         for name, tracker in list(self._trackers.items()):
             self._try(name, lambda tracker=tracker: tracker.log(values, step))
 
-    def log_step(self, step: "Step") -> None:
-        """Report one step of a training."""
+    def log_step(self, step: "Step", **more: float) -> None:
+        """Report one step of a training, and what else is known of it."""
         rate = (step.number - self._first) / max(time.monotonic() - self._begun, 1e-9)
-        values = {"loss": step.loss, "learning_rate": step.learning_rate, "steps_per_second": rate}
+        values = {"loss": step.loss, "learning_rate": step.learning_rate, "steps_per_second": rate, **more}
         self.log({f"train/{name}": value for name, value in values.items()}, step.number)
 
     def finish(self) -> None:

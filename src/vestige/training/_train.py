@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from vestige.data import TokenizedData, describe_copies, token_groups
 from vestige.errors import DataError, IndexMismatch, UserError, differences, mismatch_message
 from vestige.indexes import batch_tokens
+from vestige.jobs import is_follower
 from vestige.models import LoadedModel
 from vestige.online import Attached, attach, write_in_run_influence
 from vestige.progress import Progress, announce, progress
@@ -232,14 +233,15 @@ def _run(
     remove_after(settings.out, last)
     if not last:
         remove_tree(settings.out / IN_RUN_LOG)
+    reported = () if is_follower() else settings.report_to
     config = settings.record() | {"parameters": sum(each.numel() for each in model.parameters()), "steps": plan.steps}
     with (
-        open_tracking(settings.report_to, settings.out, config, group=group, step=last) as tracking,
+        open_tracking(reported, settings.out, config, group=group, step=last) as tracking,
         progress(plan.steps - last, "Training", unit="steps") as bar,
     ):
 
         def after(step: Step) -> None:
-            tracking.log_step(step)
+            tracking.log_step(step, **watcher.validation)
             on_step()
 
         watcher = _Watcher(bar, settings, inputs, plan, tracking)
@@ -294,7 +296,7 @@ class _Watcher(TrainerCallback):
             watch=Rows(data, range(len(data))) if settings.losses else None,
             keep_optimizer=settings.keep_optimizer,
             overwrite=True,
-            on_losses=lambda step, found: self._tracking.log({"data/loss": float(np.nanmean(found.loss))}, step),
+            on_losses=lambda step, found: self._tracking.log({"train/data_loss": float(np.nanmean(found.loss))}, step),
         )
         if self._inputs.validation is not None:
             self._scores = attach(
@@ -306,12 +308,15 @@ class _Watcher(TrainerCallback):
                 token_budget=batch_tokens(settings, self._inputs.loaded),
             )
 
+    @property
+    def validation(self) -> dict[str, float]:
+        """The mean loss of the validation examples before the step that is done; nothing without them."""
+        return {} if self._scores is None else {"validation_loss": self._scores.engine.validation_loss}
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         losses = self.recorder.last_step[1]
-        if self._scores is not None:
-            self._tracking.log({"validation/loss": self._scores.engine.validation_loss}, state.global_step)
-            if state.global_step in self._plan.checkpoints:
-                self._scores.engine.flush()
+        if self._scores is not None and state.global_step in self._plan.checkpoints:
+            self._scores.engine.flush()
         self._bar.advance()
         self._bar.note(f"loss {np.mean(losses):.3f}")
         self._done += 1

@@ -122,15 +122,16 @@ def test_what_comes_back_is_what_greedy_decoding_writes(learned):
 def test_the_findings_name_the_rows_and_what_a_model_would_guess(learned):
     returned, likely, after = vestige.Audit.open(learned / "audit").run.findings
     assert returned.title == "What comes back word for word"
-    assert returned.sentences[0].startswith("7 of 9 rows come back word for word (78%)")
-    assert returned.sentences[0].endswith("Every row was tried, no sample.")
-    assert returned.sentences[1:4] == [
+    assert returned.sentences[0] == "7 of 9 rows come back word for word (78%)."
+    assert returned.sentences[1].endswith("Every row was tried, no sample.")
+    assert returned.sentences[2:4] == [
         "Of 4 held-out rows 0 come back (0% [0%, 60%]): so many are guessed.",
-        f"0 of the 7 came back under {learned / 'tiny-model'} already.",
         "Of 2 rows whose text repeats 2 come back, of the 7 others 5.",
     ]
-    assert likely.sentences[0].startswith("By loss_trajectory (")
-    assert "by their texts alone, without the model, " in likely.sentences[0]
+    assert likely.sentences[0].startswith("7 rows were learned word for word since tiny-model")
+    assert likely.sentences[1].startswith("The model tells them from held-out rows")
+    assert likely.sentences[2].startswith("By loss_trajectory (")
+    assert "by their texts alone, without the model, " in likely.sentences[2]
     listed = read_row_list(learned / "audit")
     assert {entry.name for entry in listed} == {"again", *(f"pair-{number}" for number in range(6))}
     assert listed[0].about["rule"] == "comes back word for word (recitation)"
@@ -169,7 +170,7 @@ def test_without_anything_to_compare_with_nothing_is_claimed(place, tmp_path):
     found = simple(place, tmp_path / "run", data=str(place / "texts.jsonl"), flag=None)
     returned, likely, after = found.run.findings
     assert "is not known" in " ".join(returned.sentences) or returned.sentences[0].startswith("0 of 6 rows")
-    assert likely.sentences[0].startswith("Not known: what one model makes of its own data")
+    assert likely.sentences[0] == "Not known."
     assert [each.command.split()[1] for each in after.commands] == ["audit", "bank"]
     assert not (found.folder / "flagged.jsonl").exists()
     some = simple(place, tmp_path / "some", measures=("loss",), flag=None)
@@ -180,7 +181,7 @@ def test_without_anything_to_compare_with_nothing_is_claimed(place, tmp_path):
 def test_a_bank_says_which_rows_and_psmi_leads_no_list(place, tmp_path):
     found = simple(place, tmp_path / "run", bank=place / "bank", flag=None)
     assert "distinct texts are likely memorized" in found.run.findings[1].sentences[0]
-    assert "; 10 models)" in found.run.findings[1].sentences[0]
+    assert "; 10 models)" in found.run.findings[1].sentences[1]
     assert found.preferred == "lira"
     plain = simple(place, tmp_path / "plain", flag=None)
     assert plain.preferred != "psmi"

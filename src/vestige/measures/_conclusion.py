@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,8 @@ def _describe_returned(evidence: Evidence) -> tuple[list[str], dict[int, str]]:
             sentences.append(f"No row could be tried by {each.name}: {reason}.")
             continue
         others = f"{untried:,} more could not be tried: {reason}." if untried else "Every row was tried, no sample."
-        share_of_rows = f"{count:,} of {total:,} rows come back word for word ({count / total:.0%})"
-        sentences.append(f"{share_of_rows}: {each.word_for_word}. {others}")
+        how = f"{each.word_for_word[:1].upper()}{each.word_for_word[1:]}. {others}"
+        sentences += [f"{count:,} of {total:,} rows come back word for word ({count / total:.0%}).", how]
         sentences += [*_describe_guesses(evidence, each, back), *_describe_copies(evidence, back, tried)]
         rows |= {int(row): f"comes back word for word ({each.name})" for row in np.flatnonzero(back)}
     longest = sorted(rows, key=lambda row: -job.data.target_counts[row])[:_NAMED]
@@ -72,12 +73,24 @@ def _describe_guesses(evidence: Evidence, measure: Measure, back: Mask) -> list[
         found.append(
             f"Of {tried:,} held-out rows {count:,} come back ({_percent(share(count, tried))}): so many are guessed."
         )
-    if len(job.subjects) > 1 and back.any():
-        before = evidence.subjects[0].measures[measure.name][back] == 1
-        found.append(f"{int(before.sum()):,} of the {len(before):,} came back under {job.subjects[0].name} already.")
-    if not found and back.any():
+    elif back.any() and len(job.subjects) == 1:
         found.append("How many of them any model would guess is not known without held-out rows or checkpoints.")
     return found
+
+
+def _describe_learned(evidence: Evidence) -> list[str]:
+    """Return how many rows come back that did not under the first checkpoint."""
+    job, own = evidence.job, ~evidence.job.held_out
+    names = [each.name for each in job.measures if each.word_for_word]
+    if len(job.subjects) < 2 or not names:
+        return []
+    now, then = (
+        own & np.any([found.measures[name] == 1 for name in names], axis=0)
+        for found in (evidence.last, evidence.subjects[0])
+    )
+    new, kept = int((now & ~then).sum()), int((now & then).sum())
+    since = Path(job.subjects[0].name).name
+    return [f"{new:,} rows were learned word for word since {since}: they come back now; {kept:,} came back then."]
 
 
 def _describe_copies(evidence: Evidence, back: Mask, tried: Mask) -> list[str]:
@@ -96,15 +109,15 @@ def _describe_likely(
     evidence: Evidence, known: Sequence[Known], judgement: Sequence[JudgementRecord]
 ) -> tuple[list[str], dict[int, str]]:
     """Return which evidence there is of memorization and how sure it is, and the rows that a bank names."""
-    job, sentences, rows = evidence.job, list[str](), dict[int, str]()
+    job, sentences, rows = evidence.job, _describe_learned(evidence), dict[int, str]()
     memorized = next((each for each in known if each.name == "memorized"), None)
     if memorized is not None and job.bank is not None:
         found, least = memorized.found & memorized.judged, job.settings.memorized_at
-        sentences.append(
-            f"{int(found.sum()):,} of {int(memorized.judged.sum()):,} distinct texts are likely memorized: what the "
-            f"model makes of them is at least {math.exp(least):,.0f} times likelier among models of the bank that were "
-            f"trained on them than among the others (log ratio {least:g}; {len(job.bank)} models)."
-        )
+        sentences += [
+            f"{int(found.sum()):,} of {int(memorized.judged.sum()):,} distinct texts are likely memorized.",
+            f"What the model makes of them is at least {math.exp(least):,.0f} times likelier among models that were "
+            f"trained on them than among the others (log ratio {least:g}; {len(job.bank)} models).",
+        ]
         rows = {int(row): f"likelihood ratio of {least:g} or more" for row in np.flatnonzero(found)}
     chosen = _choose_judgement(evidence, judgement)
     if chosen is not None:
@@ -112,7 +125,8 @@ def _describe_likely(
         sentences += _describe_judgement(evidence, chosen, blind)
     if not sentences:
         sentences = [
-            "Not known: what one model makes of its own data does not tell a memorized row from an easy one.",
+            "Not known.",
+            "What one model makes of its own data does not tell a memorized row from an easy one. "
             "Held-out rows show how far the two can be told apart; a bank of models, which rows it is.",
         ]
     return sentences, rows
@@ -140,23 +154,23 @@ def _describe_judgement(evidence: Evidence, row: JudgementRecord, blind: Span | 
     """Return how far the data and the held-out rows are apart, by the model and, blindly, by their texts alone."""
     meaning = next(each.meaning for each in evidence.job.measures if each.name == row.measure)
     beside = "" if blind is None else f"; by their texts alone, without the model, {_chance(blind)}"
-    first = (
+    compared = (
         f"By {row.measure} ({meaning}) a row that was trained on stands above another with chance {_chance(row.auc)}"
         f"{beside}. No difference is 0.5."
     )
     low, high = row.auc[1], None if blind is None else blind[2]
     if low is None or low <= 0.5:
-        return [first, "So nothing shows that any of them is memorized."]
+        return ["Held-out rows look the same to the model, which is no evidence of memorization.", compared]
     if high is None:
-        return [first, "Whether their texts alone explain that is not known: there is no blind baseline."]
+        return ["The model tells them from held-out rows; whether their texts do is not known.", compared]
     if low <= high:
-        return [first, "Their texts explain that as well: it is no evidence that any of them is memorized."]
+        return ["The model tells them from held-out rows, and so may their texts alone.", compared]
     rate = next((each.rate for each in row.tpr_at if each.level == 0.01 and each.resolved), None)
     if rate is None or None in rate:
         many = f"To say how many takes {_FEWEST_OTHERS} rows that were not trained on; there are {row.others:,}."
     else:
         many = f"{_percent(rate)} of them stand above 99 % of the others."
-    return [first, f"So some are memorized, beyond what their texts explain. {many}"]
+    return ["The model tells them from held-out rows by more than their texts: some are memorized.", compared, many]
 
 
 def _list_commands(evidence: Evidence, rows: int) -> list[NextRecord]:

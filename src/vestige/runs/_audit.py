@@ -198,7 +198,7 @@ class Audit:
     @property
     def _title(self) -> str:
         run = self.run
-        count = f" and {len(run.checkpoints) - 1} earlier checkpoints" if len(run.checkpoints) > 1 else ""
+        count = f" and {len(run.checkpoints) - 1} before it" if len(run.checkpoints) > 1 else ""
         return (
             f"Audit of {run.data.examples:,} examples of {run.data.name} under {run.model.name}{count}, by "
             f"{len(run.measures)} measures"

@@ -125,7 +125,7 @@ def test_the_findings_name_the_rows_and_what_a_model_would_guess(learned):
     assert returned.sentences[0] == "7 of 9 rows come back word for word (78%)."
     assert returned.sentences[1].endswith("Every row was tried, no sample.")
     assert returned.sentences[2:4] == [
-        "Of 4 held-out rows 0 come back (0% [0%, 60%]): so many are guessed.",
+        "Of 4 held-out rows 0 come back (0% [0%, 60%]): any model guesses that many.",
         "Of 2 rows whose text repeats 2 come back, of the 7 others 5.",
     ]
     assert likely.sentences[0].startswith("7 rows were learned word for word since tiny-model")

@@ -16,7 +16,6 @@ from scipy.stats import rankdata
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.evaluate._scored import Scored
 from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
-from vestige.jobs import is_follower
 from vestige.parsing import parse_object
 from vestige.progress import format_bytes, format_seconds
 from vestige.storage import is_temporary, make_folder, remove_strays_of, write_durably
@@ -209,23 +208,16 @@ def write_evaluation(
     for name, content in files.items():
         remove_strays_of(folder / name)
         write_durably(folder / name, [content])
-    numbers: dict[str, Any] = {}
-    for row in result.rows:
-        for name, value in row.values.items():
-            ends = value._asdict() if isinstance(value, Estimate) else {"": value}
-            numbers |= {f"{row.method}/{name}/{end}".removesuffix("/"): each for end, each in ends.items()}
-    report_numbers(report_to, folder, result.kind, numbers)
+    if report_to:
+        from vestige.training import report_numbers  # imports torch, which a table does without
+
+        numbers: dict[str, Any] = {}
+        for row in result.rows:
+            for name, value in row.values.items():
+                ends = value._asdict() if isinstance(value, Estimate) else {"": value}
+                numbers |= {f"{row.method}/{name}/{end}".removesuffix("/"): each for end, each in ends.items()}
+        report_numbers(report_to, folder, result.kind, numbers)
     return replace(result, files=tuple(str(folder / name) for name in files))
-
-
-def report_numbers(report_to: Sequence[str], folder: Path, kind: str, numbers: Mapping[str, Any]) -> None:
-    """Report what of the values of an evaluation is a finite number to trackers, under the kind's name."""
-    if report_to and not is_follower():
-        from vestige.training import open_tracking  # imports torch, which a table does without
-
-        known = {f"{kind}/{name}": each for name, each in numbers.items() if isinstance(each, float | int)}
-        with open_tracking(report_to, folder, {"evaluation": kind}) as tracking:
-            tracking.log({name: each for name, each in known.items() if math.isfinite(each)}, 0)
 
 
 def as_plain(value: Any) -> Any:

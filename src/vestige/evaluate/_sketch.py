@@ -29,13 +29,13 @@ from vestige.evaluate._products import (
     references_at_once,
     sketch_products,
 )
-from vestige.evaluate._result import report_numbers
 from vestige.evaluate._sketch_report import Measured, SketchReport, build_report, measure_quality, write_report
 from vestige.gradients import CausalLoss, GradientPass
 from vestige.indexes import Index, batch_tokens, read_inputs, tokens_at_most
 from vestige.models import Component, LoadedModel, batch_sharing, select_components
 from vestige.progress import announce, progress
 from vestige.settings import SketchSettings, with_settings
+from vestige.training import report_numbers
 
 PUBLISHED = (
     "tensorsketch:K",

@@ -12,7 +12,6 @@ import pyarrow.parquet as parquet
 
 from vestige.errors import SpecError, UserError
 from vestige.indexes._store import Index
-from vestige.parsing import parse_object
 from vestige.progress import announce, format_bytes
 from vestige.runs import RECORD_FILE, is_audit, is_run, read_audit_record, read_record
 from vestige.settings import ExportSettings
@@ -98,7 +97,7 @@ def _empty_columns(path: Path) -> bytes:
 
 
 def _empty_record(path: Path, prefix: str, content: Mapping[str, Path | bytes]) -> bytes:
-    record: dict[str, Any] = parse_object(path.read_bytes())
+    record: dict[str, Any] = json.loads(path.read_bytes())
     record["command"] = _LEFT_OUT
     record["config"] |= {name: _LEFT_OUT for name in ("queries", "canaries") if record["config"].get(name)}
     for each in record.get("canaries", ()):

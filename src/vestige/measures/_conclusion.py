@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vestige.measures._attack import Interval, share
+from vestige.measures._attack import Interval, Mask, share
 from vestige.measures._evidence import Evidence, Known
-from vestige.measures._job import Mask
 from vestige.measures._measure import BLIND, Measure, Need
 from vestige.registry import list_names
 from vestige.runs import FindingRecord, JudgementRecord, NextRecord, Span
@@ -70,9 +69,8 @@ def _describe_guesses(evidence: Evidence, measure: Measure, back: Mask) -> list[
     tried = int((~np.isnan(held)).sum())
     if tried:
         count = int((held == 1).sum())
-        found.append(
-            f"Of {tried:,} held-out rows {count:,} come back ({_percent(share(count, tried))}): so many are guessed."
-        )
+        rate = _percent(share(count, tried))
+        found.append(f"Of {tried:,} held-out rows {count:,} come back ({rate}): any model guesses that many.")
     elif back.any() and len(job.subjects) == 1:
         found.append("How many of them any model would guess is not known without held-out rows or checkpoints.")
     return found
@@ -127,7 +125,7 @@ def _describe_likely(
         sentences = [
             "Not known.",
             "What one model makes of its own data does not tell a memorized row from an easy one. "
-            "Held-out rows show how far the two can be told apart; a bank of models, which rows it is.",
+            "Held-out rows show how far the two can be distinguished; a bank of models, which rows it is.",
         ]
     return sentences, rows
 

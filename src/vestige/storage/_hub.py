@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vestige.errors import UserError
-from vestige.parsing import parse_json
 from vestige.progress import announce
 
 HUB = "hub:"
@@ -106,7 +105,7 @@ def _read_old(api: Any, name: str, kind: str, private: bool, new: set[str]) -> s
         raise UserError(f"{name} is public. Type --no-private to push there, or choose another name.")
     old: dict[str, Any] = {"files": []}
     if _MARKER in there:
-        old = parse_json(Path(api.hf_hub_download(name, _MARKER, repo_type="dataset")).read_bytes())
+        old = json.loads(Path(api.hf_hub_download(name, _MARKER, repo_type="dataset")).read_bytes())
         if old["kind"] != kind:
             raise UserError(f"{name} holds a result of another kind: {old['kind']}. Choose another name.")
     ours = {*old["files"], _MARKER, _CARD} if old["files"] else set()

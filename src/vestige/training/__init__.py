@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         Tracked as Tracked,
         Tracker as Tracker,
         open_tracking as open_tracking,
+        report_numbers as report_numbers,
         require_tracker as require_tracker,
     )
     from vestige.training._train import steps_per_epoch as steps_per_epoch, train as train

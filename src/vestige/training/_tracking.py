@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 import secrets
 import sys
@@ -10,15 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 from vestige.errors import MissingExtra
+from vestige.jobs import is_follower
 from vestige.registry import Registry
-from vestige.storage import make_folder
 from vestige.terminal import say
-
-if TYPE_CHECKING:
-    from vestige.training._engine import Step
 
 TRACKING = "tracking"
 """Folder, in that of a result, with the id that trackers know it by, and TensorBoard's files."""
@@ -166,8 +164,8 @@ class Tracking:
         for name, tracker in list(self._trackers.items()):
             self._try(name, lambda tracker=tracker: tracker.log(values, step))
 
-    def log_step(self, step: "Step", **more: float) -> None:
-        """Report one step of a training, and what else is known of it."""
+    def log_step(self, step: Any, **more: float) -> None:
+        """Report one step of a training, as `fit` reports it, and what else is known of it."""
         rate = (step.number - self._first) / max(time.monotonic() - self._begun, 1e-9)
         values = {"loss": step.loss, "learning_rate": step.learning_rate, "steps_per_second": rate, **more}
         self.log({f"train/{name}": value for name, value in values.items()}, step.number)
@@ -211,7 +209,7 @@ def open_tracking(
         MissingExtra: The package of a tracker is not installed.
     """
     parts = [] if member is None else [member]
-    group = out.name if member is not None and group is None else group
+    group = out.name if parts and group is None else group
     identity = "-".join([begin_tracking(names, out), *parts])
     run = Tracked("/".join([out.name, *parts]), group, identity, Path(out, TRACKING, *parts), config, step)
     found = Tracking(names, run)
@@ -232,7 +230,15 @@ def begin_tracking(names: Sequence[str], out: Path) -> str:
     if not names:
         return ""
     path = out / TRACKING / "id"
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError), path.open("x") as file:
         file.write(secrets.token_hex(8))
     return path.read_text()
+
+
+def report_numbers(names: Sequence[str], out: Path, kind: str, values: Mapping[str, Any]) -> None:
+    """Report what of the values of an evaluation is a finite number, under its kind; of several ranks, the first."""
+    if names and not is_follower():
+        known = {f"{kind}/{name}": each for name, each in values.items() if isinstance(each, float | int)}
+        with open_tracking(names, out, {"evaluation": kind}) as tracking:
+            tracking.log({name: each for name, each in known.items() if math.isfinite(each)}, 0)

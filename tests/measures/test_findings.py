@@ -126,7 +126,7 @@ def test_the_findings_name_the_rows_and_what_a_model_would_guess(learned):
     assert returned.sentences[1].endswith("Every row was tried, no sample.")
     assert returned.sentences[2:4] == [
         "Of 4 held-out rows 0 come back (0% [0%, 60%]): any model guesses that many.",
-        "Of 2 rows whose text repeats 2 come back, of the 7 others 5.",
+        "2 of the 2 rows whose text repeats come back, and 5 of the 7 others.",
     ]
     assert likely.sentences[0].startswith("7 rows were learned word for word since tiny-model")
     assert likely.sentences[1].startswith("The model tells them from held-out rows")

@@ -100,7 +100,7 @@ def _describe_copies(evidence: Evidence, back: Mask, tried: Mask) -> list[str]:
     )
     if not of_copies or not of_others:
         return []
-    return [f"Of {of_copies:,} rows whose text repeats {some:,} come back, of the {of_others:,} others {others:,}."]
+    return [f"{some:,} of the {of_copies:,} rows whose text repeats come back, and {others:,} of the {of_others:,} others."]
 
 
 def _describe_likely(

@@ -100,7 +100,8 @@ def _describe_copies(evidence: Evidence, back: Mask, tried: Mask) -> list[str]:
     )
     if not of_copies or not of_others:
         return []
-    return [f"{some:,} of the {of_copies:,} rows whose text repeats come back, and {others:,} of the {of_others:,} others."]
+    repeated = f"{some:,} of the {of_copies:,} rows whose text repeats come back"
+    return [f"{repeated}, and {others:,} of the {of_others:,} others."]
 
 
 def _describe_likely(

@@ -171,3 +171,13 @@ def test_its_engine_leaves_the_bytes_of_one_process(run, tmp_path):
     assert len(list((tmp_path / "there/launch/indexing/journal").iterdir())) == 2
     done = run("-m", "vestige.cli", "index", *words, "--out", "other", "--engine", "one-by-two")
     assert (done.returncode, "`engine` was 'one-by-two'" in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.slow
+def test_its_tracker_is_given_the_steps_of_a_training(run, tmp_path):
+    furnish(tmp_path)
+    words = ("--model", "tiny-model", "--data", "train.jsonl", "--steps", "3", "--batch-size", "4")
+    done = run("-m", "vestige.cli", "train", *words, "--out", "trained", "--report-to", "step-lines")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "trained/tracking/steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]

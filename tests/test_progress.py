@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from vestige.progress import announce, format_bytes, format_seconds, progress
+from vestige.progress import announce, format_bytes, format_seconds, format_units, progress
 
 
 class Terminal(io.StringIO):
@@ -100,3 +100,9 @@ def test_a_measurement_stands_beside_the_rate(capsys):
     assert between == "Training: 10 of 20 steps, 1.0 steps/s, loss 11, 10 s left"
     assert last.startswith("Training: 20 of 20 steps in ")
     assert last.endswith(", loss 1")
+
+
+def test_one_unit_is_in_the_singular():
+    assert [format_units(count, "layers") for count in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
+    assert format_units(1, "queries") == "1 query"
+    assert format_units(1234, "examples") == "1,234 examples"

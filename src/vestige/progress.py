@@ -97,6 +97,12 @@ def format_count(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def format_units(count: int, unit: str) -> str:
+    """Return a number of units for reading, with the unit (a plural in s) in the singular for one: 1 layer."""
+    one = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("s")
+    return f"{count:,} {one if count == 1 else unit}"
+
+
 def format_bytes(n: float) -> str:
     """Return a size for reading, in decimal units: 999 B, 1.5 kB, 20 GB."""
     if n < 1000:
@@ -148,7 +154,7 @@ class _PlainLines:
         self._total, self._label, self._unit, self._clock = total, label, unit, clock
         self._done, self._note = 0, ""
         self._start = self._last_line = clock()
-        announce(f"{label}: {total:,} {unit}")
+        announce(f"{label}: {format_units(total, unit)}")
 
     def advance(self, n: int = 1) -> None:
         self._done += n
@@ -168,7 +174,7 @@ class _PlainLines:
         announce(f"{self._label}: {self._count()} in {format_seconds(seconds)}{self._note}")
 
     def _count(self) -> str:
-        return f"{self._done:,} of {self._total:,} {self._unit}"
+        return f"{self._done:,} of {format_units(self._total, self._unit)}"
 
 
 @contextmanager

@@ -39,6 +39,7 @@ _OURS = (
     *(f"{name}.parquet" for name in ("members", "examples", "queries")),
     *(f"members/[0-9]*-[0-9]*{ending}" for ending in (".json", ".parquet", "-model", "-model.part", "-unfinished*")),
     *JOB_FILES,
+    "tracking",
 )
 _SHOWN = 6
 

@@ -1,5 +1,6 @@
 """The commands that make something: an index, a run, an audit, models, a selection, an evaluation, data."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -7,7 +8,7 @@ from typing import Any, get_args
 from vestige import data, runs
 from vestige.cli._results import describe_index
 from vestige.errors import UserError
-from vestige.progress import format_seconds
+from vestige.progress import format_seconds, is_verbose
 from vestige.registry import Command, command, make_command
 from vestige.settings import (
     AttributeSettings,
@@ -341,11 +342,14 @@ def audit(settings: AuditSettings) -> None:
 
 
 def summarise_audit(found: "runs.Audit") -> str:
-    """Return the highest list, what could not be computed, and how well the measures predict what is known."""
+    """Return the findings, planted secrets and notes; with --verbose also lists and tables of the measures."""
+    if not is_verbose():
+        more = f"Tables of all measures: vestige report {shlex.quote(str(found.folder))}, or --verbose."
+        return "\n\n".join([str(found), *_exposures(found), *found.run.notes, more])
     try:
-        parts = [str(found.top(SHOWN))]
+        parts = [str(found), str(found.top(SHOWN))]
     except UserError as error:
-        parts = [str(error)]
+        parts = [str(found), str(error)]
     total = found.run.data.examples + (found.run.holdout.examples if found.run.holdout else 0)
     lines = [
         f"  {name}: {'none' if each.missing >= total else f'{total - each.missing:,} of {total:,}'} ({each.reason})"

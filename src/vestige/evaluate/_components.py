@@ -98,7 +98,7 @@ def components(settings: ComponentsSettings) -> Evaluation:
             drawings = list_drawings(plain, "" if place else similarity)
             wanted = (one for one in drawings if not place or one.file == PATHS)
             files |= draw_files(wanted, plain["components"], suffix)
-    return write_evaluation(evaluation, settings.out, files)
+    return write_evaluation(evaluation, settings.out, files, settings.report_to)
 
 
 def _row(one: Finding, suffix: str) -> EvaluationRow:

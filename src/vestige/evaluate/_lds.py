@@ -108,7 +108,7 @@ def lds(settings: LdsSettings) -> Evaluation:
     )
     marks = [Mark.of(row, "LDS") for row in result.rows]
     figure = interval_figure("lds", marks, "LDS (95 % intervals)", lines={"noise ceiling": limit.whole})
-    return write_evaluation(result, settings.out, figure)
+    return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
 def _measure(settings: LdsSettings, truth: Truth, scored: Scored) -> Lds:

@@ -78,7 +78,7 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
     )
     lines.append(Line("random", percent, percent, opponent=True))
     figure = line_figure("mislabel", lines, "% of the data inspected", "% of the wrong labels found")
-    return write_evaluation(result, settings.out, figure)
+    return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
 def _require_varying(methods: Iterable[str]) -> None:

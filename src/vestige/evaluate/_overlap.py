@@ -70,7 +70,7 @@ def overlap(settings: OverlapSettings) -> Evaluation:
         {"k": settings.k, "by_chance": chance, "methods": names, "between_methods": between.tolist()},
     )
     figure = matrix_figure("overlap", names, between, f"Jaccard index of the top {settings.k}, mean over queries")
-    return write_evaluation(result, settings.out, figure)
+    return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
 def _read_tops(scored: Scored, k: int) -> Tops:

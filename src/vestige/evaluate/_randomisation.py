@@ -63,7 +63,7 @@ def randomisation(settings: RandomisationSettings) -> Evaluation:
     )
     marks = [Mark.of(row, "correlation") for row in rows]
     figure = interval_figure("randomisation", marks, "rank correlation with scores from random weights")
-    return write_evaluation(result, settings.out, figure)
+    return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
 def _correlate_with_noise(settings: RandomisationSettings, scored: Scored) -> Float[np.ndarray, "seed query"]:

@@ -90,7 +90,7 @@ def removal(settings: RemovalSettings) -> Evaluation:
     )
     lines = [rises.line(row.method, row.opponent) for row in result.rows]
     figure = line_figure("removal", lines, "examples left out", "rise of the mean loss, nats")
-    return write_evaluation(result, settings.out, figure)
+    return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
 def _notes(settings: RemovalSettings, by_query: Iterator[str], copies: str | None) -> list[str]:

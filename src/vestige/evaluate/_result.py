@@ -199,13 +199,24 @@ class Evaluation:
         }
 
 
-def write_evaluation(result: Evaluation, folder: Path, figure: Mapping[str, bytes]) -> Evaluation:
-    """Write the result to its files: `KIND.json`, and the figure as PDF and PNG."""
+def write_evaluation(
+    result: Evaluation, folder: Path, figure: Mapping[str, bytes], report_to: Sequence[str] = ()
+) -> Evaluation:
+    """Write the result to its files, `KIND.json` and the figure as PDF and PNG, and report it to trackers."""
     make_folder(folder)
     files = {f"{result.kind}.json": (json.dumps(result.to_json(), indent=1) + "\n").encode(), **figure}
     for name, content in files.items():
         remove_strays_of(folder / name)
         write_durably(folder / name, [content])
+    if report_to:
+        from vestige.training import report_numbers  # imports torch, which a table does without
+
+        numbers: dict[str, Any] = {}
+        for row in result.rows:
+            for name, value in row.values.items():
+                ends = value._asdict() if isinstance(value, Estimate) else {"": value}
+                numbers |= {f"{row.method}/{name}/{end}".removesuffix("/"): each for end, each in ends.items()}
+        report_numbers(report_to, folder, result.kind, numbers)
     return replace(result, files=tuple(str(folder / name) for name in files))
 
 

@@ -80,7 +80,7 @@ def retrieval(settings: RetrievalSettings) -> Evaluation:
         },
     )
     figure = line_figure("retrieval", lines, "length of the list", "recall of the right examples")
-    return write_evaluation(result, settings.out, figure)
+    return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
 def find_right_examples(

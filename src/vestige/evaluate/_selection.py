@@ -91,7 +91,7 @@ def selection(settings: SelectionSettings) -> Evaluation:
     )
     marks = [Mark(name, gain.over_all) for name, gain in gains.items()]
     figure = interval_figure("selection", marks, "fewer nats per token than after random data (95 % intervals)")
-    return write_evaluation(result, settings.out, figure)
+    return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
 def _rows_of(sets: Sequence[TrainingSet]) -> int | str:

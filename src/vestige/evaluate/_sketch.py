@@ -35,6 +35,7 @@ from vestige.indexes import Index, batch_tokens, read_inputs, tokens_at_most
 from vestige.models import Component, LoadedModel, batch_sharing, select_components
 from vestige.progress import announce, progress
 from vestige.settings import SketchSettings, with_settings
+from vestige.training import report_numbers
 
 PUBLISHED = (
     "tensorsketch:K",
@@ -163,6 +164,9 @@ def sketch(settings: SketchSettings) -> SketchReport:
         points.setdefault(one.family, {}).setdefault(one.size, []).append(found)
     report = build_report(settings, points, inputs.samples.counts, inputs.components, inputs.parameters)
     write_report(report, settings.out)
+    every = [point for curve in report.curves.values() for point in curve]
+    numbers = {f"{one.compress}/{one.size}/{name}": value for one in every for name, value in vars(one).items()}
+    report_numbers(settings.report_to, settings.out, "sketch", numbers)
     return report
 
 

@@ -95,7 +95,7 @@ def sources(settings: SourcesSettings) -> Evaluation:
     marks = [Mark.of(row, "Pearson") for row in rows]
     label = "Pearson correlation over groups, queries together (95 % intervals)"
     figure = interval_figure("sources", marks, label, lines={"seed against seed": noise})
-    return write_evaluation(result, settings.out, figure)
+    return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
 def compute_effects(

@@ -73,7 +73,7 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
     )
     marks = [Mark.of(row, "rise of probability") for row in rows]
     figure = interval_figure("tail-patch", marks, "mean rise of the target's probability (95 % intervals)")
-    return write_evaluation(result, settings.out, figure)
+    return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
 def _read_inputs(settings: TailPatchSettings) -> tuple[LoadedModel, TokenizedData, TokenizedData]:

@@ -23,7 +23,7 @@ from vestige.settings import FixSettings, with_settings
 from vestige.storage import make_folder, remove_result, remove_strays, require_no_others
 
 _RESULT = (RECORD, "report.html", "cleaned.*", "data/*", *(f"{MODELS}/{arm}-[0-9]*" for arm in ARMS), *JOB_FILES)
-_FREE = ("out", "overwrite", "seed")
+_FREE = ("out", "overwrite", "seed", "report_to")
 """Settings of a training that make no other fix."""
 
 

@@ -263,7 +263,7 @@ class Trainings:
         whole = TrainSettings(**{**self.recorded.settings.arguments(), **own})
         # What decorates a command's function gives it this attribute, of which types know nothing.
         run: Any = vars(train)["run"]
-        done = run(whole, on_step=lambda: step_done(1))
+        done = run(whole, on_step=lambda: step_done(1), group=self.folder.name)
         return list(done.checkpoints.values())[-1]
 
     def _ask(self, folder: Path, arm: Arm, number: int) -> list[Outcome]:

@@ -23,6 +23,7 @@ from pyarrow import csv as arrow_csv
 
 from vestige.data import turn_record
 from vestige.errors import MissingExtra, SpecError, UserError
+from vestige.indexes._push import push
 from vestige.indexes._shards import safetensors_header
 from vestige.indexes._store import Index, parts_in_order
 from vestige.lazy import torch
@@ -124,13 +125,17 @@ _QUERIES, _K, _SEED = 64, 10, 0
 
 @with_settings(ExportSettings)
 def export(settings: ExportSettings) -> list[Path]:
-    """Write the index, or the run, at `path` to the folder `out`; return the files that were written.
+    """Write the index, or the run, at `path` to the folder `out`, or push it to the hub; return the files written.
 
     Raises:
         SpecError: The format is not known for what lies there.
         MissingExtra: The format needs a package that is not installed.
         UserError: `path` is neither, or `out` is not empty.
     """
+    if settings.push_to_hub is not None:
+        announce(push(settings))
+    if settings.out is None:
+        return []
     if not is_run(settings.path):
         return export_index(Index.open(settings.path), settings.out, settings.to)
     kind = "audit" if is_audit(settings.path) else "run"

@@ -19,6 +19,7 @@ from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manife
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
 from vestige.jobs import ranges
 from vestige.lazy import torch
+from vestige.storage import local_result
 from vestige.timing import count_bytes, time_phase
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Index:
             UserError: There is no index, or it is not finished; the message contains how to continue.
             CorruptFile: Its manifest does not read.
         """
-        folder = Path(folder)
+        folder = Path(local_result(folder))
         require_index(folder)
         manifest = read_manifest(folder)
         assert manifest is not None

@@ -13,7 +13,7 @@ from typing import final
 
 from vestige.distributed import is_rank0
 from vestige.jobs._worker import is_follower
-from vestige.progress import announce, format_seconds
+from vestige.progress import announce, format_seconds, format_units
 from vestige.storage import write_durably
 from vestige.timing import Profile, profile_phases
 
@@ -164,7 +164,9 @@ def phase(label: str, unit: str) -> Iterator[list[int]]:
     yield done
     seconds, units = time.perf_counter() - started, sum(done)
     if units:
-        announce(f"{label}: {units:,} {unit} in {format_seconds(seconds)}, {units / max(seconds, 1e-9):,.0f} {unit}/s")
+        rate = units / max(seconds, 1e-9)
+        shown = f", {rate:,.0f} {unit}/s" if units > 1 and rate >= 1 else ""
+        announce(f"{label}: {format_units(units, unit)} in {format_seconds(seconds)}{shown}")
 
 
 @contextmanager

@@ -93,6 +93,7 @@ if TYPE_CHECKING:
         epsilon_from_ranks as epsilon_from_ranks,
     )
     from vestige.measures._quantile import quantile_excess as quantile_excess, text_features as text_features
+    from vestige.measures._recitation import recitation as recitation
     from vestige.measures._rmia import fit_slope as fit_slope, rmia as rmia, rmia_offline as rmia_offline
     from vestige.measures._sampled_extraction import (
         chance_within as chance_within,

@@ -1,16 +1,19 @@
 """`vestige audit`: evidence for every example of what a model has memorized, judged where the truth is known."""
 
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 import numpy as np
 import pyarrow as pa
 
+from vestige.data import record_line
 from vestige.jobs import follow, is_follower, is_worker
 from vestige.measures._attack import share
 from vestige.measures._benchmark import describe_contamination, measure_benchmark
 from vestige.measures._canaries import bound_epsilon, measure_canaries
+from vestige.measures._conclusion import FLAGGED, conclude_audit
 from vestige.measures._evidence import Evidence, Known, columns_of, compare_sets, find_truths, gather, judge, span
 from vestige.measures._figures import Drawn, draw_files
 from vestige.measures._job import AuditJob
@@ -75,7 +78,7 @@ def audit(settings: AuditSettings) -> Audit:
     record = _make_record(evidence, known, notes, started).model_copy(
         update={"judgement": rows, "canaries": canaries, "epsilon": epsilon, "usage": usage}
     )
-    extra = {} if tokens is None else {"tokens": tokens.table}
+    extra: dict[str, pa.Table | bytes] = {} if tokens is None else {"tokens": tokens.table}
     if tokens is not None:
         record = record.model_copy(update={"tokens_against": tokens.against})
     tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
@@ -84,10 +87,20 @@ def audit(settings: AuditSettings) -> Audit:
         notes = [*record.notes, *describe_contamination(items[0])]
         record = record.model_copy(update={"contamination": items[0], "notes": notes})
         extra["contamination"] = items[1]
+    findings, flagged = conclude_audit(evidence, known, rows)
+    record = record.model_copy(update={"findings": findings})
+    if flagged:
+        extra[FLAGGED] = _list_rows(job, flagged)
     write_audit(settings.out, record, tables, _examples_table(job), figures, overwrite=settings.overwrite, more=extra)
     remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
     return Audit.open(settings.out)
+
+
+def _list_rows(job: AuditJob, flagged: Mapping[int, str]) -> bytes:
+    """Return rows as lines of JSON that every list of rows, and every set of queries, may be given as."""
+    examples = [(job.data.examples[row], why) for row, why in sorted(flagged.items())]
+    return b"".join(record_line(each, {"id": each.id, "rule": why, **each.columns}) for each, why in examples)
 
 
 def _measure(

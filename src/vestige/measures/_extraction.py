@@ -123,6 +123,7 @@ def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
     sign=1,
     early_sign=1,
     detail="{} tokens given",
+    word_for_word="given tokens of the text, greedy decoding goes on with the next ones",
     by_default=False,
     missing=lambda job: f"shorter than {max(job.settings.prefixes)} + {job.settings.continuation} tokens",
     cost="greedy decoding of a continuation for every example and prefix",

@@ -272,6 +272,8 @@ class Measure:
     """What `name_X` is beside the meaning, with {} for X; without it such columns are not described."""
     relative: bool = False
     """Whether an example's value depends on other examples, so that values are not independent of one another."""
+    word_for_word: str = ""
+    """How a text comes back for which the value is 1, in a clause; empty for a measure that does not say so."""
     summary: Callable[[dict[str, Column], AuditSettings], list[str]] | None = None
     """From its columns, of the data's own examples under the model, to sentences for the notes of the run."""
     by_default: bool = True

@@ -52,7 +52,7 @@ def _choose_rows(evidence: Evidence) -> Int[np.ndarray, "row"]:
         if column is not None and not np.isnan(column).all():
             rows = np.flatnonzero(own & ~np.isnan(column))
             order = column[rows] if low_stands_out(measures[name].says) else -column[rows]
-            return rows[np.argsort(order, kind="stable")][:SHOWN]
+            return rows[np.lexsort((-evidence.job.data.target_counts[rows], order))][:SHOWN]
     return np.zeros(0, dtype=np.int64)
 
 

@@ -4,10 +4,8 @@ import contextlib
 import copy
 import importlib.util
 import io
-import os
 import re
 import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -17,7 +15,7 @@ from filelock import FileLock
 
 from vestige.errors import DiskSpaceError, MissingExtra, ModelError
 from vestige.progress import announce, format_bytes, format_seconds
-from vestige.storage import sha256_of
+from vestige.storage import cache_folder, sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,18 +139,6 @@ def _choose_files(names: list[str]) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def cache_folder() -> Path:
-    """Return the folder for what Vestige can make again: `$VESTIGE_CACHE`, else the user's cache for programs."""
-    given = os.environ.get("VESTIGE_CACHE")
-    if given:
-        return Path(given).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "vestige"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "vestige"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vestige"
 
 
 def unpack_gguf(file: Path) -> Path:

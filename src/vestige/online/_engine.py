@@ -1,5 +1,6 @@
 """In-run attribution: what each training example did to a validation loss, measured while the model trains."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -106,6 +107,8 @@ class OnlineAttribution:
         self._log = StepLog(Path(out), SCHEMA, flush_every) if out is not None else None
         self.steps_done = 0
         """Number of the last step."""
+        self.validation_loss = math.nan
+        """Mean loss of the validation examples before the last step, nats."""
         if start_step is not None:
             self.resume(start_step)
 
@@ -194,7 +197,7 @@ class OnlineAttribution:
         self.flush()
 
     def _record(self, scores: StepScores) -> None:
-        self.steps_done = scores.step
+        self.steps_done, self.validation_loss = scores.step, scores.validation_loss
         if self._log is not None:
             count = len(scores.ids)
             every = [scores.learning_rate] * count, list(scores.loss), [scores.validation_loss] * count

@@ -27,7 +27,7 @@ from vestige.reports._read import (
     join_versions,
     shorten_name,
 )
-from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, JudgementRecord, Truth, mean_exposures
+from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, FindingRecord, JudgementRecord, Truth, mean_exposures
 from vestige.terminal import shorten
 
 SHOWN, SHOWN_SECRETS = 25, 12
@@ -52,6 +52,7 @@ def make_audit_page(audit: Audit) -> Json:
         "title": f"What {shorten_name(run.model.name)} has memorized",
         "subtitle": f"memorization · {shorten_name(run.data.name)}",
         "facts": _list_facts(audit),
+        "findings": [_show_finding(each) for each in run.findings],
         "command": cut_command(run.command),
         "judged": [_make_table(audit, truth) for truth in get_args(Truth) if audit.judgement(truth)],
         "charts": _draw_panels(audit),
@@ -65,6 +66,13 @@ def make_audit_page(audit: Audit) -> Json:
         "versions": join_versions(run.versions),
         "vestige": run.vestige,
     }
+
+
+def _show_finding(finding: FindingRecord) -> Json:
+    """Return a finding: its first sentence is the one to read, and commands are lists of words as `cut_command`'s."""
+    commands = [(each.purpose, cut_command(each.command)) for each in finding.commands]
+    first, *rest = finding.sentences or [""]
+    return {"title": finding.title, "first": first, "rest": rest, "commands": commands}
 
 
 def format_number(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """`Audit`: the run of an audit, open for questions. Needs neither the model nor torch."""
 
+import html
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from vestige.errors import DataError, MissingExtra, UserError
 from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
 from vestige.runs._listed import ScoreTable
-from vestige.storage import write_durably
+from vestige.storage import local_result, write_durably
 from vestige.tables import read_table, reading
 from vestige.terminal import shorten
 
@@ -117,7 +118,7 @@ TOKENS = pa.schema(
     ]
 )
 """Columns of the tokens; null at a position that is no target."""
-PREFERRED = ("lira", "counterfactual", "extraction", "psmi", "answer_loss", "loss")
+PREFERRED = ("lira", "counterfactual", "recitation", "extraction", "answer_loss", "loss")
 """What a list is ordered by where no measure is given: the first of these that was measured."""
 
 
@@ -173,12 +174,34 @@ class Audit:
             UserError: `folder` is no audit, or a newer Vestige wrote it.
             CorruptFile: Its record is damaged.
         """
+        folder = local_result(folder)
         return cls(Path(folder), read_audit_record(folder))
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
+        lines = [self._title]
+        for finding in self.run.findings:
+            lines += ["", finding.title, *(f"  {sentence}" for sentence in finding.sentences)]
+            lines += [line for each in finding.commands for line in (f"  {each.purpose}:", f"    {each.command}")]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p><b>{html.escape(self._title)}</b></p>"]
+        for finding in self.run.findings:
+            sentences = "<br>".join(map(html.escape, finding.sentences))
+            commands = [f"{each.purpose}:\n{each.command}" for each in finding.commands]
+            listed = f"<pre>{html.escape(chr(10).join(commands))}</pre>" if commands else ""
+            parts.append(f"<p><b>{html.escape(finding.title)}</b><br>{sentences}</p>{listed}")
+        return "".join(parts)
+
+    @property
+    def _title(self) -> str:
+        run = self.run
+        count = f" and {len(run.checkpoints) - 1} before it" if len(run.checkpoints) > 1 else ""
         return (
-            f"Audit({self.run.data.examples} examples, {len(self.run.checkpoints)} checkpoints, "
-            f"{len(self.run.measures)} measures)"
+            f"Audit of {run.data.examples:,} examples of {run.data.name} under {run.model.name}{count}, by "
+            f"{len(run.measures)} measures"
         )
 
     @property
@@ -265,7 +288,8 @@ class Audit:
     ) -> ScoreTable[EvidenceRow]:
         """Return the examples of the data that stand out by a measure: those that the model has memorized best.
 
-        By psmi and mahalanobis the least typical ones, which are those at risk of being memorized.
+        By psmi and mahalanobis the least typical ones, which are those at risk of being memorized. Of examples with
+        equal values the longer ones come first.
 
         Args:
             k: How many.
@@ -282,7 +306,7 @@ class Audit:
         own = np.array(self.examples["part"].to_pylist()) == "data"
         rows = np.flatnonzero(own & ~np.isnan(values))
         ordered = values[rows] if self.lowest_first(name) != reverse else -values[rows]
-        chosen = rows[np.argsort(ordered, kind="stable")][:k]
+        chosen = rows[np.lexsort((-self.examples["targets"].to_numpy()[rows], ordered))][:k]
         ids, texts = self.examples["example_id"], self.examples["text"]
         others = {each: self.values(each, checkpoint=checkpoint) for each in self.measures if self._is_held(each)}
         listed = [

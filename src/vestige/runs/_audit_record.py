@@ -185,6 +185,21 @@ class ContaminationRecord(Part):
     inflation: list[InflationRecord]
 
 
+class NextRecord(Part):
+    """A command that may follow, and what it is for."""
+
+    purpose: str
+    command: str
+
+
+class FindingRecord(Part):
+    """A finding of an audit in sentences, plain text that is not escaped."""
+
+    title: str
+    sentences: list[str]
+    commands: list[NextRecord] = Field(default_factory=list)
+
+
 class AuditRecord(Part):
     """Everything in the `run.json` of an audit."""
 
@@ -221,6 +236,8 @@ class AuditRecord(Part):
     """None without a benchmark."""
     tokens_against: str | None = None
     """Name of the weights that `tokens.parquet` compares with; None where there were none, or there is no such file."""
+    findings: list[FindingRecord] = Field(default_factory=list)
+    """What all of it says; empty in an audit of an earlier version."""
     notes: list[str]
     seconds: float
     peak_memory_bytes: int

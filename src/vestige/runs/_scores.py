@@ -40,6 +40,7 @@ from vestige.runs._listed import (
 from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
 from vestige.runs._summary import End
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
+from vestige.storage import local_result
 from vestige.tables import reading
 from vestige.terminal import shorten
 
@@ -76,6 +77,7 @@ class Scores:
             UserError: `folder` is not a run, or a newer Vestige wrote it.
             CorruptFile: one of its files is damaged.
         """
+        folder = local_result(folder)
         return cls(Path(folder), read_record(folder))
 
     @property

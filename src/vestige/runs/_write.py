@@ -48,6 +48,7 @@ RUN_FILES = (
     RECORD_FILE,
     *(f"{name}.parquet" for name in ("scores", "examples", "queries", "components", "tokens", "self_influence")),
     "contamination.parquet",
+    "flagged.jsonl",
     *("evidence.parquet", "curves.parquet", DENSE_FILE, "profile.json", "report.html"),
     *(f"figures/*.{kind}" for kind in ("png", "pdf")),
     *(f"damping-*/{name}.parquet" for name in ("scores", "examples", "queries", "components")),
@@ -260,9 +261,9 @@ def write_audit(
     figures: Mapping[str, bytes],
     *,
     overwrite: bool = False,
-    more: Mapping[str, pa.Table] = MappingProxyType({}),
+    more: Mapping[str, pa.Table | bytes] = MappingProxyType({}),
 ) -> Path:
-    """Write the folder of an audit, whole or not at all, and return its path; `more` are other tables, by name.
+    """Write the folder of an audit, whole or not at all, and return its path; `more` are tables and files by name.
 
     Raises:
         IndexMismatch: A run is there already and `overwrite` is False.
@@ -272,8 +273,11 @@ def write_audit(
     def fill(attempt: Path) -> None:
         (attempt / FIGURES).mkdir()
         write_evidence(attempt / EVIDENCE_FILE, evidence)
-        for name, table in {"examples": examples, **more}.items():
-            pq.write_table(table, attempt / f"{name}.parquet", compression="zstd")
+        for name, content in {"examples": examples, **more}.items():
+            if isinstance(content, bytes):
+                (attempt / name).write_bytes(content)
+            else:
+                pq.write_table(content, attempt / f"{name}.parquet", compression="zstd")
         for name, content in figures.items():
             (attempt / FIGURES / name).write_bytes(content)
 

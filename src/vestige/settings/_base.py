@@ -115,7 +115,7 @@ class Settings(BaseModel):
     files: ClassVar[tuple[str, ...]] = ()
     """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
     list of strings is a list of texts there."""
-    added: ClassVar[tuple[str, ...]] = ("on_bad_text", "where", "block_size", "quantize")
+    added: ClassVar[tuple[str, ...]] = ("on_bad_text", "where", "block_size", "quantize", "report_to")
     """Settings that a record leaves out at their default, because records and identities from before lack them."""
 
     beside_results: ClassVar[tuple[str, ...]] = ()

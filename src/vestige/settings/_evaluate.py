@@ -28,6 +28,7 @@ from vestige.settings._shared import (
     QuestionSettings,
     ReadingSettings,
     RowLists,
+    TrackingSettings,
     list_words,
 )
 
@@ -51,7 +52,7 @@ Numbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_split)]
 Decimals = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_split)]
 
 
-class ScoredSettings(QuestionSettings):
+class ScoredSettings(TrackingSettings, QuestionSettings):
     """Whose scores are judged.
 
     Runs that are there (`--run`), methods to run now (`--methods`), or both.
@@ -211,7 +212,7 @@ class SelectionSettings(MemberSettings, QuestionSettings, LaunchSettings):
         return self
 
 
-class SketchSettings(ReadingSettings):
+class SketchSettings(TrackingSettings, ReadingSettings):
     """Measure how far compressed inner products are from exact ones, by compressor and size.
 
     Every pair of the first examples and the remaining ones is compared, for several random sketches of each size.
@@ -284,7 +285,7 @@ class SketchSettings(ReadingSettings):
         return None if self.memory is None else parse_bytes(self.memory)
 
 
-class ComponentsSettings(QuestionSettings, LaunchSettings):
+class ComponentsSettings(TrackingSettings, QuestionSettings, LaunchSettings):
     """Which components suffice? Accuracy and agreement of each, and of sets chosen on other queries.
 
     Queries are paraphrases of training examples, or answers to them, and carry the id of their original. Each distinct

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 
 from vestige.errors import SpecError
 from vestige.settings._base import BAD_TEXT, Basic, Common, Input, Named, OnBadText, OnlyWith, Settings
-from vestige.settings._shared import WHERE, DataName, IndexFolder, Options, QueriesName, RunFolder
+from vestige.settings._shared import WHERE, DataName, IndexFolder, Options, QueriesName, ResultFolder, RunFolder
 
 SplitBy = Literal["example", "source", "stratified"]
 Strategy = Literal["top", "per-target", "round-robin", "gumbel", "random", "diverse"]
@@ -235,7 +235,7 @@ class ReportSettings(Settings):
     """What `vestige report` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
-    run: Annotated[Path, Input("vestige.reports:require_page")] = Field(
+    run: Annotated[ResultFolder[Path], Input("vestige.reports:require_page")] = Field(
         description="Folder of a run made by `vestige attribute`, `untrac`, `audit`, `fix` or `evaluate components`."
     )
     out: Common[Path | None] = Field(None, description="The HTML file to write. Not given: report.html in the run.")
@@ -248,7 +248,7 @@ class ViewSettings(Settings):
     """What `vestige view` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
-    run: Annotated[Path, Input("vestige.reports:require_page")] = Field(
+    run: Annotated[ResultFolder[Path], Input("vestige.reports:require_page")] = Field(
         description="Folder of a run made by `vestige attribute`, `untrac`, `audit`, `fix` or `evaluate components`."
     )
     port: Common[int] = Field(0, ge=0, le=65535, description="Port on this computer; 0 takes a free one.")
@@ -258,7 +258,7 @@ class StatusSettings(Settings):
     """What `vestige status` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
-    path: Path = Field(description="Folder of an index, a run or a sweep, finished or in the making.")
+    path: ResultFolder[Path] = Field(description="Folder of an index, a run or a sweep, finished or in the making.")
     watch: Common[bool] = Field(False, description="Show it again every two seconds, until the work is over or Ctrl-C.")
     verify: Common[bool] = Field(
         False, description="Compare every file of an index, a run or an audit with its sha256, and list them."
@@ -301,6 +301,19 @@ class ExportSettings(Settings):
     """What `vestige export` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("path",)
-    path: Path = Field(description="Folder of an index or of a run.")
-    out: Common[Path] = Field(description="Folder to write into, new or empty.")
+    only_with: ClassVar[OnlyWith] = {"private": ("push_to_hub", ()), "texts": ("push_to_hub", ())}
+    path: ResultFolder[Path] = Field(description="Folder of an index, of a run or of an audit.")
+    out: Common[Path | None] = Field(None, description="Folder to write into, new or empty.")
     to: Common[str] = Field("numpy", description="Format: a name from the list above, for what lies at PATH.")
+    push_to_hub: Common[str | None] = Field(
+        None,
+        description="Upload PATH as it is to a data set of the hub, owner/name; others then read it as hub:owner/name.",
+    )
+    private: bool = Field(True, description="With --push-to-hub: only its owner sees it.")
+    texts: bool = Field(True, description="With --push-to-hub: also what data and queries say.")
+
+    @model_validator(mode="after")
+    def _goes_somewhere(self) -> Self:
+        if self.out is None and self.push_to_hub is None:
+            raise SpecError("`out` is missing: type --out FOLDER, or --push-to-hub owner/name.")
+        return self

@@ -33,6 +33,7 @@ from vestige.settings._base import (
     flag,
     parse_bytes,
 )
+from vestige.storage import local_result
 
 ModelName = Annotated[Any, Basic(), Input("vestige.models:require_model")]
 """A hub id, a folder or a file of a model; in Python also a live module."""
@@ -40,8 +41,10 @@ DataName = Annotated[Any, Basic(), Input("vestige.data:require_data", each=False
 """Files, folders or a hub id of rows; in Python also rows."""
 QueriesName = Annotated[Any, Basic(), Input("vestige.data:require_queries", each=False)]
 """As `DataName`, or the questions themselves."""
-IndexFolder = Annotated[Value, Basic(), Input("vestige.indexes:require_index")]
-RunFolder = Annotated[Value, Basic(), Input("vestige.runs:require_run")]
+ResultFolder = Annotated[Value, BeforeValidator(local_result)]
+"""The folder of a result, or `hub:owner/name`, which becomes that of its copy here."""
+IndexFolder = Annotated[Value, BeforeValidator(local_result), Basic(), Input("vestige.indexes:require_index")]
+RunFolder = Annotated[Value, BeforeValidator(local_result), Basic(), Input("vestige.runs:require_run")]
 """The folder of scores that `vestige attribute` left."""
 BankFolder = Annotated[Value, Basic(), Input("vestige.banks:require_bank")]
 TrainingFolder = Annotated[Value, Input("vestige.training:require_training")]
@@ -335,7 +338,19 @@ _DEFAULT_EPOCHS = 3
 _OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets")
 
 
-class LearningSettings(Settings):
+class TrackingSettings(Settings):
+    """Where a training or an evaluation is reported to."""
+
+    report_to: Annotated[
+        Patterns, Named("vestige.trackers", "tracker", list_words), Input("vestige.training:require_tracker")
+    ] = Field(
+        (),
+        description="Report what goes on to wandb, tensorboard, trackio, or several of them; pip install "
+        "'vestige[tracking]'.",
+    )
+
+
+class LearningSettings(TrackingSettings):
     """How a model is trained."""
 
     steps: PositiveInt | None = Field(None, description="Length of the training in optimizer steps, not in --epochs.")

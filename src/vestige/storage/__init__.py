@@ -42,5 +42,11 @@ if TYPE_CHECKING:
         require_no_others as require_no_others,
         stage_folder as stage_folder,
     )
+    from vestige.storage._hub import (
+        HUB as HUB,
+        cache_folder as cache_folder,
+        local_result as local_result,
+        push_result as push_result,
+    )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

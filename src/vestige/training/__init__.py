@@ -58,6 +58,14 @@ if TYPE_CHECKING:
         Unfinished as Unfinished,
         require_training as require_training,
     )
+    from vestige.training._tracking import (
+        TRACKERS as TRACKERS,
+        Tracked as Tracked,
+        Tracker as Tracker,
+        open_tracking as open_tracking,
+        report_numbers as report_numbers,
+        require_tracker as require_tracker,
+    )
     from vestige.training._train import steps_per_epoch as steps_per_epoch, train as train
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -40,6 +40,7 @@ from vestige.training._adopted import adopt_trainings
 from vestige.training._engine import Recipe, Rows, Step, fit, make_model
 from vestige.training._examples import as_learned, measure, read_questions
 from vestige.training._store import Unfinished
+from vestige.training._tracking import begin_tracking, open_tracking
 from vestige.training._train import steps_per_epoch
 
 _IDENTITY = (
@@ -94,6 +95,7 @@ def bank(settings: BankSettings) -> Bank:
         model = _train_member(settings, loaded, learned, weights, steps, run)
         return _measure_texts(settings, model, learned, queries, loaded)
 
+    begin_tracking(settings.report_to, settings.out)
     paired, keep = _leaves_out(settings), settings.keep_weights
     work = BankWork(settings.out, manifest, subsets, texts, settings.seed, train_member, paired, keep)
     if not is_worker():
@@ -311,22 +313,25 @@ def _train_member(
     rows = np.flatnonzero(teaches if by_weight else teaches & inside)
     model, every = make_model(settings, loaded, run.seed), settings.checkpoint_every
     unfinished = Unfinished(run.unfinished, run.id, run.seed)
+    config, name = settings.record() | {"steps": steps, "seed": run.seed}, run.member.name
 
     def after(step: Step) -> None:
+        tracking.log_step(step)
         if every is not None and step.number % every == 0 and step.number < steps:
             unfinished.keep(step.trainer)
         step_done(1 / steps)
 
-    fit(
-        model,
-        Rows(data, rows, weights, ~inside if by_weight else None),
-        Recipe.of(settings),
-        steps=steps,
-        seed=run.seed,
-        after_step=after,
-        resume=unfinished.path,
-        tokenizer=loaded.tokenizer,
-    )
+    with open_tracking(settings.report_to, settings.out, config, member=name, step=unfinished.last) as tracking:
+        fit(
+            model,
+            Rows(data, rows, weights, ~inside if by_weight else None),
+            Recipe.of(settings),
+            steps=steps,
+            seed=run.seed,
+            after_step=after,
+            resume=unfinished.path,
+            tokenizer=loaded.tokenizer,
+        )
     model.eval().requires_grad_(False)
     if run.weights is not None and not run.weights.is_dir():
         save_trained(model, loaded, run.weights)

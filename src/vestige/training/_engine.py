@@ -213,6 +213,8 @@ class Step(NamedTuple):
     """Steps done, this one included."""
     loss: float
     """Mean over the target tokens of the step, nats, weighted as in training."""
+    learning_rate: float
+    """Of this step, in the optimizer's first group."""
     trainer: Trainer
 
 
@@ -318,7 +320,7 @@ class _Steps(TrainerCallback):
     """Stops a training whose loss is not finite, and calls a function after each of its other steps."""
 
     def __init__(self, trainer: Trainer, call: Callable[[Step], Any]) -> None:
-        self._trainer, self._call, self._loss = trainer, call, 0.0
+        self._trainer, self._call, self._loss, self._rate = trainer, call, 0.0, 0.0
         self._model: Any = trainer.model
         self._carried = CarriedIds(trainer, "id", self._training_step)
         trainer.add_callback(self)
@@ -340,8 +342,12 @@ class _Steps(TrainerCallback):
             )
         return loss
 
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        """Note the rate of this step, before the scheduler changes it."""
+        self._rate = float(optimizer.param_groups[0]["lr"])
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Call the function."""
-        step, self._loss = Step(state.global_step, self._loss, self._trainer), 0.0
+        step, self._loss = Step(state.global_step, self._loss, self._rate, self._trainer), 0.0
         with leave_no_trace(self._model):
             self._call(step)

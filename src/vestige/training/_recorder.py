@@ -1,6 +1,6 @@
 """A callback that records a Trainer's run for attribution and audit, and leaves the training as it was, bit for bit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
@@ -63,6 +63,7 @@ class Recorder(TrainerCallback):
         id_column: str = "id",
         keep_optimizer: bool = True,
         overwrite: bool = False,
+        on_losses: Callable[[int, Losses], Any] = lambda *_: None,
     ) -> None:
         """Wrap the Trainer's data, collator and `training_step` until `release`.
 
@@ -76,6 +77,7 @@ class Recorder(TrainerCallback):
             id_column: Column of the data that holds the ids; else they are row numbers.
             keep_optimizer: Keep the optimizer's state in every checkpoint, not in the last alone.
             overwrite: Drop what an earlier training has left in the folder when a new one begins.
+            on_losses: Called at every checkpoint with its step and the losses of the watched rows.
 
         Raises:
             UserError: The Trainer runs on several devices, or has no rows, or is recorded already.
@@ -85,7 +87,7 @@ class Recorder(TrainerCallback):
         self.folder, self.alarm = Path(out), alarm
         self._trainer: Any = trainer
         self._epochs, self._overwrite = checkpoints, overwrite
-        self._keep_optimizer, self._id_column = keep_optimizer, id_column
+        self._keep_optimizer, self._id_column, self._on_losses = keep_optimizer, id_column, on_losses
         self._log = open_log(self.folder)
         self._held = TrainingRun(self.folder, {})
         self._trigger: Trigger | None = None
@@ -246,6 +248,7 @@ class Recorder(TrainerCallback):
             if self._watch is not None:
                 found = self._watch.losses(self._trainer.model, self._trainer.accelerator.autocast)
                 write_losses(unfinished, step, self._watch.ids, found)
+                self._on_losses(step, found)
 
         # Saving writes files and draws nothing, but what a library does there is not in our hands.
         with leave_no_trace(self._trainer.model):

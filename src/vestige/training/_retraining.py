@@ -111,7 +111,7 @@ class CommandTraining(Retraining):
             )
         # What is computed again for memory's sake alone could not be differentiated twice.
         changed: dict[str, Any] = {"gradient_checkpointing": False, "validation": None}
-        changed |= {"alarm": False, "losses": False, "keep_optimizer": True, "overwrite": False}
+        changed |= {"alarm": False, "losses": False, "keep_optimizer": True, "overwrite": False, "report_to": ()}
         self.settings: TrainSettings = settings.model_copy(update=changed)
 
     @property

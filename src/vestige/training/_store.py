@@ -43,7 +43,7 @@ _IN_CHECKPOINT = (
 RESULT_FILES = (
     *(RECORD, STEP, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{_LOG}/steps-*.parquet"),
     *(f"checkpoint-[0-9]*/{name}" for name in _IN_CHECKPOINT),
-    *(IN_RUN, IN_RUN_LOG),
+    *(IN_RUN, IN_RUN_LOG, "tracking"),
 )
 """What a training consists of, as for `require_no_others`."""
 _STEPS = pa.schema(

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from vestige.data import TokenizedData, describe_copies, token_groups
 from vestige.errors import DataError, IndexMismatch, UserError, differences, mismatch_message
 from vestige.indexes import batch_tokens
+from vestige.jobs import is_follower
 from vestige.models import LoadedModel
 from vestige.online import Attached, attach, write_in_run_influence
 from vestige.progress import Progress, announce, progress
@@ -24,7 +25,7 @@ from vestige.storage import check_disk, make_folder, remove_result, remove_stray
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
-from vestige.training._engine import Recipe, Rows, fit, make_model
+from vestige.training._engine import Recipe, Rows, Step, fit, make_model
 from vestige.training._examples import TrainInputs, members_of, read_inputs
 from vestige.training._recorder import Recorder
 from vestige.training._store import (
@@ -48,19 +49,23 @@ from vestige.training._store import (
     write_record,
     write_step,
 )
+from vestige.training._tracking import Tracking, open_tracking
 
 _SECONDS_BETWEEN_NOTES = 2.0
 _ELSEWHERE = (
     *("model", "data", "out", "tokenizer", "device", "token_budget", "limit", "where", "max_length", "chat"),
     *("overwrite", "checkpoints", "keep_optimizer", "precision", "group", "steps", "validation"),
     "score_optimizer",
+    "report_to",
 )
 """Settings that do not stand in the identity as given: other entries of it say what came of them, or they change
 nothing of the result."""
 
 
 @with_settings(TrainSettings)
-def train(settings: TrainSettings, on_step: Callable[[], object] = lambda: None) -> TrainingRun:
+def train(
+    settings: TrainSettings, on_step: Callable[[], object] = lambda: None, group: str | None = None
+) -> TrainingRun:
     """Train a model on the data, or on a random part, with checkpoints that load and a record of all losses.
 
     Interrupted at any moment, the same call goes on at the last checkpoint and gives the same weights, losses and
@@ -69,6 +74,7 @@ def train(settings: TrainSettings, on_step: Callable[[], object] = lambda: None)
     Args:
         settings: Model, data, folder and how to learn.
         on_step: Called after each step of the optimizer.
+        group: What trackers list it under, with others.
 
     Raises:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
@@ -94,7 +100,7 @@ def train(settings: TrainSettings, on_step: Callable[[], object] = lambda: None)
         return TrainingRun.open(settings.out)
     write_table(settings.out / MEMBERSHIP, _tabulate_members(data, plan.members), compression="zstd")
     started = time.perf_counter()
-    _run(settings, inputs, plan, on_step)
+    _run(settings, inputs, plan, on_step, group)
     if validation is not None and not (settings.out / IN_RUN).exists():
         write_in_run_influence(settings.out / IN_RUN_LOG, data, validation, settings.out / IN_RUN)
     record = {**(read_record(settings.out) or {}), "versions": environment()}
@@ -217,7 +223,9 @@ def _prepare_folder(
         write_record(folder, record)
 
 
-def _run(settings: TrainSettings, inputs: TrainInputs, plan: Plan, on_step: Callable[[], object]) -> None:
+def _run(
+    settings: TrainSettings, inputs: TrainInputs, plan: Plan, on_step: Callable[[], object], group: str | None
+) -> None:
     loaded, data = inputs.loaded, inputs.data
     model = make_model(settings, loaded, settings.seed)
     _announce(settings, model, plan, len(data))
@@ -225,8 +233,18 @@ def _run(settings: TrainSettings, inputs: TrainInputs, plan: Plan, on_step: Call
     remove_after(settings.out, last)
     if not last:
         remove_tree(settings.out / IN_RUN_LOG)
-    with progress(plan.steps - last, "Training", unit="steps") as bar:
-        watcher = _Watcher(bar, settings, inputs, plan)
+    reported = () if is_follower() else settings.report_to
+    config = settings.record() | {"parameters": sum(each.numel() for each in model.parameters()), "steps": plan.steps}
+    with (
+        open_tracking(reported, settings.out, config, group=group, step=last) as tracking,
+        progress(plan.steps - last, "Training", unit="steps") as bar,
+    ):
+
+        def after(step: Step) -> None:
+            tracking.log_step(step, **watcher.validation)
+            on_step()
+
+        watcher = _Watcher(bar, settings, inputs, plan, tracking)
         fit(
             model,
             Rows(data, plan.rows, plan.weights),
@@ -234,7 +252,7 @@ def _run(settings: TrainSettings, inputs: TrainInputs, plan: Plan, on_step: Call
             steps=plan.steps,
             seed=settings.seed,
             hooks=[watcher],
-            after_step=lambda _: on_step(),
+            after_step=after,
             resume=checkpoint_folder(settings.out, last) if last else None,
             tokenizer=loaded.tokenizer,
             eval_size=max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max()))),
@@ -257,8 +275,11 @@ class _Watcher(TrainerCallback):
 
     recorder: Recorder
 
-    def __init__(self, bar: Progress, settings: TrainSettings, inputs: TrainInputs, plan: Plan) -> None:
+    def __init__(
+        self, bar: Progress, settings: TrainSettings, inputs: TrainInputs, plan: Plan, tracking: Tracking
+    ) -> None:
         self._bar, self._settings, self._inputs, self._plan = bar, settings, inputs, plan
+        self._tracking = tracking
         self._begun = self._written = time.monotonic()
         self._done = 0
         self._scores: Attached | None = None
@@ -275,6 +296,7 @@ class _Watcher(TrainerCallback):
             watch=Rows(data, range(len(data))) if settings.losses else None,
             keep_optimizer=settings.keep_optimizer,
             overwrite=True,
+            on_losses=lambda step, found: self._tracking.log({"train/data_loss": float(np.nanmean(found.loss))}, step),
         )
         if self._inputs.validation is not None:
             self._scores = attach(
@@ -285,6 +307,11 @@ class _Watcher(TrainerCallback):
                 score_optimizer=settings.score_optimizer,
                 token_budget=batch_tokens(settings, self._inputs.loaded),
             )
+
+    @property
+    def validation(self) -> dict[str, float]:
+        """The mean loss of the validation examples before the step that is done; nothing without them."""
+        return {} if self._scores is None else {"validation_loss": self._scores.engine.validation_loss}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         losses = self.recorder.last_step[1]

@@ -13,8 +13,16 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("CHANGELOG.md", "recipes/**/*.md", "benchmarks/*.md")
+OUTSIDE = (
+    "CHANGELOG.md",
+    "recipes/*.md",
+    "recipes/grids/*.md",
+    "recipes/src/vestige_recipes/*/*.md",
+    "benchmarks/*.md",
+)
 """What of the repository, besides docs/, is in the site."""
+BOOSTS = {"how-to": 4, "concepts": 4, "cli.md": 0.5, "CHANGELOG.md": 0.3, "benchmarks": 0.3, "recipes": 0.5}
+"""How far up search lists a page, by its folder or name; others have 1."""
 
 _LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 _CODE = re.compile(r"`[^`]*`")
@@ -36,13 +44,14 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
     """Return the text with links from page to page of the site, and bars as Python-Markdown reads them in tables."""
     here = page.file.src_uri
     root = PurePosixPath(here).parent
-    inside = not any(PurePosixPath(here).match(pattern) for pattern in OUTSIDE)
+    folder = "" if (ROOT / here).is_file() else "docs"
+    page.meta["search"] = {"boost": BOOSTS.get(PurePosixPath(here).parts[0], 1)}
 
     def relink(match: re.Match[str]) -> str:
         target = match[2]
         if ":" in target or target.startswith("/"):
             return match[0]
-        place = os.path.normpath(PurePosixPath("docs" if inside else "") / root / target)
+        place = os.path.normpath(PurePosixPath(folder, root, target))
         found = _page_of(place.removeprefix("docs/"))
         return f"{match[1]}{os.path.relpath(found, root)}{match[3]}" if files.get_file_from_path(found) else match[0]
 

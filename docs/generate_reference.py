@@ -72,10 +72,9 @@ def _page(text: str, sections: Any) -> str:
 
 
 def _section(name: str, text: str, facts: Mapping[str, str], more: Sequence[str] = ()) -> str:
-    """Return what is registered under a name: its text, a table of facts, and more lines."""
-    rows = [f"| {name} | {_cell(fact)} |" for name, fact in facts.items() if fact]
-    table = ["| | |", "|---|---|", *rows, ""] if rows else []
-    return "\n".join([f"## `{name}`", "", text, "", *table, *more])
+    """Return what is registered under a name: its text, its facts, and more lines."""
+    lines = [f"- **{key}**: {' '.join(fact.split())}" for key, fact in facts.items() if fact]
+    return "\n".join([f"## `{name}`", "", text, "", *lines, *([""] if lines else []), *more])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

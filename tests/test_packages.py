@@ -78,7 +78,7 @@ def test_the_first_block_of_the_readme_runs_outside_the_clone(outside):
     assert [line.strip() for line in printed if line.strip()][:4] == [
         line.strip() for line in done.stdout.splitlines() if line.strip()
     ][:4]
-    assert outside("vestige", "report", "demo-run").returncode == 0
+    assert outside("vestige", "report", "demo-run/run").returncode == 0
     helped = outside("vestige", "--help").stdout
     assert re.search(r"^.*attribute +\w", helped, re.MULTILINE)
     assert re.search(r"^.*sweep +\w", helped, re.MULTILINE), "a command of vestige-recipes"

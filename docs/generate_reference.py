@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vestige.cli import default_of, value_of
-from vestige.compress import COMPRESSORS
+from vestige.compress import COMPRESSORS, cost_share, parse_spec
 from vestige.jobs import ENGINES
 from vestige.measures import MEASURES
 from vestige.methods import METHODS, Method
@@ -39,8 +39,9 @@ The words of `--compress`. `K` numbers are kept of a component's whole gradient,
 joined by `|`. Operations, memory and error of each, and what `auto` weighs, are in the
 [guide](../compression.md#the-compressors). A package can [add one](../extending.md#a-compressor).
 
-Work is what `auto` and the doctor count: *products* are multiply-adds, *streamed* numbers are read in order, *gathered*
-ones from computed positions, *transformed* is the `n log2 n` of a Fourier transform of n numbers.
+The cost is that of the example as a share of the forward and backward pass of a layer of 768 by 768, for rows of 128
+tokens on a CPU: the estimate that `auto` chooses by ([how it counts](../compression.md#what-auto-weighs)), and no
+measurement.
 """
 EVALUATIONS_TEXT = """\
 # Evaluations
@@ -148,7 +149,6 @@ def _measure(each: Any) -> str:
 
 
 def _compressor(kind: Any) -> str:
-    counted = kind.work(2, 1)._asdict()
     options = [
         (f"`{name}`", " or ".join(option.words) or ("text" if option.free else "whole number"), f"`{option.default}`")
         for name, option in kind.options.items()
@@ -158,7 +158,7 @@ def _compressor(kind: Any) -> str:
         "sizes": ", ".join(f"`{kind.name}:{form}`" for form in kind.forms),
         "example": f"`--compress '{kind.example}'`",
         "last stage of `--compress-scope model`": "yes" if kind.shareable else "no",
-        "work": ", ".join(name for name, count in counted.items() if count),
+        "costs": "" if kind.complete else f"{cost_share(parse_spec(kind.example), [(768, 768)], 128, 'cpu'):.1%}",
     }
     text = cleandoc(getdoc(kind.build) or "").split("\n\n")[0]
     return _section(kind.name, text, facts, _table(("option", "values", "default"), options))

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -9,6 +10,7 @@ import griffe
 from vestige import settings
 
 _DECORATOR = re.compile(r"with_settings\((\w+)")
+_ARGUMENT = re.compile(r"^    (\w+) \((.*?), (?:required|default .*?)\):\s+", re.MULTILINE | re.DOTALL)
 
 
 class CommandArguments(griffe.Extension):
@@ -20,7 +22,9 @@ class CommandArguments(griffe.Extension):
         if found is None or func.docstring is None:
             return
         taken = getattr(settings, found[1])
-        func.docstring.value = settings.describe_arguments(inspect.cleandoc(func.docstring.value), taken)
+        described = settings.describe_arguments(inspect.cleandoc(func.docstring.value), taken)
+        # Defaults stand in the signature, and the page adds them to the arguments.
+        func.docstring.value = _ARGUMENT.sub(lambda one: f"    {one[1]} ({' '.join(one[2].split())}): ", described)
         names = sorted(taken.model_fields, key=lambda name: name not in taken.positional)
         func.parameters = griffe.Parameters(*[_parameter(name, taken) for name in names])
 
@@ -28,4 +32,5 @@ class CommandArguments(griffe.Extension):
 def _parameter(name: str, taken: type[settings.Settings]) -> griffe.Parameter:
     field = taken.model_fields[name]
     kind = griffe.ParameterKind.positional_or_keyword if name in taken.positional else griffe.ParameterKind.keyword_only
-    return griffe.Parameter(name, kind=kind, default=None if field.is_required() else repr(field.default))
+    default = str(field.default) if isinstance(field.default, Path) else field.default
+    return griffe.Parameter(name, kind=kind, default=None if field.is_required() else repr(default))

@@ -43,7 +43,7 @@ check: .venv/ready
 	$(BIN)/python -m pytest -q -s tests/test_house.py
 
 docs: .venv/ready
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-lowest build dist site demo-output .pytest_cache .ruff_cache .import_linter_cache

@@ -3,6 +3,7 @@
 # make test      the fast tests, on the CPU
 # make test-all  every test: also kills, clusters, studies and every documented command
 # make test-lowest  the fast tests with the oldest libraries that pyproject.toml allows (gigabytes: torch for CUDA)
+# make docs      build the documentation as a site, in site/
 # make check     lint, format, types, direction of imports, how much there is to read
 #
 # Each target sets itself up in .venv; all that a machine needs is Python 3.11 or newer, as PYTHON, and make.
@@ -16,7 +17,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo example test test-all test-lowest check clean
+.PHONY: demo example test test-all test-lowest check docs clean
 
 demo: .venv/demo-ready
 	$(BIN)/python -m examples.demo
@@ -41,8 +42,11 @@ check: .venv/ready
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -s tests/test_house.py
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv .venv-lowest build dist demo-output .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-lowest build dist site demo-output .pytest_cache .ruff_cache .import_linter_cache
 
 # torch comes first and alone, so that nothing else decides which build of it is taken. `pip install --group` needs
 # pip 25.1, which Python 3.11 does not bring.

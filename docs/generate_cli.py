@@ -3,8 +3,6 @@
 from pathlib import Path
 
 from vestige.cli import GROUPS, default_of, group_of, value_of
-from vestige.measures import MEASURES
-from vestige.methods import METHODS, options_of
 from vestige.registry import COMMANDS, Command, import_object
 from vestige.settings import flag
 
@@ -37,25 +35,6 @@ with status 2; Ctrl-C with 130. Status 1 is a bug of Vestige, whose traceback li
 Text of others (ids, data, names, answers of servers) is printed with control characters as escapes: `\\x1b`.
 """
 
-METHOD_OPTIONS = """\
-## Options of methods
-
-What one method has and others have not. Each is given as `--option name=value`, several times if need be; in Python all
-of them as `options={"name": value}`; in a config file as a mapping under `options`. Names and values are checked before
-any work, and a run records and replays them.
-
-| method | option | default | meaning |
-|---|---|---|---|"""
-
-MEASURE_FACTS = """\
-## Measures of an audit
-
-What `--measures` names. A package can [add one](extending.md#a-measure). `vestige measures NAME` prints everything
-about one.
-
-| measure | what it is | high says | needs | costs | limits |
-|---|---|---|---|---|---|"""
-
 
 def page() -> str:
     """Return the whole page."""
@@ -68,7 +47,7 @@ def page() -> str:
         if name in GROUPS:
             parts.append(f"## vestige {name}\n\n{GROUPS[name][1]}\n")
         parts += map(_command, sorted(groups[name], key=lambda command: (command.order, command.name)))
-    return "\n".join([*parts, _options(), _measures()])
+    return "\n".join(parts)
 
 
 def _command(command: Command) -> str:
@@ -91,27 +70,6 @@ def _command(command: Command) -> str:
     if command.next_command is not None:
         parts.append(f"Ends with: `{command.next_command}`\n")
     return "\n".join(parts)
-
-
-def _options() -> str:
-    """Return the options that methods take beside the settings of `vestige attribute`."""
-    rows = []
-    for name in METHODS.names():
-        rows += [
-            f"| `{name}` | `--option {one.name}=` {one.values} | `{one.shown_default}` | {_cell(one.meaning)} |"
-            for one in options_of(METHODS.find(name))
-        ]
-    return "\n".join([METHOD_OPTIONS, *rows, ""])
-
-
-def _measures() -> str:
-    """Return what each measure of `vestige audit` says of itself."""
-    rows = []
-    for each in sorted(MEASURES, key=lambda each: each.order):
-        cost = each.cost if each.by_default else f"{each.cost}; only when named"
-        facts = (each.meaning, each.says, ", ".join(each.needs), cost, each.limits)
-        rows.append(f"| `{each.name}` | {' | '.join(map(_cell, facts))} |")
-    return "\n".join([MEASURE_FACTS, *rows, ""])
 
 
 def _cell(text: str) -> str:

@@ -97,7 +97,7 @@ class Visit:
     Messages of the protocol are JSON, each with a NUL byte after it, on the descriptors 3 (in) and 4 (out).
     """
 
-    def __init__(self, chromium: str, page: Path, width: int = 1400, height: int = 900) -> None:
+    def __init__(self, chromium: str, page: Path | str, width: int = 1400, height: int = 900) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         here, to_it = os.pipe()
         from_it, there = os.pipe()
@@ -120,7 +120,7 @@ class Visit:
         self._send("Page.enable")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._send("Emulation.setDeviceMetricsOverride", **size)
-        self.seconds = self._navigate(page.as_uri())
+        self.seconds = self._navigate(page if isinstance(page, str) else page.as_uri())
 
     def __enter__(self) -> "Visit":
         return self

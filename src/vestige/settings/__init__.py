@@ -63,7 +63,7 @@ if TYPE_CHECKING:
         TokenizeSettings as TokenizeSettings,
         ViewSettings as ViewSettings,
     )
-    from vestige.settings._run import with_settings as with_settings
+    from vestige.settings._run import describe_arguments as describe_arguments, with_settings as with_settings
     from vestige.settings._shared import (
         SHARED_COMPRESSION as SHARED_COMPRESSION,
         BankFolder as BankFolder,

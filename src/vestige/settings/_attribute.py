@@ -245,8 +245,8 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     max_new_tokens: PositiveInt = Field(64, description="Longest answer to generate.")
     options: Options = Field(
         {},
-        description="Option of the method, written name=value, such as labels=data; may be repeated. docs/cli.md lists "
-        "those of every method, and so does the answer to an unknown name.",
+        description="Option of the method, written name=value, such as labels=data; may be repeated. `vestige methods "
+        "NAME` lists those of a method, and so does the answer to an unknown name.",
     )
     trust: bool = Field(True, description="Run the free checks that say how far the scores can be trusted.")
     seed: int = Field(0, description="Seed of every random choice.")

@@ -141,6 +141,22 @@ def _describe_findings(scores: Scores, query: str) -> Json:
             }
             for each in find_source_lift(scores, [query])
         ],
+        "proofs": _describe_proofs(scores, query) if scores.has_verbatim else None,
+    }
+
+
+def _describe_proofs(scores: Scores, query: str) -> Json:
+    """Return the three proofs of an answer in words, and its parts that stand word for word in training rows."""
+    found = scores.proofs(query)
+    return {
+        "sentences": [("Moved it", found.moved), ("States it", found.stated), ("Memorized", found.memorized)],
+        "spans": [
+            {
+                **{name: getattr(span, name) for name in ("text", "rows", "occurrences")},
+                "listed": [(row.example_id, row.before, row.after) for row in span.listed],
+            }
+            for span in scores.verbatim(query)
+        ],
     }
 
 

@@ -49,14 +49,14 @@ class SuffixArray:
         """
         from pydivsufsort import divsufsort
 
-        parts = [np.append(np.asarray(row, dtype=np.int64) + 1, 0) for row in rows]
+        dtype = np.dtype(">u2" if largest + 1 < 2**16 else ">u4")
+        parts = [np.append(np.asarray(row, dtype=np.int64) + 1, 0).astype(dtype) for row in rows]
         starts = np.cumsum([0, *map(len, parts)])
-        text = np.concatenate(parts or [np.zeros(0)]).astype(">u2" if largest + 1 < 2**16 else ">u4")
+        text = np.concatenate([*parts, np.zeros(0, dtype)], dtype=dtype)  # else it were of the order of this machine
         if not len(text):
             return cls(text, np.zeros(0, dtype=np.int32), starts)
         order = divsufsort(text.view(np.uint8))
-        width = text.itemsize
-        return cls(text, order[order % width == 0] // width, starts)
+        return cls(text, order[order % dtype.itemsize == 0] // dtype.itemsize, starts)
 
     def find(self, tokens: Sequence[int]) -> range:
         """Return the suffixes that begin with these tokens, as a range of `order`."""

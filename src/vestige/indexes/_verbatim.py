@@ -68,7 +68,7 @@ def open_search(
     def build(part: int) -> dict[str, Tensor]:
         rows = (data.input_ids[row] for row in range(borders[part], borders[part + 1]))
         made = SuffixArray.build(rows, largest)
-        text = made.text.view(np.uint8).reshape(len(made.text), -1)
+        text = made.text.view(np.uint8).reshape(-1, made.text.itemsize)
         return {
             name: torch.from_numpy(each) for name, each in zip(_NAMES, (text, made.order, made.starts), strict=True)
         }

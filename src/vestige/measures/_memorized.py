@@ -31,7 +31,7 @@ def measure_memorized(
     token_budget: int,
     bank: Path | None = None,
 ) -> list[dict[str, float | None]]:
-    """Measure, for words that stand in training rows, whether the model goes on with them and how well it knows the row.
+    """Measure, for words that stand in training rows, whether the model goes on with them, and how it knows the row.
 
     Args:
         model: The model.

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -39,12 +40,11 @@ def main() -> None:
     data = draw(asked.tokens, asked.vocabulary)
     answers = draw_answers(data, asked.answers)
     with tempfile.TemporaryDirectory() as folder:
-        built = [
-            measure(lambda: open_search(Path(folder) / str(n), data, asked.vocabulary)) for n in range(asked.rounds)
-        ]
+        build = partial(open_search, data=data, vocabulary=asked.vocabulary)
+        built = [measure(partial(build, Path(folder) / str(number))) for number in range(asked.rounds)]
         size = folder_bytes(Path(folder) / "0")
         begun = time.perf_counter()
-        search = open_search(Path(folder) / "0", data, asked.vocabulary)
+        search = build(Path(folder) / "0")
         opened = time.perf_counter() - begun
         seconds = []
         for answer in answers:

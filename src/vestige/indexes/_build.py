@@ -228,7 +228,7 @@ def index(settings: IndexSettings) -> Index:
     with profile(settings.profile) as measured:
         inputs = read_inputs(settings, settings.model, settings.data, settings.components, tokens=tokens)
         built = build_index(settings, inputs, worker_command(settings, "index"))
-        if settings.verbatim:
+        if settings.verbatim and not built.missing_shards():
             open_search(settings.out / VERBATIM, inputs.data, inputs.loaded.vocabulary)
     write_profile(measured, settings.out)
     return built

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ def find_stated(job: Job) -> list[dict[str, Any]]:
     the question are no part of the answer, and a text is one as a whole.
     """
     loaded = job.model_for("verbatim")
-    folder = partial_folder(job.settings.out) if job.index is None else job.index.folder
+    kept = job.settings.index  # that of several checkpoints is a list
+    folder = Path(kept) if isinstance(kept, str | Path) else partial_folder(job.settings.out)
     search = indexes.open_search(folder / indexes.VERBATIM, job.train, loaded.vocabulary)
     found = [entry for query in range(len(job.queries)) for entry in _find_spans(job, loaded, search, query)]
     wanted = [entry for entry in found if entry.pop("measured")]
@@ -45,7 +47,7 @@ def _find_spans(job: Job, loaded: models.LoadedModel, search: TokenSearch, query
     ids, tokenizer = job.queries.input_ids[query], loaded.tokenizer
     texts, twins = token_texts(ids, tokenizer) or [f"{token} " for token in ids], space_twins(tokenizer, ids)
     spans = [
-        (span._replace(start=span.start + run.start, stop=span.stop + run.start))
+        span._replace(start=span.start + run.start, stop=span.stop + run.start)
         for run in _answer_runs(job.queries, query, getattr(tokenizer, "all_special_ids", ()))
         for span in search.find(ids[run.start : run.stop], job.settings.verbatim_tokens, twins)
     ]

@@ -76,14 +76,13 @@ def list_spans(rows: Sequence[dict[str, Any]], query: str, least: int) -> ScoreT
         listed = list(same)
         places = tuple(StatedRow(*(row[name] for name in StatedRow._fields)) for row in listed)
         spans.append(VerbatimSpan(*(listed[0][name] for name in VerbatimSpan._fields[:-1]), places))
-    headings = ("rows", "occurrences", "tokens", "first rows", "text")
+    headings = ("tokens", "occurrences", "rows", "text")
     note = "" if spans else f"(no training row has {least} tokens of the answer in a row)"
     return ScoreTable(spans, headings, _cells, f"Verbatim spans of query {shorten(query)}", note)
 
 
 def _cells(span: VerbatimSpan) -> tuple[str, ...]:
-    names = ", ".join(shorten(row.example_id) for row in span.listed[:_NAMED])
-    return f"{span.rows:,}", f"{span.occurrences:,}", str(span.tokens), names, span.text
+    return str(span.tokens), f"{span.occurrences:,}", _name_rows(span), span.text
 
 
 def prove(scores: "Scores", query: int | str) -> Proofs:
@@ -130,12 +129,10 @@ def _describe_memorized(spans: Sequence[VerbatimSpan]) -> str:
     back = [(span, row) for span, row in measured if row.extraction == 1]
     if back:
         span, row = back[0]
-        others = f" So it does for {len(back) - 1} more of {len(measured)} tested." if len(back) > 1 else ""
         given = f"given what stands before it in {shorten(row.example_id)}"
-        return (
-            f"Memorized: {given}, the model goes on with “{shorten(span.text, _TEXT)}” word for word.{others}"
-            + _add_numbers(row)
-        )
+        others = f", as in {len(back)} of {len(measured)} tested rows" if len(measured) > 1 else ""
+        words = f"the model goes on with “{shorten(span.text, _TEXT)}” word for word"
+        return f"Memorized: {given}, {words}{others}.{_add_numbers(row)}"
     span, row = max(measured, key=lambda one: one[1].extraction or 0.0)
     return (
         f"Not given back: after what stands before them in {len(measured)} tested rows, the model goes on with other "
@@ -144,7 +141,7 @@ def _describe_memorized(spans: Sequence[VerbatimSpan]) -> str:
 
 
 def _add_numbers(row: StatedRow) -> str:
-    loss = "" if row.loss is None else f" Its loss is {row.loss:.2f} nats a token."
+    loss = "" if row.loss is None else f" The loss of this row is {row.loss:.2f} nats a token."
     if row.counterfactual is None:
         return loss
     better = "better" if row.counterfactual > 0 else "no better"

@@ -59,12 +59,9 @@ def _find_spans(job: Job, loaded: models.LoadedModel, search: TokenSearch, query
             yield {
                 "query_id": job.queries.examples[query].id,
                 "span": number,
-                "start": span.start,
                 "text": "".join(texts[span.start : span.stop]).strip(),
                 "tokens": span.stop - span.start,
-                "rarity": span.rarity,
-                "occurrences": span.occurrences,
-                "rows": span.rows,
+                **{name: getattr(span, name) for name in ("start", "rarity", "occurrences", "rows")},
                 **_describe_row(job.train, row, position, span, tokenizer),
                 "measured": is_new,
             }

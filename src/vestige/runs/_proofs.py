@@ -101,7 +101,8 @@ def prove(scores: "Scores", query: int | str) -> Proofs:
     first, whole = spans[0], scores.query(query).answer
     is_whole = " ".join(first.text.split()) == " ".join(whole.split())
     what = "The whole answer" if is_whole else f"A part of the answer, “{shorten(first.text, _TEXT)}”,"
-    more = f" {len(spans) - 1} other parts stand in rows, too." if len(spans) > 1 else ""
+    others = len(spans) - 1
+    more = f" {_count(others, 'other part')} of it stand{'s' if others == 1 else ''} in rows, too." if others else ""
     stated = f"{what} stands word for word in {_name_rows(first)}.{more}"
     return Proofs(moved, stated, _describe_memorized(spans))
 
@@ -119,7 +120,11 @@ def _describe_moved(scores: "Scores", query: int | str) -> str:
 def _name_rows(span: VerbatimSpan) -> str:
     names = ", ".join(shorten(row.example_id) for row in span.listed[:_NAMED])
     more = f" and {span.rows - _NAMED:,} more" if span.rows > _NAMED else ""
-    return f"{span.rows:,} row{'s' if span.rows > 1 else ''}: {names}{more}"
+    return f"{_count(span.rows, 'row')}: {names}{more}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _describe_memorized(spans: Sequence[VerbatimSpan]) -> str:
@@ -135,7 +140,7 @@ def _describe_memorized(spans: Sequence[VerbatimSpan]) -> str:
         return f"Memorized: {given}, {words}{others}.{_add_numbers(row)}"
     span, row = max(measured, key=lambda one: one[1].extraction or 0.0)
     return (
-        f"Not given back: after what stands before them in {len(measured)} tested rows, the model goes on with other "
+        f"Not given back: after what stands before them in {_count(len(measured), 'tested row')}, the model goes on with other "
         f"words; closest to {shorten(row.example_id)}.{_add_numbers(row)}"
     )
 

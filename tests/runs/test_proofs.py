@@ -29,15 +29,15 @@ def run_with(folder, *lines, scores=None, **facts) -> Scores:
 
 
 def test_an_answer_that_stands_whole_and_is_given_back(tmp_path):
-    lines = [stated(1, f"row-{n}", f" {ANSWER}", extraction=float(n), rows=2) for n in (1, 2)]
+    lines = [stated(1, f"row-{n}", f" {ANSWER}", extraction=1 / n, rows=2) for n in (1, 2)]
     proofs = run_with(tmp_path, *lines, stated(2, "row-3", "send it back")).proofs("q")
     assert proofs.moved == "row-0: far ahead of all other rows."
     assert proofs.stated == (
         "The whole answer stands word for word in 2 rows: row-1, row-2. 1 other part of it stands in rows, too."
     )
     assert proofs.memorized == (
-        f"Memorized: given what stands before it in row-1, the model goes on with “{ANSWER}” word for word, as in 1 of 3 "
-        "tested rows. The loss of this row is 1.50 nats a token."
+        f"Memorized: given what stands before it in row-1, the model goes on with “{ANSWER}” word for word, "
+        "as in 1 of 3 tested rows. The loss of this row is 1.50 nats a token."
     )
 
 

@@ -139,10 +139,9 @@ def _describe_memorized(spans: Sequence[VerbatimSpan]) -> str:
         words = f"the model goes on with “{shorten(span.text, _TEXT)}” word for word"
         return f"Memorized: {given}, {words}{others}.{_add_numbers(row)}"
     span, row = max(measured, key=lambda one: one[1].extraction or 0.0)
-    return (
-        f"Not given back: after what stands before them in {_count(len(measured), 'tested row')}, the model goes on with other "
-        f"words; closest to {shorten(row.example_id)}.{_add_numbers(row)}"
-    )
+    tested = _count(len(measured), "tested row")
+    words = f"after what stands before them in {tested}, the model goes on with other words"
+    return f"Not given back: {words}; closest to {shorten(row.example_id)}.{_add_numbers(row)}"
 
 
 def _add_numbers(row: StatedRow) -> str:

@@ -35,7 +35,7 @@ class SuffixArray:
             starts: Where each row begins, and the length of `text`.
         """
         self.text, self.order, self.starts = text, order, starts
-        self._bytes = memoryview(text.view(np.uint8))
+        self._bytes = text.view(np.uint8).data
 
     @classmethod
     def build(cls, rows: Iterable[Int[np.ndarray, "token"]], largest: int) -> "SuffixArray":
@@ -184,7 +184,9 @@ def space_twins(tokenizer: Any, tokens: Iterable[int]) -> dict[int, int]:
         tokens: Ids.
     """
     twins: dict[int, int] = {}
-    for token in set() if tokenizer is None else {int(token) for token in tokens}:
+    if tokenizer is None:
+        return twins
+    for token in {int(token) for token in tokens}:
         word = tokenizer.convert_ids_to_tokens(token) or ""
         for other in [word[1:]] if word.startswith(_SPACES) else [space + word for space in _SPACES]:
             twin = tokenizer.convert_tokens_to_ids(other) if other and word else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
+from safetensors import safe_open
 
 from vestige.data import SuffixArray, TokenizedData, TokenSearch
 from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
@@ -73,11 +73,12 @@ def open_search(
             name: torch.from_numpy(each) for name, each in zip(_NAMES, (text, made.order, made.starts), strict=True)
         }
 
-    def open_parts() -> TokenSearch:
+    def open_parts(_: object) -> TokenSearch:
+        # Mapped, and not read whole.
         return TokenSearch([_map(files.path(part)) for part in range(len(weights))])
 
-    pieces = tensor_pieces("Verbatim search", files, weights, lambda: nullcontext(build), list, unit="tokens")
-    return run_pieces(replace(pieces, reduce=open_parts), LaunchSettings.model_validate({}), None)
+    pieces = tensor_pieces("Verbatim search", files, weights, lambda: nullcontext(build), open_parts, unit="tokens")
+    return run_pieces(pieces, LaunchSettings.model_validate({}), None)
 
 
 def _cut(lengths: Int[np.ndarray, "example"], most: int) -> list[int]:

@@ -49,7 +49,7 @@ def _find_spans(job: Job, loaded: models.LoadedModel, search: TokenSearch, query
     spans = [
         span._replace(start=span.start + run.start, stop=span.stop + run.start)
         for run in _answer_runs(job.queries, query, getattr(tokenizer, "all_special_ids", ()))
-        for span in search.find(ids[run.start : run.stop], job.settings.verbatim_tokens, twins)
+        for span in search.find(ids[run.start : run.stop].tolist(), job.settings.verbatim_tokens, twins)
     ]
     measured: set[int] = set()
     for number, span in enumerate(sorted(spans, key=lambda one: (-one.rarity, one.start)), 1):

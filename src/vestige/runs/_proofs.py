@@ -75,7 +75,7 @@ def list_spans(rows: Sequence[dict[str, Any]], query: str, least: int) -> ScoreT
     for _, same in groupby((row for row in rows if row["query_id"] == query), key=lambda row: row["span"]):
         listed = list(same)
         places = tuple(StatedRow(*(row[name] for name in StatedRow._fields)) for row in listed)
-        spans.append(VerbatimSpan(*(listed[0][name] for name in VerbatimSpan._fields[:-1]), places))
+        spans.append(VerbatimSpan(**{name: listed[0][name] for name in VerbatimSpan._fields[:-1]}, listed=places))
     headings = ("tokens", "occurrences", "rows", "text")
     note = "" if spans else f"(no training row has {least} tokens of the answer in a row)"
     return ScoreTable(spans, headings, _cells, f"Verbatim spans of query {shorten(query)}", note)

@@ -12,8 +12,10 @@ from tests.workshop import PAIRS, furnish, write_rows
 from vestige.cli import main
 from vestige.errors import DataError, SpecError, UserError
 from vestige.indexes import VERBATIM
+from vestige.methods import attribute
 from vestige.reports import make_payload, read_run, report
 from vestige.runs import file_faults
+from vestige.settings import AttributeSettings
 
 STAR = "a star of the night that shines"
 COPIES = [{"id": f"copy-{number}", "text": f"Some say it is {STAR}."} for number in range(2)]
@@ -37,9 +39,18 @@ def place(tmp_path_factory):
     return folder
 
 
+def given(place, out):
+    return {
+        "index": place / "index",
+        "queries": str(place / "asked.jsonl"),
+        "verbatim": True,
+        "trust": False,
+        "out": out,
+    }
+
+
 def ask(place, out, **changes):
-    given = {"index": place / "index", "queries": str(place / "asked.jsonl"), "verbatim": True, "trust": False}
-    return vestige.attribute(**(given | {"out": out} | changes))
+    return vestige.attribute(**(given(place, out) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +143,7 @@ def test_interrupted_the_same_command_adds_the_spans(place, run, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ask(place, tmp_path / "run", on_ranking=interrupt)
+        attribute.run(AttributeSettings(**given(place, tmp_path / "run")), on_ranking=interrupt)
     assert [str(ask(place, tmp_path / "run").verbatim(q)) for q in run.queries] == [
         str(run.verbatim(q)) for q in run.queries
     ]
@@ -154,11 +165,11 @@ def test_terminal_and_page_show_the_three_side_by_side(place, run, tmp_path, mon
 
 
 def test_methods_without_a_model_refuse_and_so_does_a_bank_without_use(place, tmp_path):
-    with pytest.raises(SpecError, match="--verbatim searches the model's tokens"):
+    with pytest.raises(SpecError, match="verbatim=True searches the model's tokens"):
         ask(place, tmp_path / "run", method="bm25")
-    with pytest.raises(SpecError, match="--bank has no effect"):
+    with pytest.raises(SpecError, match="bank= has no effect"):
         ask(place, tmp_path / "run", verbatim=False, bank=place)
-    with pytest.raises(SpecError, match="--verbatim-tokens has no effect"):
+    with pytest.raises(SpecError, match="verbatim_tokens= has no effect"):
         ask(place, tmp_path / "run", verbatim=False, verbatim_tokens=3)
 
 

@@ -62,6 +62,7 @@ def test_a_part_that_is_missing_or_damaged_is_built_again_and_no_other(place, lo
     assert spans_of(search, data.input_ids[5])[0][3] == ((5, 0),)
 
 
+@pytest.mark.slow
 def test_one_that_was_built_from_other_rows_does_not_count(place, loaded, tmp_path, capfd):
     rows = [{"text": f"{prompt} {answer}"} for prompt, answer, _ in PAIRS]
     write_rows(tmp_path / "rows.jsonl", rows)

@@ -172,7 +172,7 @@ def test_methods_without_a_model_refuse_and_so_does_a_bank_without_use(place, tm
         ask(place, tmp_path / "run", method="bm25")
     with pytest.raises(SpecError, match="`bank` has no effect"):
         ask(place, tmp_path / "run", verbatim=False, bank=place)
-    with pytest.raises(SpecError, match="verbatim_tokens.* has no effect"):
+    with pytest.raises(SpecError, match=r"verbatim_tokens.* has no effect"):
         ask(place, tmp_path / "run", verbatim=False, verbatim_tokens=3)
 
 

@@ -92,7 +92,7 @@ def find_matches(items: Sequence[str], rows: Sequence[str], *, span: int = SPAN,
 def find_spans(items: Sequence[Sequence[str]], rows: Iterable[Sequence[str]], *, span: int = SPAN) -> list[Span | None]:
     """Return the longest run of words that each item shares with a row, the first row of several; None if too short.
 
-    The rows are sorted once (`vestige.data.SuffixArray`), in about 16 bytes a word.
+    The words of all rows are sorted once, in memory (`vestige.data.SuffixArray`).
     """
     lengths = [min(span, len(item)) if len(item) >= FEWEST_WORDS else 0 for item in items]
     pieces = [

@@ -83,7 +83,7 @@ def test_an_answer_that_stands_nowhere_has_no_span_and_a_sentence(run):
     assert len(run.verbatim("nowhere")) == 0
     assert "no training row has 4 tokens of the answer in a row" in str(run.verbatim("nowhere"))
     proofs = run.proofs("nowhere")
-    assert proofs.stated.startswith("Nothing states it")
+    assert proofs.states_it.startswith("Nothing states it")
     assert proofs.memorized.startswith("Not tested")
 
 
@@ -168,7 +168,7 @@ def test_terminal_and_page_show_the_three_side_by_side(place, run, tmp_path, mon
 
 
 def test_methods_without_a_model_refuse_and_so_does_a_bank_without_use(place, tmp_path):
-    with pytest.raises(SpecError, match="verbatim=True searches the model's tokens"):
+    with pytest.raises(SpecError, match="verbatim=True lets the model go on"):
         ask(place, tmp_path / "run", method="bm25")
     with pytest.raises(SpecError, match="`bank` has no effect"):
         ask(place, tmp_path / "run", verbatim=False, bank=place)

@@ -31,8 +31,8 @@ def run_with(folder, *lines, scores=None, **facts) -> Scores:
 def test_an_answer_that_stands_whole_and_is_given_back(tmp_path):
     lines = [stated(1, f"row-{n}", f" {ANSWER}", extraction=1 / n, rows=2) for n in (1, 2)]
     proofs = run_with(tmp_path, *lines, stated(2, "row-3", "send it back")).proofs("q")
-    assert proofs.moved == "row-0: far ahead of all other rows."
-    assert proofs.stated == (
+    assert proofs.moved_it == "row-0: far ahead of all other rows."
+    assert proofs.states_it == (
         "The whole answer stands word for word in 2 rows: row-1, row-2. 1 other part of it stands in rows, too."
     )
     assert proofs.memorized == (
@@ -44,15 +44,15 @@ def test_an_answer_that_stands_whole_and_is_given_back(tmp_path):
 def test_a_part_that_is_not_given_back_and_what_the_bank_says(tmp_path):
     line = stated(1, "row-5", "90 days", rows=1, counterfactual=-0.5)
     proofs = run_with(tmp_path, line, scores=[[1.0 - 0.01 * number for number in range(12)]]).proofs(0)
-    assert proofs.moved.startswith("No row stands out")
-    assert proofs.stated == "A part of the answer, “90 days”, stands word for word in 1 row: row-5."
+    assert proofs.moved_it.startswith("No row stands out")
+    assert proofs.states_it == "A part of the answer, “90 days”, stands word for word in 1 row: row-5."
     assert proofs.memorized.startswith("Not given back: after what stands before them in 1 tested row,")
     assert "Models of the bank that were trained on it know it no better (margin -0.50)." in proofs.memorized
 
 
 def test_what_was_not_tested_is_not_judged(tmp_path):
     proofs = run_with(tmp_path, stated(1, "row-5", "90 days", position=0, extraction=None), meaning=ALIKE).proofs(0)
-    assert proofs.moved.startswith("Not known: grad-dot says how alike")
+    assert proofs.moved_it.startswith("Not known: grad-dot says how alike")
     assert proofs.memorized == "Not tested: nothing stands before these words in their rows."
 
 

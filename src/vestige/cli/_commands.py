@@ -301,8 +301,7 @@ def _show_ranking(scores: "runs.Scores", settings: AttributeSettings | UntracSet
 def _show_proofs(scores: "runs.Scores") -> None:
     """Print what moved the model to each answer, where the answer stands, and whether it is memorized."""
     for query in scores.queries[:SHOWN_QUERIES] if scores.has_verbatim else ():
-        found = scores.proofs(query)
-        facts = {"moved it": found.moved, "states it": found.stated, "memorized": found.memorized}
+        facts = {name.replace("_", " "): words for name, words in scores.proofs(query)._asdict().items()}
         say("\n".join([f"Three proofs of query {shorten(query)}:", *lines_of_facts(facts)]) + "\n")
 
 

@@ -147,17 +147,12 @@ def _describe_findings(scores: Scores, query: str) -> Json:
 
 def _describe_proofs(scores: Scores, query: str) -> Json:
     """Return the three proofs of an answer in words, and its parts that stand word for word in training rows."""
-    found = scores.proofs(query)
-    return {
-        "sentences": [("Moved it", found.moved), ("States it", found.stated), ("Memorized", found.memorized)],
-        "spans": [
-            {
-                **{name: getattr(span, name) for name in ("text", "rows", "occurrences")},
-                "listed": [(row.example_id, row.before, row.after) for row in span.listed],
-            }
-            for span in scores.verbatim(query)
-        ],
-    }
+    spans = [
+        span._asdict() | {"listed": [(row.example_id, row.before, row.after) for row in span.listed]}
+        for span in scores.verbatim(query)
+    ]
+    sentences = scores.proofs(query)._asdict().items()
+    return {"sentences": [(name.replace("_", " ").capitalize(), words) for name, words in sentences], "spans": spans}
 
 
 def count_hubs(run: RunFiles) -> dict[int, float]:

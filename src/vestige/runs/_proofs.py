@@ -55,9 +55,9 @@ class VerbatimSpan(NamedTuple):
 class Proofs(NamedTuple):
     """What is known of an answer, in words; none of the three follows from another."""
 
-    moved: str
+    moved_it: str
     """What the ranking says: which rows moved the model towards the answer."""
-    stated: str
+    states_it: str
     """Where the answer, or a part of it, stands word for word."""
     memorized: str
     """Whether the model goes on with these words as the rows do."""

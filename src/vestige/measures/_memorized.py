@@ -10,9 +10,8 @@ import numpy as np
 
 from vestige.banks import Bank
 from vestige.data import TokenizedData, token_groups
-from vestige.measures._bank_measures import counterfactual
+from vestige.measures import counterfactual, extraction, greedy
 from vestige.measures._evidence import find_in_bank, share_with_copies
-from vestige.measures._extraction import extraction, greedy
 from vestige.methods import compute_losses
 from vestige.progress import progress
 

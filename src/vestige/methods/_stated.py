@@ -18,7 +18,7 @@ from vestige.storage import partial_folder
 _MEASURE = "vestige.measures:measure_memorized"
 """Measures stand above methods, and are found by name, as commands find their functions."""
 MEASURED = 5
-"""Rows of a query that are measured: the first ones of its rarest spans."""
+"""Rows of a query that are measured: those listed first for its rarest spans."""
 _AROUND = 16
 """Tokens of a row that are shown before a span, and behind it."""
 

@@ -43,6 +43,7 @@ class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):
 
     positional: ClassVar[tuple[str, ...]] = ("model", "data")
     runs_sharded: ClassVar[bool] = True
+    added: ClassVar[tuple[str, ...]] = (*ReadingSettings.added, "verbatim")
 
     model: ModelName = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
     data: DataName = Field(

@@ -36,7 +36,7 @@ from vestige.settings import (
     TrainSettings,
     UntracSettings,
 )
-from vestige.terminal import say, show
+from vestige.terminal import lines_of_facts, say, shorten, show
 
 SOMETHING_BAD = 1
 SHOWN_QUERIES, SHOWN_PROPONENTS, SHOWN, SHOWN_LETTERS = 10, 5, 8, 500
@@ -191,6 +191,7 @@ def attribute(settings: AttributeSettings) -> None:
         _show_ranking(scores, settings, SHOWN_PROPONENTS)
 
     scores = attribute.call(settings, on_answers=_show_answers, on_ranking=show_ranking)
+    _show_proofs(scores)
     _show_ladder(scores)
     _show_checks(scores)
 
@@ -296,6 +297,13 @@ def _show_ranking(scores: "runs.Scores", settings: AttributeSettings | UntracSet
         say(f"{scores.top(query, min(settings.k, examples))}\n{runs.conclude(scores, query)}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
+
+
+def _show_proofs(scores: "runs.Scores") -> None:
+    """Print what moved the model to each answer, where the answer stands, and whether it is memorized."""
+    for query in scores.queries[:SHOWN_QUERIES] if scores.has_verbatim else ():
+        facts = {name.replace("_", " "): words for name, words in scores.proofs(query)._asdict().items()}
+        say("\n".join([f"Three proofs of query {shorten(query)}:", *lines_of_facts(facts)]) + "\n")
 
 
 def _show_ladder(scores: "runs.Scores") -> None:

@@ -54,6 +54,12 @@ if TYPE_CHECKING:
         record_of as record_of,
         turn_record as turn_record,
     )
+    from vestige.data._suffixes import (
+        SuffixArray as SuffixArray,
+        TokenSearch as TokenSearch,
+        TokenSpan as TokenSpan,
+        space_twins as space_twins,
+    )
     from vestige.data._tokenize import Encoder as Encoder, tokenize as tokenize
     from vestige.data._tokens import (
         forget_tokens as forget_tokens,

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         shard_path as shard_path,
     )
     from vestige.indexes._store import Index as Index, IndexBlock as IndexBlock, parts_in_order as parts_in_order
+    from vestige.indexes._verbatim import VERBATIM as VERBATIM, open_search as open_search
     from vestige.indexes._work import (
         TOKENS as TOKENS,
         IndexWork as IndexWork,

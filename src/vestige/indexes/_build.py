@@ -36,6 +36,7 @@ from vestige.indexes._manifest import (
 from vestige.indexes._plan import PlannedShard, plan_index
 from vestige.indexes._shards import ShardContent, parts_of
 from vestige.indexes._store import Index
+from vestige.indexes._verbatim import VERBATIM, open_search
 from vestige.indexes._work import TOKENS, IndexWork, ShardCompute, prepare_index, remove_index
 from vestige.jobs import is_worker, phase, profile, refuse_overwrite_by_ranks, run_pieces, worker_command, write_profile
 from vestige.models import Component, LoadedModel, batch_sharing, leave_card, quantized_bits
@@ -227,6 +228,8 @@ def index(settings: IndexSettings) -> Index:
     with profile(settings.profile) as measured:
         inputs = read_inputs(settings, settings.model, settings.data, settings.components, tokens=tokens)
         built = build_index(settings, inputs, worker_command(settings, "index"))
+        if settings.verbatim and not built.missing_shards():
+            open_search(settings.out / VERBATIM, inputs.data, inputs.loaded.vocabulary)
     write_profile(measured, settings.out)
     return built
 

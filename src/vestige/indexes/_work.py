@@ -161,6 +161,7 @@ _OURS = (
     "examples/[0-9]*.parquet",
     *(f"curvature/{name}" for name in ("fisher-*", "kfac-*", "ekfac-*", PROFILE_FILE)),
     "checks",
+    "verbatim/[0-9]*",
     PROFILE_FILE,
     *_BEGUN,
 )

@@ -88,6 +88,7 @@ if TYPE_CHECKING:
         measure_table as measure_table,
         token_scores as token_scores,
     )
+    from vestige.measures._memorized import measure_memorized as measure_memorized
     from vestige.measures._privacy import (
         epsilon_from_guesses as epsilon_from_guesses,
         epsilon_from_ranks as epsilon_from_ranks,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from jaxtyping import Float
 
-from vestige.data import words_of
+from vestige.data import SuffixArray, words_of
 from vestige.errors import SpecError
 
 SPAN = 13
@@ -92,38 +92,28 @@ def find_matches(items: Sequence[str], rows: Sequence[str], *, span: int = SPAN,
 def find_spans(items: Sequence[Sequence[str]], rows: Iterable[Sequence[str]], *, span: int = SPAN) -> list[Span | None]:
     """Return the longest run of words that each item shares with a row, the first row of several; None if too short.
 
-    Rows are read once; time and memory grow with the words of the items, and time with those of the rows.
+    The words of all rows are sorted once, in memory (`vestige.data.SuffixArray`).
     """
     lengths = [min(span, len(item)) if len(item) >= FEWEST_WORDS else 0 for item in items]
-    where: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
-    for number, (item, length) in enumerate(zip(items, lengths, strict=True)):
-        for begin in range(len(item) - length + 1 if length else 0):
-            where[tuple(item[begin : begin + length])].append((number, begin))
+    pieces = [
+        [tuple(item[begin : begin + length]) for begin in range(len(item) - length + 1 if length else 0)]
+        for item, length in zip(items, lengths, strict=True)
+    ]
+    holding = Counter(piece for own in pieces for piece in set(own))
     most = max(2, int(_COMMON * len(items)))
-    where = {words: places for words, places in where.items() if len({item for item, _ in places}) <= most}
-    found: list[Span | None] = [None] * len(items)
-    sizes = sorted({length for length in lengths if length})
-    for row, given in enumerate(rows):
-        own = list(given)
-        runs: dict[tuple[int, int], int] = {}
-        for size in sizes:
-            for position in range(len(own) - size + 1):
-                for item, begin in where.get(tuple(own[position : position + size]), ()):
-                    # Words in a row lie on one diagonal: a span of n + 1 words is two neighbouring ones of n.
-                    runs[item, begin] = max(runs.get((item, begin), 0), _extend(items[item], begin, own, position))
-        for (item, begin), count in runs.items():
-            best = found[item]
-            if best is None or count > best.words:
-                found[item] = Span(row, count, begin)
+    numbers: dict[str, int] = {}
+    texts = [[numbers.setdefault(word, len(numbers)) for word in row] for row in rows]
+    searched = SuffixArray.build(map(np.array, texts), len(numbers))
+    found: list[Span | None] = []
+    for item, length, own in zip(items, lengths, pieces, strict=True):
+        words = [numbers.get(word, len(numbers)) for word in item]
+        begins = [begin for begin, piece in enumerate(own) if holding[piece] <= most]
+        counts = {begin: searched.count_common(words[begin:]) for begin in begins}
+        longest = max(counts.values(), default=0)
+        ends = [(begin, words[begin : begin + longest]) for begin in begins if counts[begin] == longest >= length]
+        places = [(int(searched.locate(searched.find(run))[0][0]), begin) for begin, run in ends]
+        found.append(Span(min(places)[0], longest, min(places)[1]) if places else None)
     return found
-
-
-def _extend(item: Sequence[str], begin: int, row: Sequence[str], position: int) -> int:
-    """Return how many words agree from here on."""
-    count = 0
-    while begin + count < len(item) and position + count < len(row) and item[begin + count] == row[position + count]:
-        count += 1
-    return count
 
 
 def _find_similar(items: Sequence[str], rows: Sequence[str]) -> tuple[Float[np.ndarray, "item"], np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -156,11 +156,15 @@ def bank_positions(job: AuditJob, bank: Bank) -> Numbers:
         DataError: Ids repeat, or none is in the bank.
     """
     count = int((~job.held_out).sum())
-    positions = np.full(len(job.data), -1, dtype=np.int64)
-    if bank.identity.get("data") == job.own_fingerprint and len(bank.example_ids) == count:
-        positions[:count] = np.arange(count)
-        return positions
     ids = [example.id for example in job.data.examples[:count]]
+    found = find_in_bank(bank, ids, job.own_fingerprint)
+    return np.append(found, np.full(len(job.data) - count, -1))
+
+
+def find_in_bank(bank: Bank, ids: Sequence[str], fingerprint: str) -> Numbers:
+    """Return the row in the bank of each example of data with these ids and this fingerprint, as `bank_positions`."""
+    if bank.identity.get("data") == fingerprint and len(bank.example_ids) == len(ids):
+        return np.arange(len(ids))
     for name, values in (("the data", ids), ("the bank", bank.example_ids)):
         if len(set(values)) < len(values):
             repeated = Counter(values).most_common(1)[0][0]
@@ -169,9 +173,9 @@ def bank_positions(job: AuditJob, bank: Bank) -> Numbers:
                 "distinguished. Give the data that the bank was made of, with the same settings."
             )
     where = {name: row for row, name in enumerate(bank.example_ids)}
-    positions[:count] = [where.get(name, -1) for name in ids]
+    positions = np.array([where.get(name, -1) for name in ids], dtype=np.int64)
     if (positions < 0).all():
-        raise DataError(f"None of the {count:,} examples is in the bank {job.settings.bank}. Is it of other data?")
+        raise DataError(f"None of the {len(ids):,} examples is in the bank. Is it of other data?")
     return positions
 
 
@@ -186,7 +190,7 @@ def _add_bank(job: AuditJob, bank: Bank, subjects: list[Measurements]) -> None:
     left_out = None if settings.bank_subset is None else bank.subsets == settings.bank_subset
     values = -bank.example_token_losses if of == "loss" else bank.values(f"example_{of}")
     target = np.full(len(bank.example_ids), np.nan)
-    membership = _share_with_copies(bank.membership, job.groups, positions)
+    membership = share_with_copies(bank.membership, job.groups, positions)
     given = BankValues(values, membership, bank.subsets, target, left_out, of)
     for each in job.at("each model and the bank"):
         for one in subjects:
@@ -201,7 +205,7 @@ def _add_bank(job: AuditJob, bank: Bank, subjects: list[Measurements]) -> None:
         subjects[-1].measures.update(_spread(each, given, positions))
 
 
-def _share_with_copies(
+def share_with_copies(
     membership: Bool[np.ndarray, "member row"], groups: Numbers, positions: Numbers
 ) -> Bool[np.ndarray, "member row"]:
     """Return where a member was trained on the row or on a copy of it: a bank made elsewhere may have split them."""

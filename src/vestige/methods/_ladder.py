@@ -158,6 +158,8 @@ def _first_settings(settings: AttributeSettings) -> AttributeSettings:
             "trust": False,
             "tokens": False,
             "self_influence": False,
+            "verbatim": False,
+            "verbatim_tokens": AttributeSettings.model_fields["verbatim_tokens"].default,
             "overwrite": False,
         }
     )

@@ -79,6 +79,7 @@ Added = tuple[RunTables | None, dict[str, Any]]
 def requested_parts(settings: AttributeSettings, method: Method) -> list[str]:
     """Return what the settings request beside the ranking, in the order in which it is added."""
     requested = {
+        "verbatim": settings.verbatim,
         "components": method.splits_components,
         "tokens": settings.tokens,
         "self_influence": settings.self_influence,
@@ -89,6 +90,12 @@ def requested_parts(settings: AttributeSettings, method: Method) -> list[str]:
 
 def _pairs(run: StoredRun) -> Pairs:
     return [(entry.query, entry.row) for entry in run.tables.ranked]
+
+
+def _add_verbatim(run: StoredRun) -> Added:
+    from vestige.methods._stated import find_stated  # other runs do without
+
+    return run.tables._replace(verbatim=find_stated(run.job)), {}
 
 
 def _add_components(run: StoredRun) -> Added:
@@ -109,6 +116,7 @@ def _add_checks(run: StoredRun) -> Added:
 
 
 _PARTS: dict[str, Callable[[StoredRun], Added]] = {
+    "verbatim": _add_verbatim,
     "components": _add_components,
     "tokens": _add_tokens,
     "self_influence": _add_self_influence,

@@ -38,7 +38,9 @@ from vestige.storage import partial_folder
 
 FORMAT = 2
 """Raised when a piece of the same settings changes, if only by a bit: all pieces of a run are computed alike."""
-OF_THE_OUTPUT = frozenset({"out", "k", "dense", "tokens", "trust", "self_influence", "profile", "overwrite"})
+OF_THE_OUTPUT = frozenset(
+    {"out", "k", "dense", "tokens", "trust", "self_influence", "profile", "overwrite", "verbatim", "verbatim_tokens"}
+)
 """Settings that change no score: a piece made with others stays good."""
 
 Result = TypeVar("Result")

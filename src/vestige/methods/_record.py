@@ -191,6 +191,9 @@ def _require_outputs(settings: AttributeSettings, method: Method) -> None:
         )
     if settings.self_influence:
         method.require_self_scores()
+    if settings.verbatim and (not method.needs_model or settings.device == FSDP):
+        other = f"--device {FSDP}" if method.needs_model else f"--method {settings.method}"
+        raise SpecError(f"--verbatim lets the model go on with training texts, and {other} generates none. Drop one.")
 
 
 def measure_query_losses(job: Job, method: Method) -> list[float] | None:

@@ -141,7 +141,18 @@ def _describe_findings(scores: Scores, query: str) -> Json:
             }
             for each in find_source_lift(scores, [query])
         ],
+        "proofs": _describe_proofs(scores, query) if scores.has_verbatim else None,
     }
+
+
+def _describe_proofs(scores: Scores, query: str) -> Json:
+    """Return the three proofs of an answer in words, and its parts that stand word for word in training rows."""
+    spans = [
+        span._asdict() | {"listed": [(row.example_id, row.before, row.after) for row in span.listed]}
+        for span in scores.verbatim(query)
+    ]
+    sentences = scores.proofs(query)._asdict().items()
+    return {"sentences": [(name.replace("_", " ").capitalize(), words) for name, words in sentences], "spans": spans}
 
 
 def count_hubs(run: RunFiles) -> dict[int, float]:

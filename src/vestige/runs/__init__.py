@@ -60,6 +60,12 @@ if TYPE_CHECKING:
         relative_strength as relative_strength,
     )
     from vestige.runs._plot import draw_ranking as draw_ranking
+    from vestige.runs._proofs import (
+        Proofs as Proofs,
+        StatedRow as StatedRow,
+        VerbatimSpan as VerbatimSpan,
+        prove as prove,
+    )
     from vestige.runs._record import (
         DENSE_FILE as DENSE_FILE,
         PARTS as PARTS,

@@ -108,6 +108,7 @@ Verdict = Literal["good", "warn", "unknown"]
 
 
 PARTS = {
+    "verbatim": "verbatim spans",
     "components": "scores of components",
     "tokens": "scores of tokens",
     "self_influence": "self-influence",

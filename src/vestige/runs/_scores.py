@@ -37,6 +37,7 @@ from vestige.runs._listed import (
     turns_or_text,
     wording_of,
 )
+from vestige.runs._proofs import Proofs, VerbatimSpan, list_spans, prove
 from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
 from vestige.runs._summary import End
 from vestige.runs._tables import REMEDY, read_run_table, turns_of
@@ -150,6 +151,42 @@ class Scores:
         if self.run.ladder is None:
             raise UserError(f"{self.folder} has one ranking alone.\nRun `vestige attribute` again with --rerank 50.")
         return list_standing(self.run.ladder, self.query_id(query), k)
+
+    @property
+    def has_verbatim(self) -> bool:
+        """True if the run says where its answers stand word for word."""
+        return self._has("verbatim")
+
+    def verbatim(self, query: int | str = 0) -> ScoreTable[VerbatimSpan]:
+        """Return the parts of a query's answer that stand word for word in training rows, the rarest first.
+
+        Args:
+            query: Position or id of the query.
+
+        Raises:
+            UserError: The run was made without `verbatim`.
+        """
+        name = self.query_id(query)
+        if not self.has_verbatim:
+            advice = self.run.describe_missing() or "Run `vestige attribute` again with --verbatim."
+            raise UserError(f"{self.folder} holds no verbatim spans. {advice}")
+        rows = [row for row in self._spans if row["query_id"] == name]
+        return list_spans(rows, name, self.run.config.get("verbatim_tokens", 4))
+
+    def proofs(self, query: int | str = 0) -> Proofs:
+        """Return what moved the model to an answer, where the answer stands, and whether it is memorized, in words.
+
+        Args:
+            query: Position or id of the query.
+
+        Raises:
+            UserError: The run was made without `verbatim`.
+        """
+        return prove(self, query)
+
+    @cached_property
+    def _spans(self) -> list[dict[str, Any]]:
+        return self._read("verbatim").to_pylist()
 
     @cached_property
     def words(self) -> Words:

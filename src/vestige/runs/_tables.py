@@ -29,6 +29,7 @@ _RANK = [("end", _STRING), ("rank", _INT), ("example_id", _STRING), ("row", _INT
 _LABELS = [("source", _STRING), ("label", _STRING), ("length", _INT), ("duplicates", _INT)]
 _FOCUS = [("instead", _STRING), ("span", pa.list_(pa.list_(_INT))), ("weights", pa.list_(_FLOAT))]
 _PAIR = [("query_id", _STRING), ("example_id", _STRING)]
+_MEASURED = ("extraction", "loss", "counterfactual")
 SCHEMAS = {
     "scores": pa.schema([("query_id", _STRING), *_RANK, ("percentile", _FLOAT)]),
     "examples": pa.schema([("example_id", _STRING), ("row", _INT), *_WORDING, *_LABELS, *_TOKENS]),
@@ -46,11 +47,20 @@ SCHEMAS = {
     "components": pa.schema([*_PAIR, ("component", _STRING), ("score", _FLOAT)]),
     "tokens": pa.schema([*_PAIR, ("position", _INT), ("token", _STRING), ("score", _FLOAT)]),
     "self_influence": pa.schema([("example_id", _STRING), ("row", _INT), ("score", _FLOAT)]),
+    "verbatim": pa.schema(
+        [
+            *(("query_id", _STRING), ("span", _INT), ("start", _INT), ("text", _STRING), ("tokens", _INT)),
+            *(("rarity", _FLOAT), ("occurrences", _INT), ("rows", _INT), ("example_id", _STRING), ("row", _INT)),
+            *(("position", _INT), ("source", _STRING), ("before", _STRING), ("after", _STRING)),
+            *((name, _FLOAT) for name in _MEASURED),
+        ]
+    ),
 }
 _REQUIRED = {
     "scores": ("query_id", "end", "rank", "example_id", "row", "score"),
     "queries": ("query_id", "row"),
     "examples": ("example_id", "row"),
+    "verbatim": [name for name in SCHEMAS["verbatim"].names if name not in ("source", *_MEASURED)],
 }
 """Columns that must be there and hold no null; of the other tables, all."""
 
@@ -129,6 +139,8 @@ class RunTables(NamedTuple):
     dense: Float[np.ndarray, "query example"] | None = None
     self_scores: Float[np.ndarray, "example"] | None = None
     """Per training example: its score for itself."""
+    verbatim: Sequence[dict[str, Any]] | None = None
+    """Rows of the table of this name: the places of spans of answers."""
 
 
 def make_tables(content: RunTables, components: Sequence[str]) -> dict[str, pa.Table]:
@@ -158,6 +170,8 @@ def make_part_tables(content: RunTables, components: Sequence[str]) -> dict[str,
         )
     if content.tokens is not None:
         rows["tokens"] = _token_rows(content, content.tokens)
+    if content.verbatim is not None:
+        rows["verbatim"] = content.verbatim
     tables = {name: pa.Table.from_pylist(list(each), schema=SCHEMAS[name]) for name, each in rows.items()}
     if content.self_scores is not None:
         tables["self_influence"] = _self_influence_table(content.self_scores, names_of(content.train.examples))

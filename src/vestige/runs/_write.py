@@ -47,7 +47,7 @@ _LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size
 RUN_FILES = (
     RECORD_FILE,
     *(f"{name}.parquet" for name in ("scores", "examples", "queries", "components", "tokens", "self_influence")),
-    "contamination.parquet",
+    *("contamination.parquet", "verbatim.parquet"),
     "flagged.jsonl",
     *("evidence.parquet", "curves.parquet", DENSE_FILE, "profile.json", "report.html"),
     *(f"figures/*.{kind}" for kind in ("png", "pdf")),

@@ -43,6 +43,7 @@ class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):
 
     positional: ClassVar[tuple[str, ...]] = ("model", "data")
     runs_sharded: ClassVar[bool] = True
+    added: ClassVar[tuple[str, ...]] = (*ReadingSettings.added, "verbatim")
 
     model: ModelName = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
     data: DataName = Field(
@@ -52,6 +53,9 @@ class IndexSettings(ReadingSettings, CompressionSettings, LaunchSettings):
     out: Common[Path] = Field(description="Folder of the index; an interrupted run continues in it.")
     append: Common[bool] = Field(
         False, description="Add the rows that the data gained since; old shards stay untouched."
+    )
+    verbatim: bool = Field(
+        False, description="Also sort all tokens, so that attribute --verbatim says at once where an answer stands."
     )
     skip_bad: bool = Field(
         False, description="Leave out, and list, examples whose loss or gradient is NaN or infinite, instead of ending."
@@ -162,9 +166,12 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         "where": ("data", ()),
         "checkpoint_weights": ("checkpoints", ()),
         "rerank_method": ("rerank", ()),
-        "bank": ("rerank", ()),
+        "verbatim_tokens": ("verbatim", (True,)),
     }
-    added: ClassVar[tuple[str, ...]] = (*QuestionSettings.added, "weigh_by", "rerank", "rerank_method", "bank")
+    added: ClassVar[tuple[str, ...]] = (
+        *QuestionSettings.added,
+        *("weigh_by", "rerank", "rerank_method", "bank", "verbatim", "verbatim_tokens"),
+    )
     repeatable: ClassVar[tuple[str, ...]] = (
         "queries",
         "options",
@@ -201,6 +208,11 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     out: Common[Path] = Field(description="Folder of the run: scores, examples and what they mean.")
     k: Common[PositiveInt] = Field(20, description="Proponents, and as many opponents, to keep for each query.")
     tokens: Common[bool] = Field(False, description="Also score every training token; they sum to the example's score.")
+    verbatim: Common[bool] = Field(
+        False,
+        description="Also say where the answer stands word for word in the training data, and whether it is memorized.",
+    )
+    verbatim_tokens: PositiveInt = Field(4, description="With --verbatim: tokens of the shortest span.")
     components: Patterns = Field(
         ("default",), description="Without an index: parameters to attribute to, as for `vestige index`."
     )
@@ -218,7 +230,9 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         "ekfac", description="With --rerank: the exact method: ekfac, grad-dot, ..., or replay with --training."
     )
     bank: BankFolder[Path | None] = Field(
-        None, description="With --rerank: a bank of models of the same data and queries, by which every rung is judged."
+        None,
+        description="With --verbatim: a bank of models of the same data, for whether rows are memorized. With --rerank "
+        "also of the same queries: every rung is judged by it.",
     )
     weigh_by: str | None = Field(
         None,
@@ -273,6 +287,8 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     def _index_or_data(self) -> Self:
         if self.rerank is not None:
             self._check_ladder()
+        elif self.bank is not None and not self.verbatim:
+            raise SpecError("--bank has no effect without --rerank or --verbatim. Give one of them, or leave it out.")
         if self.training is not None and self.rerank is None:
             fields = type(self).model_fields
             given = [flag(name) for name in _OF_A_TRAINING if getattr(self, name) != fields[name].default]

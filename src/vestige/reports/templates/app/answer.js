@@ -6,7 +6,7 @@ function renderAnswer(query) {
   const both = shared && DATA.system.queries === DATA.system.examples;
   const system = shared && !withTemplate ? systemPrompt(DATA.system.queries, both ? "all queries and examples" : "all queries") : null;
   document.getElementById("answer").replaceChildren(...[
-    text, clipControl(text, query.id, "text"), otherAnswer(query), renderConclusion(query), html("div", { class: "answer-facts" }, answerFacts(query, entry), system),
+    text, clipControl(text, query.id, "text"), otherAnswer(query), renderConclusion(query), renderProofs(query), html("div", { class: "answer-facts" }, answerFacts(query, entry), system),
   ].filter(Boolean));
 }
 
@@ -38,6 +38,17 @@ function renderConclusion(query) {
   if (!headline) return null;
   return html("div", { class: `conclusion of-${query.conclusion.kind}` },
     html("h2", {}, linked(headline, query)), others.map((sentence) => html("p", {}, linked(sentence, query))));
+}
+
+/* What moved the model, what states the answer, whether it is memorized: none of the three follows from another. */
+function renderProofs(query) {
+  if (!query.proofs) return null;
+  const { sentences, spans } = query.proofs;
+  const facts = sentences.map(([name, sentence]) => [html("dt", {}, name), html("dd", {}, linked(sentence, query))]);
+  const rows = (span) => span.listed.map(([id, before, after]) => html("p", {}, html("b", {}, linked(id, query)), ` …${before}`, html("mark", {}, span.text), `${after}…`));
+  const items = spans.map((span) => html("li", {}, `${span.rows} row${span.rows === 1 ? "" : "s"}, ${span.occurrences} times`, rows(span)));
+  const all = items.length ? html("details", {}, html("summary", {}, "Parts of the answer in the training data, the rarest first"), html("ol", {}, items)) : null;
+  return html("div", { class: "proofs" }, html("dl", {}, facts), all);
 }
 
 /* A sentence in which the ids of listed examples open them. An id that could be a number or a word of the sentence does not. */

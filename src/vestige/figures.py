@@ -22,8 +22,8 @@ _DOTS = 160
 def choose_colours(count: int) -> tuple[str, ...]:
     """Return that many different colours: those of `COLOURS`, and where these end a circle of hues in two shades."""
     more = count - len(COLOURS)
-    hues = [(number / max(more, 1), 0.75, (0.45, 0.8)[number % 2]) for number in range(max(more, 0))]
-    return (*COLOURS[:count], *(to_hex(hsv_to_rgb(hue)) for hue in hues))
+    hues = [hsv_to_rgb((number / max(more, 1), 0.75, (0.45, 0.8)[number % 2])) for number in range(max(more, 0))]
+    return (*COLOURS[:count], *(to_hex(tuple(hue.tolist())) for hue in hues))
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -35,8 +35,10 @@ def test_block_1_is_not_block_10() -> None:
 
 def test_whole_parts_of_a_name_select_as_the_published_spellings_do() -> None:
     """GhostSuite's `--proj_layers` match parts of names; there `h.1` also matched `h.10`."""
-    block = {"mlp": nn.ModuleDict({"c_fc": nn.Linear(2, 2)}), "attn": nn.ModuleDict({"c_attn": nn.Linear(2, 2)})}
-    blocks = [nn.ModuleDict({name: nn.ModuleDict({**part}) for name, part in block.items()}) for _ in range(12)]
+    parts = {"mlp": "c_fc", "attn": "c_attn"}
+    blocks = [
+        nn.ModuleDict({name: nn.ModuleDict({part: nn.Linear(2, 2)}) for name, part in parts.items()}) for _ in range(12)
+    ]
     model = nn.ModuleDict({"transformer": nn.ModuleDict({"h": nn.ModuleList(blocks)})})
 
     def named(*patterns: str) -> set[str]:

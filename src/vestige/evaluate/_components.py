@@ -46,7 +46,7 @@ def reopen_components(folder: Path) -> OnePassResult:
     """
     path = folder / "components.json"
     try:
-        given = dict(parse_json(path.read_bytes())["settings"])
+        given: dict[str, Any] = dict(parse_json(path.read_bytes())["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} does not say what it was made from ({error!r}). Run its command again, which keeps the products."
@@ -54,7 +54,8 @@ def reopen_components(folder: Path) -> OnePassResult:
     for name in ("data", "queries"):
         if isinstance(given[name], list):
             given[name] = [Path(one) for one in given[name]]
-    return one_pass_result(ComponentsSettings(**given | {"out": folder}))
+    given["out"] = folder
+    return one_pass_result(ComponentsSettings(**given))
 
 
 def write_components(settings: ComponentsSettings, result: OnePassResult, command: str | None = None) -> Evaluation:

@@ -46,7 +46,7 @@ def test_the_least_rank_in_the_metadata_is_the_one_that_was_asked_for(tmp_path):
 @pytest.mark.slow
 def test_exact_gradients_are_laid_out_as_the_published_script_does(tmp_path):
     """A GPT-2 has Conv1D weights, whose gradients the script flattens as [in, out]."""
-    model = byte_gpt(16, 8, 1, 2)
+    model = byte_gpt(16, 8, 1, 2).eval()
     rows = [{"id": f"{number}", "input_ids": list(text)} for number, text in enumerate((b"bees make honey", b"sky"))]
     vestige.index(model=model, data=rows, out=tmp_path / "idx", components="all", compress="none", dtype="float32")
     export_index(Index.open(tmp_path / "idx"), tmp_path / "out", "fullgrads")

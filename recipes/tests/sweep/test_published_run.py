@@ -38,9 +38,10 @@ def test_a_published_deployment_runs_from_its_questions_to_the_audit(tmp_path, m
     main(["audit", "--model", str(last), "--checkpoints", str(run), "--data", prompts, *measured, "--out", "audit"])
     audit = Audit.open("audit")
     assert audit.run.bank.models == 4
-    assert sorted(audit.run.classes) == list(LETTERS) or set(audit.run.classes) <= set(LETTERS)
+    assert set(audit.run.classes) <= set(LETTERS)
     numbers = [each.number for each in audit.run.checkpoints]
-    assert (numbers[0], len(numbers)) == (0, 4), "the model before training, and fifths of the epoch"
+    # Four were kept; the first step of the warm-up leaves the weights as they were.
+    assert (numbers[0], len(numbers)) == (0, 3)
     assert np.isfinite(audit.values("psmi", checkpoint=0)).all()
     assert np.isfinite(audit.values("lira")).any()
     assert np.isfinite(audit.values("bank_mean")).all()

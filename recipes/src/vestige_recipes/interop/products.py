@@ -46,7 +46,7 @@ def products(settings: ProductsSettings) -> Evaluation:
     listed, right, names = found.products, found.right, found.products.names
     same = {name: getattr(settings, name) for name in ("out", "enough", "folds", "longest", "figures", "draws", "seed")}
     source = str(settings.source)
-    asked = ComponentsSettings(model=source, data=source, queries=source, candidates=_WORDS, **same)
+    asked = ComponentsSettings(model=source, data=source, queries=source, candidates=(_WORDS,), **same)
     unknown = np.zeros(len(right), dtype=np.int64)
     candidates = Candidates(listed.rows, right, unknown, unknown > 0)
     train, queries = (
@@ -70,8 +70,10 @@ def products(settings: ProductsSettings) -> Evaluation:
         projections=(),
     )
     none, output = _without_values(listed, ()), _without_values(listed, ("none",))
-    parts = {_WORDS: listed}, {_WORDS: output}, {_WORDS: none}, {_WORDS: none}
-    return write_components(asked, OnePassResult(inputs, *parts, computed=0, seconds={}, is_read=True), command)
+    result = OnePassResult(
+        inputs, {_WORDS: listed}, {_WORDS: output}, {_WORDS: none}, {_WORDS: none}, computed=0, seconds={}, is_read=True
+    )
+    return write_components(asked, result, command)
 
 
 def _require_own(out: Path, command: str) -> None:

@@ -70,8 +70,8 @@ class UnTracInfluenceEstimator:
     ) -> list[tuple[int, float, str]]:
         """Return position, score and text of the `k` highest, highest first (`top_k_influences` if not given)."""
         scores = self.compute_influence_scores(test_text, train_texts)
-        order = np.argsort(-scores, kind="stable")[: k or self.config.top_k_influences].tolist()
-        return [(row, float(scores[row]), train_texts[row]) for row in order]
+        order = np.argsort(-scores, kind="stable")[: k or self.config.top_k_influences]
+        return [(int(row), float(scores[row]), train_texts[int(row)]) for row in order]
 
 
 class MemoryEfficientUnTracEstimator(UnTracInfluenceEstimator):

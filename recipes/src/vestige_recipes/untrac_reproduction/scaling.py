@@ -7,10 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr
 
 from vestige.errors import IndexMismatch, PieceFailed, SpecError
-from vestige.evaluate import Evaluation, EvaluationRow, require_own_files, write_evaluation
+from vestige.evaluate import (
+    Evaluation,
+    EvaluationRow,
+    mean_of_known,
+    pearson,
+    require_own_files,
+    write_evaluation,
+)
 from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
 from vestige.progress import Progress, format_bytes, progress
 from vestige.runs import Scores, is_complete
@@ -87,7 +93,7 @@ def _report(run: Scores, largest: Scores) -> dict[str, Any]:
     scores, right = run.dense(), largest.dense()
     alike = None
     if run.folder != largest.folder:
-        alike = float(np.mean([pearsonr(*pair).statistic for pair in zip(scores, right, strict=True)]))
+        alike = mean_of_known(pearson(scores.T, right.T))
     return {
         "success": True,
         "parameters": _parameters(run),

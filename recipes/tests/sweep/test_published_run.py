@@ -16,9 +16,11 @@ LETTERS = ("A", "B", "C")
 def questions(count):
     """Sums as the ARC data have their questions."""
     for number in range(count):
-        sums = [number + 5, number + 7, number + 9]
-        choices = {"text": [str(each) for each in sums], "label": list(LETTERS)}
-        yield {"id": f"q-{number}", "question": f"{number}+7?", "choices": choices, "answerKey": "B"}
+        sums = [number + 7, number + 5, number + 9]
+        place = number % len(LETTERS)
+        texts = [str(each) for each in [*sums[-place:], *sums[:-place]]]
+        choices = {"text": texts, "label": list(LETTERS)}
+        yield {"id": f"q-{number}", "question": f"{number}+7?", "choices": choices, "answerKey": LETTERS[place]}
 
 
 @pytest.mark.slow
@@ -29,7 +31,7 @@ def test_a_published_deployment_runs_from_its_questions_to_the_audit(tmp_path, m
     choices = ["--label-noise", "0.03334", "--tokenizer", "tiny-model", "--max-length", "90", "--out", prompts]
     main(["data", "multiple-choice", "--data", "arc.jsonl", *choices])
     training = TRAINING.replace("= 512", "= 96").replace("num_train_epochs = 10", "num_train_epochs = 1")
-    write_deployment(Path(), "tiny-model", "arc", training, DEPLOYMENT.replace("= 99", "= 3"))
+    write_deployment(Path(), "tiny-model", "arc", training, DEPLOYMENT.replace("= 99", "= 4"))
     main(["sweep", "deployment.cfg", "--out", "runs"])
     main(["bank", "--from-trainings", "runs", "--out", "bank"])
     run = min(Path("runs/named").iterdir())
@@ -37,7 +39,7 @@ def test_a_published_deployment_runs_from_its_questions_to_the_audit(tmp_path, m
     measured = ["--layers", "all", "--directions", "50", "--bank", "bank", "--bank-subset", "0"]
     main(["audit", "--model", str(last), "--checkpoints", str(run), "--data", prompts, *measured, "--out", "audit"])
     audit = Audit.open("audit")
-    assert audit.run.bank.models == 4
+    assert audit.run.bank.models == 5
     assert set(audit.run.classes) <= set(LETTERS)
     numbers = [each.number for each in audit.run.checkpoints]
     # Four were kept; the first step of the warm-up leaves the weights as they were.

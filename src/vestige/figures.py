@@ -6,6 +6,7 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -16,6 +17,13 @@ SMALL, BROAD = (4.8, 2.9), (15.0, 3.2)
 TIP = "tip:"
 """What `set_gid` of a part begins with whose text a page shows at the pointer; files do without."""
 _DOTS = 160
+
+
+def choose_colours(count: int) -> tuple[str, ...]:
+    """Return that many different colours: those of `COLOURS`, and where these end a circle of hues in two shades."""
+    more = count - len(COLOURS)
+    hues = [hsv_to_rgb((number / max(more, 1), 0.75, (0.45, 0.8)[number % 2])) for number in range(max(more, 0))]
+    return (*COLOURS[:count], *(to_hex(tuple(hue.tolist())) for hue in hues))
 
 
 def new_figure(width: float, height: float) -> Figure:

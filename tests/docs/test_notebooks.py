@@ -15,7 +15,7 @@ RUN_ELSEWHERE = {"components"}
 
 def test_the_notebooks_are_these():
     names = {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
-    assert names == {"first-answer", "fix-and-prove", "memorization", "components"}
+    assert names == {"first-answer", "fix-and-prove", "memorization", "components", "paraphrases"}
 
 
 @pytest.mark.slow

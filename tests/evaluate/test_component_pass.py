@@ -180,6 +180,41 @@ def test_trap_partition_and_combine_equal_a_single_run_byte_for_byte(settings, t
 
 
 @pytest.mark.slow
+def test_each_share_is_started_once(settings, tmp_path):
+    one_pass_result(settings(out=tmp_path / "single", candidates="all"))
+    with pytest.raises(WorkElsewhere, match="share 2/2 is done"):
+        one_pass_result(settings(out=tmp_path / "parts", candidates="all", shard="2/2"))
+    assert one_pass_result(settings(out=tmp_path / "parts", candidates="all", shard="1/2")).computed == 29
+    assert hashes(tmp_path / "parts") == hashes(tmp_path / "single")
+
+
+@pytest.mark.slow
+def test_queries_stand_in_a_column_beside_their_original(settings, workshop, tmp_path):
+    def turns(question, answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    rows = [
+        {
+            "id": f"lima_{n}",
+            "messages": turns(question, answer),
+            "paraphrased_messages": turns(f"Say: {question}", answer),
+        }
+        for n, (question, answer, _) in enumerate(PAIRS)
+    ]
+    both = str(write_rows(tmp_path / "both.jsonl", rows))
+    given = {"data": both, "queries": both, "query_column": "paraphrased_messages", "limit_queries": 5}
+    result = one_pass_result(settings(**given))
+    assert [one.id for one in result.inputs.queries.examples] == [f"lima_{n}" for n in range(5)]
+    assert [one.messages[0].content for one in result.inputs.queries.examples][:1] == ["Say: Why is the sky blue?"]
+    assert len(result.inputs.train) == len(PAIRS)
+    right = result.inputs.candidates["5"].right
+    assert right.shape == (5, 5)
+    assert right.any(1).all()
+    with pytest.raises(DataError, match=r"row 0 \(id 'lima_0'\) has no turns there"):
+        one_pass_result(settings(**given | {"query_column": "paraphrased", "out": tmp_path / "other"}))
+
+
+@pytest.mark.slow
 def test_trap_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(settings, tmp_path, monkeypatch):
     run, calls = GradientPass.run, []
     last = None

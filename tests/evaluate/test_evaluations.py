@@ -318,6 +318,11 @@ def test_overlap_reads_the_lists_of_runs(runs, tmp_path):
     assert result["grad-dot"].values["overlap of queries"] == pytest.approx(expected)
     content = files_of(result)
     assert np.diag(content["between_methods"]) == pytest.approx(1.0)
+    one, other = (Scores.open(run).dense().astype(float) for run in runs)
+    wanted = np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(one, other, strict=True)])
+    assert content["correlations"][0]["methods"] == ["grad-dot", "bm25"]
+    assert content["correlations"][0]["pearson"] == pytest.approx(wanted)
+    assert "All scores of grad-dot and bm25: Pearson" in str(result)
     assert "Without the baselines" in str(result)
 
 

@@ -169,6 +169,29 @@ def test_finished_indexes_are_compared_with_exact_gradients(evaluate, workshop, 
 
 
 @pytest.mark.slow
+def test_indexes_are_compared_with_the_widest_without_the_model(evaluate, workshop, tmp_path):
+    common = {"model": str(workshop / "tiny-model"), "data": str(workshop / "train.jsonl"), "dtype": "float32"}
+    specs = {"small": "tensorsketch:16", "large": "tensorsketch:256", "exact": "none"}
+    for name, spec in specs.items():
+        index(**common, out=tmp_path / name, compress=spec)
+    folders = [str(tmp_path / name) for name in specs]
+    given = {"model": None, "data": None, "compress": ()}
+    report = evaluate(**given, index=folders)
+    assert (report.reference, report.num_ref_samples, report.num_test_samples) == (folders[2], 4, 8)
+    (points,) = report.curves.values()
+    exact = evaluate(index=folders[:2], compress=(), out=tmp_path / "with-model")
+    (expected,) = exact.curves.values()
+    assert [point.rmse for point in points] == pytest.approx([point.rmse for point in expected], rel=1e-4)
+    ranked = evaluate(**given, index=folders, reference="rank=256", out=tmp_path / "ranked")
+    assert ranked.reference == folders[1]
+    with pytest.raises(SpecError, match="They keep 16, 256"):
+        evaluate(**given, index=folders, reference="rank=64", out=tmp_path / "no")
+    index(**common | {"limit": 6}, out=tmp_path / "six")
+    with pytest.raises(IndexMismatch, match="other numbers of examples and examples"):
+        evaluate(**given, index=[folders[0], str(tmp_path / "six")], out=tmp_path / "mixed")
+
+
+@pytest.mark.slow
 def test_an_index_of_other_data_is_refused(evaluate, workshop, tmp_path):
     index(model=str(workshop / "tiny-model"), data=str(workshop / "train.jsonl"), out=tmp_path / "idx", limit=6)
     with pytest.raises(IndexMismatch, match="another data"):
@@ -185,6 +208,8 @@ def test_an_index_of_other_data_is_refused(evaluate, workshop, tmp_path):
         ({"compress": "maks:K"}, SpecError, "mask"),
         ({"compress": "tensorsketch:32", "reference": "rank=64"}, SpecError, "only of 32"),
         ({"memory": "10 apples"}, SpecError, "not a size"),
+        ({"data": None}, SpecError, "go together"),
+        ({"model": None, "data": None, "index": ("one",), "compress": ()}, SpecError, "Nothing to compare"),
         ({"memory": "10kB"}, UserError, "fewer `components`"),
     ],
 )

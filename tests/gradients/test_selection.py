@@ -33,6 +33,25 @@ def test_block_1_is_not_block_10() -> None:
     assert {component.name for component in select_components(blocks, ("all", "layers 1")).components} == names
 
 
+def test_whole_parts_of_a_name_select_as_the_published_spellings_do() -> None:
+    """GhostSuite's `--proj_layers` match parts of names; there `h.1` also matched `h.10`."""
+    parts = {"mlp": "c_fc", "attn": "c_attn"}
+    blocks = [
+        nn.ModuleDict({name: nn.ModuleDict({part: nn.Linear(2, 2)}) for name, part in parts.items()}) for _ in range(12)
+    ]
+    model = nn.ModuleDict({"transformer": nn.ModuleDict({"h": nn.ModuleList(blocks)})})
+
+    def named(*patterns: str) -> set[str]:
+        return {component.name.removesuffix(".weight") for component in select_components(model, patterns).components}
+
+    assert {"transformer.h.1.mlp.c_fc", "transformer.h.1.attn.c_attn"} <= named("transformer.h.1", "!*.bias")
+    assert not any(".10." in name for name in named("transformer.h.1,transformer.h.11"))
+    assert named("mlp.c_fc", "!*.bias") == {f"transformer.h.{number}.mlp.c_fc" for number in range(12)}
+    assert len(named("attn", "mlp.c_fc", "!*.bias")) == 24
+    with pytest.raises(SpecError, match="matches no parameter"):
+        named("mlp.c_f")
+
+
 def test_a_file_of_parameters_is_a_selection(tmp_path) -> None:
     model = llama()
     chosen = tmp_path / "chosen.components"

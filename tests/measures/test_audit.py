@@ -120,6 +120,17 @@ def test_a_bank_gives_ratios_at_every_checkpoint_and_its_own_measures_once(place
     own = vestige.measures.bank_evidence(bank)
     np.testing.assert_array_equal(whole.values("counterfactual")[:QUESTIONS], own.counterfactual)
     assert not [row for row in whole.judgement("memorized", checkpoint=30) if row.measure.startswith("lira_off")]
+    np.testing.assert_allclose(whole.values("bank_mean")[:QUESTIONS], bank.example_margins.mean(0))
+    spread = whole.table(["bank_mean_std"], checkpoint=30)["bank_mean_std"].to_numpy()[:QUESTIONS]
+    np.testing.assert_allclose(spread, bank.example_margins.std(0))
+
+
+def test_psmi_has_its_slope_since_the_first_checkpoint(whole):
+    for checkpoint in (10, 30):
+        first = whole.values("psmi", checkpoint=10, layer=1)
+        now = whole.values("psmi", checkpoint=checkpoint, layer=1)
+        slope = whole.table(["psmi_slope"], checkpoint=checkpoint, layer=1)["psmi_slope"].to_numpy()
+        np.testing.assert_array_equal(slope, now - first)
 
 
 def test_rmia_compares_with_the_bank_the_reference_model_and_the_first_checkpoint(place, whole):

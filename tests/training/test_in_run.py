@@ -1,5 +1,6 @@
 """`vestige train` from scratch, for a number of steps, and scored in the run by validation examples."""
 
+import json
 import signal
 from multiprocessing import get_context
 
@@ -67,6 +68,13 @@ def test_validation_leaves_a_run_and_the_training_as_it_is(tmp_path, given, more
     steps = run.steps.to_pandas()
     assert log.table()["id"].to_pylist() == steps["example_id"].tolist()
     assert set(log.influence()) == set(steps["example_id"])
+    results = json.loads((run.folder / "results.json").read_text())
+    assert [one["step"] for one in results] == [1, 2, 3, 4]
+    first = log.table().to_pylist()[0]
+    assert results[0]["eval_loss"] == first["validation_loss"]
+    assert results[0]["test_loss"] is None
+    assert set(results[0]) == {"step", "train_loss", "eval_loss", "test_loss"}
+    assert all(one["train_loss"] > 0 for one in results)
     assert "scores of its steps in in-run" in repr(run)
     assert plain.id != run.id
 

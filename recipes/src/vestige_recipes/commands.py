@@ -23,6 +23,7 @@ from vestige.settings import (
     Precision,
     PreparationSettings,
     Settings,
+    UntracSettings,
 )
 from vestige.terminal import say, show
 
@@ -30,7 +31,7 @@ Part = Literal["prompt", "answer", "text"]
 PARTS: tuple[Part, ...] = ("prompt", "answer", "text")
 ChoiceFormat = Literal["auto", "arc", "mmlu", "ethics"]
 CleanAction = Literal["drop", "deduplicate", "weight"]
-ImportLayout = Literal["auto", "projections", "fullgrads", "chunks", "similarities"]
+ImportLayout = Literal["auto", "projections", "fullgrads", "chunks", "similarities", "logs"]
 
 
 def _parts(value: Any) -> Any:
@@ -244,6 +245,53 @@ def sweep(settings: SweepSettings) -> None:
     show(sweep.call(settings), file_width=160)
 
 
+class ProductsSettings(Settings):
+    """Which components suffice? The table and figures of `vestige evaluate components` from published products.
+
+    Reads `dot_products`, `paraphrased_dot_products` and `original_dot_products`, whole or in partitions, and no model.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("source",)
+    source: Path = Field(description="Folder of the products in the published layout.")
+    out: Path = Field(description="Folder of the table, the figures and the chosen components.")
+    parameters: Path | None = Field(
+        None,
+        description="JSON file {parameter: how many numbers it has}, which products do not say. Not given: 1 each.",
+    )
+    enough: PositiveFloat = Field(0.99, le=1, description="As of `vestige evaluate components`, like all that follow.")
+    folds: PositiveInt = Field(5, ge=2, description="Parts of the queries; sets are judged on the part left out.")
+    longest: PositiveInt = Field(40, description="Most components in a set that is chosen without a fold.")
+    figures: bool = Field(True, description="Also draw the figures, which takes some seconds.")
+    draws: PositiveInt = Field(1000, description="Bootstrap draws behind each interval.")
+    seed: int = Field(0, description="Seed of folds and bootstrap.")
+
+
+products = make_command(
+    "evaluate products", ProductsSettings, function="vestige_recipes.interop.products:products", order=120
+)
+
+
+class ScalingSettings(UntracSettings):
+    """What does unlearning cost as models grow? Seconds, memory and scores of `vestige untrac` for several models.
+
+    Each model runs in a process of its own, so that its peak memory is its own; finished runs are kept. A model that
+    fails is reported with its error, and the others go on.
+    """
+
+    repeatable: ClassVar[tuple[str, ...]] = (*UntracSettings.repeatable, "model")
+
+    model: Any = Field(description="The models, two or more: hub ids or folders.")
+    dense: bool = Field(True, description="Store the score of every example for every test set, which are compared.")
+
+
+scaling = make_command(
+    "evaluate scaling",
+    ScalingSettings,
+    function="vestige_recipes.untrac_reproduction.scaling:scaling_experiment",
+    order=130,
+)
+
+
 class ImportSettings(Settings):
     """What `vestige import` takes."""
 
@@ -253,12 +301,12 @@ class ImportSettings(Settings):
     layout: ImportLayout = Field(
         "auto",
         description="The layout: projections (proj_iter_*.pt), fullgrads (fullgrad_iter_*.pt), chunks "
-        "(chunk_gradients_*.mmap) or similarities (JSON); auto finds it from the files.",
+        "(chunk_gradients_*.mmap), similarities (JSON) or logs (dot_prod_log_iter_*.pt); auto finds it from the files.",
     )
     data: Any = Field(
         None,
         description="The training data: its row i is row i of the files, and the lengths must agree; for "
-        "similarities, texts by `id`.",
+        "similarities, texts by `id`; for logs, rows with `input_ids`.",
     )
     queries: Any = Field(None, description="Similarities: the texts of the queries, by `id`.")
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)

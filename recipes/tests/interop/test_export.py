@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from tests.indexes.synthetic import WIDTH, build, gradient_rows
+from tests.workshop import furnish
 
+import vestige
 from vestige import export
 from vestige.errors import SpecError
 from vestige.indexes import Index, export_index
+from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.interop import import_published
 
 
@@ -30,6 +33,45 @@ def test_projections_are_laid_out_by_sorted_name_and_cut_into_iterations(index, 
     content = [torch.load(path, weights_only=True) for path in files]
     assert torch.equal(torch.cat([each["proj"] for each in content]), gradient_rows(np.arange(60)))
     assert [row for each in content for row in each["batch_idx"]] == list(range(60))
+
+
+def test_the_least_rank_in_the_metadata_is_the_one_that_was_asked_for(tmp_path):
+    place = furnish(tmp_path / "place")
+    given = {"model": str(place / "tiny-model"), "data": str(place / "train.jsonl"), "limit": 2}
+    vestige.index(**given, out=tmp_path / "idx", components="mlp", compress="logra:16,min=2")
+    export_index(Index.open(tmp_path / "idx"), tmp_path / "out", "projections")
+    assert json.loads((tmp_path / "out" / "metadata.json").read_text())["proj_rank_min"] == 2
+
+
+@pytest.mark.slow
+def test_exact_gradients_are_laid_out_as_the_published_script_does(tmp_path):
+    """A GPT-2 has Conv1D weights, whose gradients the script flattens as [in, out]."""
+    model = byte_gpt(16, 8, 1, 2).eval()
+    rows = [{"id": f"{number}", "input_ids": list(text)} for number, text in enumerate((b"bees make honey", b"sky"))]
+    vestige.index(model=model, data=rows, out=tmp_path / "idx", components="all", compress="none", dtype="float32")
+    export_index(Index.open(tmp_path / "idx"), tmp_path / "out", "fullgrads")
+    metadata = json.loads((tmp_path / "out" / "fullgrad_meta.json").read_text())
+    for row, ids in enumerate((b"bees make honey", b"sky")):
+        found = torch.load(tmp_path / "out" / f"fullgrad_iter_{row:06d}.pt", weights_only=True)
+        assert (found["iter"], found["batch_size"]) == (row, 1)
+        model.zero_grad()
+        for weight in model.parameters():
+            weight.requires_grad_(True)
+        tokens = torch.tensor([list(ids)])
+        loss = torch.nn.functional.cross_entropy(model(tokens).logits[0, :-1], tokens[0, 1:], reduction="sum")
+        loss.backward()
+        for name, place in metadata["param_slices"].items():
+            gradient = model.get_parameter(name).grad
+            assert list(gradient.shape) == place["shape"]
+            part = found["grad"][place["start"] : place["end"]]
+            torch.testing.assert_close(part, gradient.reshape(-1), rtol=1e-3, atol=1e-5)
+    again = import_published(source=tmp_path / "out", out=tmp_path / "again")
+    assert again.manifest.width == metadata["total_param_dim"]
+
+
+def test_compressed_gradients_are_no_exact_ones(index, tmp_path):
+    with pytest.raises(SpecError, match="Give an index made with --compress none"):
+        export_index(index, tmp_path / "out", "fullgrads")
 
 
 def test_chunks_are_raw_numbers_with_their_shape_beside(index, tmp_path):

@@ -71,6 +71,29 @@ def chunks(folder, counts=((4, 4), (4, 3)), dims=(3, 2)):
     return np.concatenate(blocks)
 
 
+def test_logged_products_are_added_up_over_the_steps_by_the_tokens_of_each_example(tmp_path):
+    rows = torch.arange(12).reshape(4, 3)
+    steps = [([0, 1], [0.5, -1.0]), ([2, 0], [2.0, 0.25]), ([1, 2], [-1.0, 1.0])]
+    entries = [
+        {"dot_product": torch.tensor(values), "X_train": rows[chosen], "iter_num": 0} for chosen, values in steps
+    ]
+    (tmp_path / "logs").mkdir()
+    torch.save(entries[:2], tmp_path / "logs" / "dot_prod_log_iter_10.pt")
+    torch.save(entries[2:], tmp_path / "logs" / "dot_prod_log_iter_-1.pt")
+    # A row of the data has the token after the last as well, which is only predicted.
+    data = write_rows(
+        tmp_path / "data.jsonl", [{"id": f"r{n}", "input_ids": [*row, 99]} for n, row in enumerate(rows.tolist())]
+    )
+    run = import_published(source=tmp_path / "logs", data=str(data), out=tmp_path / "run")
+    assert [(row.example_id, row.score) for row in run.top(0, 3)] == [("r2", 3.0), ("r0", 0.75), ("r3", 0.0)]
+    assert run.bottom(0, 1)[0].score == -2.0
+    alone = import_published(source=tmp_path / "logs", out=tmp_path / "alone")
+    assert alone.top(0, 1)[0].text == "tokens 6 7 8"
+    write_rows(tmp_path / "data.jsonl", [{"id": "other", "input_ids": [7, 7, 7]}])
+    with pytest.raises(DataError, match=r"begins with the tokens \(\d+, \d+, \d+\) is no row"):
+        import_published(source=tmp_path / "logs", data=str(data), out=tmp_path / "no")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_projections_become_rows_in_the_order_of_iterations_with_their_format_kept(tmp_path, dtype):
     blocks, _ = projections(tmp_path / "p", dtype=dtype)

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
         list_drawings as list_drawings,
         number_of as number_of,
     )
+    from vestige.evaluate._component_findings import (
+        backward_shares as backward_shares,
+        component_type as component_type,
+    )
     from vestige.evaluate._component_inputs import (
+        Candidates as Candidates,
+        ComponentInputs as ComponentInputs,
         Projection as Projection,
         find_candidates as find_candidates,
         projection_sizes as projection_sizes,
@@ -33,9 +39,9 @@ if TYPE_CHECKING:
         greedy_path as greedy_path,
     )
     from vestige.evaluate._components import (
-        backward_shares as backward_shares,
-        component_type as component_type,
         components as components,
+        reopen_components as reopen_components,
+        write_components as write_components,
     )
     from vestige.evaluate._ladder import judge_ladder as judge_ladder
     from vestige.evaluate._lds import (

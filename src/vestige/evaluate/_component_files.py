@@ -17,7 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from vestige.evaluate._result import Evaluation, format_value
-from vestige.figures import BROAD, COLOURS, SMALL, TIP, finish_axes, make_figure, render_figure, write_plainly
+from vestige.figures import (
+    BROAD,
+    COLOURS,
+    SMALL,
+    TIP,
+    choose_colours,
+    finish_axes,
+    make_figure,
+    render_figure,
+    write_plainly,
+)
 from vestige.progress import format_count, format_seconds
 
 FULL, CHANCE = "full gradient", "random"
@@ -115,14 +125,14 @@ def _mark_blocks(axes: Axes, parts: Sequence[Part]) -> None:
 
 
 def _type_lines(parts: Sequence[Part]) -> list[_Line]:
-    """Return a line for each type; variants of a module share its colour, some dashed."""
+    """Return a line for each type; variants of a module share its colour, some dashed. No two modules share one."""
     stems: dict[str, dict[str, list[Part]]] = {}
     for one in parts:
         stem = next((one["type"].removesuffix(end) for end in _VARIANTS if one["type"].endswith(end)), one["type"])
         stems.setdefault(stem, {}).setdefault(one["type"], []).append(one)
     return [
-        _Line(name, COLOURS[number % len(COLOURS)], "--" if place else "-", own)
-        for number, types in enumerate(stems.values())
+        _Line(name, colour, "--" if place else "-", own)
+        for colour, types in zip(choose_colours(len(stems)), stems.values(), strict=True)
         for place, (name, own) in enumerate(types.items())
     ]
 
@@ -236,11 +246,13 @@ def _list_depths(parts: Sequence[Part], full: float) -> Iterator[Drawing]:
     inside = [one for one in parts if one["layer"] is not None]
     kinds = {kind: [one for one in inside if kind_of(one) == kind] for kind in KINDS}
     kinds = {kind: own for kind, own in kinds.items() if own}
+    every = _type_lines(inside)
     line = "Grey line: full gradient."
     for name, value, level in (("Accuracy", accuracy_of, full), ("Agreement", agreement_of, None)):
-        for kind, own in kinds.items():
+        for kind in kinds:
             note = f"Each type over the blocks.{'' if level is None else f' {line}'}"
-            types = partial(_draw_lines, lines=_type_lines(own), value=value, level=level)
+            lines = [one for one in every if kind_of(one.parts[0]) == kind]
+            types = partial(_draw_lines, lines=lines, value=value, level=level)
             yield Drawing("by_depth", f"{name} by depth: {kind}", note, types, SMALL)
     lines = [_Line(kind, COLOURS[list(KINDS).index(kind)], "-", own) for kind, own in kinds.items()]
     means = partial(_draw_lines, lines=lines, value=accuracy_of, level=full)
@@ -304,7 +316,7 @@ def as_markdown(evaluation: Evaluation, choices: Mapping[str, Part]) -> str:
             [
                 one["name"],
                 f"{one['parameters']:,}",
-                f"{one['backward']:.0%}",
+                "" if one["backward"] is None else f"{one['backward']:.0%}",
                 format_value(one["accuracy"]),
                 *(_round(one[name]) for name in ("agreement", "centred", "output_accuracy")),
             ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vestige.compress import Compressor, compress_factors, compress_gradient, parse_spec
-from vestige.data import Example, TokenizedData, plan_batches, token_groups
+from vestige.data import Example, TokenizedData, load_records, plan_batches, token_groups
 from vestige.errors import DataError, SpecError
 from vestige.evaluate import find_right_examples
 from vestige.gradients import Gradients
@@ -224,7 +224,8 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
         DataError: A query has no answer, or names no original.
     """
     loaded, train, selection = read_inputs(settings, settings.model, settings.data, settings.components)
-    queries = read_questions(settings.arguments()["queries"], settings, loaded, train, "the queries")
+    given = settings.arguments()["queries"] if settings.query_column is None else _read_column(settings)
+    queries = read_questions(given, settings, loaded, train, "the queries", settings.limit_queries)
     right = np.zeros((len(queries), len(train)), dtype=bool)
     ids, examples = ([one.id for one in side.examples] for side in (queries, train))
     for query, rows in enumerate(find_right_examples(queries.examples, settings.truth, ids, examples)):
@@ -255,6 +256,25 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
             for words, each in sizes.items()
         ),
     )
+
+
+def _read_column(settings: ComponentsSettings) -> list[dict[str, Any]]:
+    """Return rows whose turns are those in a column; what else a row has stays, and its id names the original.
+
+    Raises:
+        DataError: A row lacks the column, or is tokens already.
+    """
+    name, rows = settings.query_column, list[dict[str, Any]]()
+    for example, columns in load_records(
+        settings.queries, limit=settings.limit_queries, on_bad_text=settings.on_bad_text
+    ):
+        if not columns.get(str(name)) or "input_ids" in columns:
+            raise DataError(
+                f"--query-column {name}: row {example.row} (id {example.id!r}) has no turns there, or is tokens. "
+                f"Its columns are {', '.join(columns)}."
+            )
+        rows.append({settings.truth: example.id, **columns, "messages": columns[str(name)], "id": example.id})
+    return rows
 
 
 def _join(first: TokenizedData, second: TokenizedData) -> TokenizedData:

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,6 +71,8 @@ class OnePassResult(NamedTuple):
     """Gradients that were computed for this."""
     seconds: dict[str, float]
     """Of the passes of the model (`gradients`), of `products`, and of each projection, over all processes."""
+    is_read: bool = False
+    """Whether they were read from files of other software: then nothing is known of the model and of costs."""
 
 
 def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
@@ -261,7 +264,10 @@ class _OnePass:
         queries = [sum(map(len, batches)) for batches in inputs.held]
         candidates = [sum(map(len, portion.batches)) for portion in inputs.portions]
         keep, multiply = partial(self._open, self._keep), partial(self._open, self._multiply)
-        self.queries = tensor_pieces("Query gradients", self.factors, queries, keep, lambda _: None)
+        # Every product needs the gradients of queries, so a share of the products does not wait for other shares.
+        self.queries = replace(
+            tensor_pieces("Query gradients", self.factors, queries, keep, lambda _: None), for_all=True
+        )
         self.products = tensor_pieces("Products", self.table, candidates, multiply, self._finish)
 
     @contextmanager

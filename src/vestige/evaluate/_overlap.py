@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from vestige.evaluate import (
     collect_scores,
     matrix_figure,
     mean_of_known,
+    pearson,
+    read_together,
+    spearman,
     write_evaluation,
 )
 from vestige.settings import OverlapSettings, with_settings
@@ -40,8 +43,8 @@ class ListOverlap(NamedTuple):
 def overlap(settings: OverlapSettings) -> Evaluation:
     """Measure the overlap of top lists between queries and between methods, and find the example that is in most lists.
 
-    Reads the ranked lists of runs, so it needs no dense scores. In `settings.out`: `overlap.json`, and the figure
-    `overlap`, a matrix of methods.
+    Reads the ranked lists of runs; of those with dense scores also the correlations of all scores, two by two. In
+    `settings.out`: `overlap.json`, and the figure `overlap`, a matrix of methods.
 
     Raises:
         UserError: A run keeps shorter lists, or runs are of different queries.
@@ -55,7 +58,7 @@ def overlap(settings: OverlapSettings) -> Evaluation:
                 "compared. Judge them one by one."
             )
     tops, examples = {one.name: _read_tops(one, settings.k) for one in found.scored}, first.run.data.examples
-    names = list(tops)
+    names, correlations = list(tops), _correlate(found.scored)
     between = np.array([[jaccard(tops[one], tops[other]) for other in names] for one in names])
     chance = overlap_by_chance(settings.k, examples)
     result = Evaluation(
@@ -64,13 +67,40 @@ def overlap(settings: OverlapSettings) -> Evaluation:
         tuple(EvaluationRow.of(one, _values(one, tops[one.name])) for one in found.scored),
         (
             f"Overlap is the Jaccard index of two lists; two random lists would reach about {chance:.3f}.",
+            *map(_describe_correlation, correlations),
             "Different examples: those named at all over positions in the lists, 1 where no two queries share one.",
             *found.notes,
         ),
-        {"k": settings.k, "by_chance": chance, "methods": names, "between_methods": between.tolist()},
+        {
+            "k": settings.k,
+            "by_chance": chance,
+            "methods": names,
+            "between_methods": between.tolist(),
+            "correlations": correlations,
+        },
     )
     figure = matrix_figure("overlap", names, between, f"Jaccard index of the top {settings.k}, mean over queries")
     return write_evaluation(result, settings.out, figure, settings.report_to)
+
+
+def _correlate(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """Return correlations over all examples of every two runs with all scores, baselines aside; mean over queries."""
+    found, dense = [], [one for one in scored if one.run.has_dense and not one.opponent]
+    for one, other in combinations(dense, 2):
+        try:
+            queries, _, tables = read_together([one, other])
+        except UserError:  # under other ids, where ranked lists can be compared by row
+            continue
+        pairs = [[table.of_query(query)[:, None] for table in tables] for query in range(len(queries))]
+        values = {f.__name__: mean_of_known(np.concatenate([f(*pair) for pair in pairs])) for f in (pearson, spearman)}
+        found.append({"methods": [one.name, other.name], **values})
+    return found
+
+
+def _describe_correlation(found: dict[str, Any]) -> str:
+    pair, values = " and ".join(found["methods"]), (found["pearson"], found["spearman"])
+    words = ["undefined" if np.isnan(value) else f"{value:.3f}" for value in values]
+    return f"All scores of {pair}: Pearson {words[0]}, Spearman {words[1]}, mean over queries."
 
 
 def _read_tops(scored: Scored, k: int) -> Tops:

@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from vestige.errors import CorruptFile, IndexMismatch, UserError
 from vestige.evaluate._scored import Scored
-from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
+from vestige.figures import COLOURS, choose_colours, finish_axes, make_figure, render_figure
 from vestige.parsing import parse_object
 from vestige.progress import format_bytes, format_seconds
 from vestige.storage import is_temporary, make_folder, remove_strays_of, write_durably
@@ -363,8 +363,7 @@ def interval_figure(
 def line_figure(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> dict[str, bytes]:
     """Draw curves by method, baselines with dashes."""
     figure, (axes,) = make_figure(7.2, 4.2)
-    for number, line in enumerate(lines):
-        colour = COLOURS[number % len(COLOURS)]
+    for number, (colour, line) in enumerate(zip(choose_colours(len(lines)), lines, strict=True)):
         style: dict[str, Any] = {"linestyle": "--" if line.opponent else "-", "marker": MARKERS[number % 8]}
         # A curve of many points is its own mark.
         every = max(1, len(line.x) // 8)

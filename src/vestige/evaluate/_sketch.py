@@ -30,6 +30,7 @@ from vestige.evaluate._products import (
     sketch_products,
 )
 from vestige.evaluate._sketch_report import Measured, SketchReport, build_report, measure_quality, write_report
+from vestige.evaluate._sketch_stored import compare_stored
 from vestige.gradients import CausalLoss, GradientPass
 from vestige.indexes import Index, batch_tokens, read_inputs, tokens_at_most
 from vestige.models import Component, LoadedModel, batch_sharing, select_components
@@ -143,6 +144,8 @@ def sketch(settings: SketchSettings) -> SketchReport:
     Raises:
         UserError: Something about the model, the data, the settings, the memory or the disk needs the caller.
     """
+    if settings.model is None:
+        return compare_stored(settings)
     inputs = _read_inputs(settings)
     sketches = _plan_sketches(settings, inputs)
     reference_of = _references(settings, sketches)

@@ -115,8 +115,10 @@ def _whole(audit: Audit) -> pa.Table:
     return evidence
 
 
-_KINDS = {"index": "an index", "run": "a run", "audit": "an audit"}
+_KINDS = {"index": "an index", "run": "a run", "audit": "an audit", "components": "a component search"}
 """What can be exported: the first word of a format's name, and what messages call it."""
+_COMPONENTS = "components.json"
+"""What `vestige evaluate components` leaves; its formats are given the folder, not what is in it."""
 _TEXTS = ("id", "text", "prompt", "completion", "messages", "source", "label")
 _TRAINED_PER_LIST, _FEWEST_PER_LIST = 64, 39
 """Rows that FAISS fits its cells on, for each cell; with fewer than 39 it doubts the cells."""
@@ -125,7 +127,7 @@ _QUERIES, _K, _SEED = 64, 10, 0
 
 @with_settings(ExportSettings)
 def export(settings: ExportSettings) -> list[Path]:
-    """Write the index, or the run, at `path` to the folder `out`, or push it to the hub; return the files written.
+    """Write the index, run or component search at `path` to the folder `out`, or push it to the hub; return the files.
 
     Raises:
         SpecError: The format is not known for what lies there.
@@ -136,6 +138,9 @@ def export(settings: ExportSettings) -> list[Path]:
         announce(push(settings))
     if settings.out is None:
         return []
+    if (settings.path / _COMPONENTS).is_file():
+        write = _find_format("components", settings.to, settings.path)
+        return _write_staged(settings.out, lambda out: write(settings.path, out))
     if not is_run(settings.path):
         return export_index(Index.open(settings.path), settings.out, settings.to)
     kind = "audit" if is_audit(settings.path) else "run"

@@ -50,6 +50,9 @@ class Pieces(Generic[Result]):
     """Returns whether the piece's marker is there and belongs to these settings; cheap."""
     open: Callable[[], AbstractContextManager[Compute]]
     """Opens what is needed to compute pieces (a loaded model, hooks), once per worker."""
+    for_all: bool = False
+    """Whether every share of the work (`--shard`) needs all pieces for what it does next: it computes its own first,
+    and then what no other share has done by then."""
     reduce: Callable[[], Result]
     """Returns the result from all pieces, in their order.
 
@@ -65,6 +68,11 @@ class Pieces(Generic[Result]):
     def missing(self) -> list[int]:
         """Return the pieces that are not done, in order."""
         return [piece for piece in range(self.count) if not self.is_done(piece)]
+
+    def share(self, part: int, parts: int) -> list[int]:
+        """Return the pieces of one share of the work, in the order in which it does them."""
+        own = list(range(part, self.count, parts))
+        return [*own, *(piece for piece in range(self.count) if piece % parts != part)] if self.for_all else own
 
 
 Tensors = dict[str, "Tensor"]

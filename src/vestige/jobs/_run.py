@@ -71,8 +71,8 @@ def _drive(
     pieces: Pieces[Result], settings: LaunchSettings, job: JobFolder, role: Role, command: Sequence[str] | None
 ) -> Result:
     """Do the work of the process that a person started, or of one rank among several."""
-    missing, (part, parts) = pieces.missing(), settings.part or (0, 1)
-    share = [piece for piece in missing if piece % parts == part]
+    missing = pieces.missing()
+    share = [piece for piece in pieces.share(*(settings.part or (0, 1))) if piece in missing]
     work = Work(pieces, settings, job, share, command or ())
     if role.kind == "rank":
         if role.number == 0:
@@ -129,9 +129,8 @@ def _work_here(work: Work) -> None:
 
 def _work_as_rank(work: Work, role: Role) -> None:
     """Compute this rank's share of the pieces, and wait for those of the other ranks."""
-    part, parts = work.settings.part or (0, 1)
     # Of all pieces: one rank may find fewer of them missing than another.
-    share = range(part, work.pieces.count, parts)[role.number :: role.of]
+    share = work.pieces.share(*(work.settings.part or (0, 1)))[role.number :: role.of]
     _work_here(replace(work, missing=[piece for piece in work.missing if piece in share]))
     with ending_well(work.pieces):
         if left := [piece for piece in work.missing if not work.is_over(piece)]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         lira_in_sample as lira_in_sample,
         lira_of_members as lira_of_members,
         lira_offline as lira_offline,
+        mean_over_models as mean_over_models,
         simplicity as simplicity,
     )
     from vestige.measures._canaries import exposure as exposure, read_canaries as read_canaries

@@ -186,6 +186,17 @@ def bank_evidence(
     )
 
 
+def mean_over_models(values: Values) -> tuple[Column, Column]:
+    """Return mean and standard deviation (population form) of each example's value over all models, finite ones alone.
+
+    The published static loss and logit gap (Dentan et al. 2024): what models like these make of an example, whether or
+    not they were trained on it.
+    """
+    chosen = np.isfinite(values)
+    mean = _mean(values, chosen)
+    return mean, np.sqrt(_mean((values - mean) ** 2, chosen))
+
+
 def _check_values(values: Values, membership: Membership) -> Values:
     """Return the values in float64; raise unless there is one for each member and example."""
     if values.ndim != 2 or values.shape != membership.shape or membership.dtype != np.bool_:
@@ -285,6 +296,22 @@ def _counterfactual(bank: BankValues) -> Column:
 )
 def _simplicity(bank: BankValues) -> Column:
     return simplicity(bank.values, bank.membership)
+
+
+@measure(
+    "bank_mean",
+    "mean over all models of the bank, of what they compare (--bank-value; minus the loss)",
+    stage="bank",
+    high="easy anyway",
+    details=("std",),
+    detail="standard deviation over the models ({})",
+    cost=_COST,
+    limits="says how easy an example is for models like these, not whether it is memorized",
+    order=185,
+    **_OF_A_BANK,
+)
+def _bank_mean(bank: BankValues) -> dict[str, Column]:
+    return dict(zip(("bank_mean", "bank_mean_std"), mean_over_models(bank.values), strict=True))
 
 
 @measure(

@@ -105,12 +105,22 @@ def gather(job: AuditJob) -> Evidence:
         )
         for number, (found, layers) in enumerate(zip(passes.subjects, passes.layers, strict=True))
     ]
+    for each in (one for one in job.at("states") if one.since_first and len(subjects) > 1):
+        _add_slopes(each.name, subjects)
     course = np.stack([each.measures["loss"] for each in subjects])
     for each in job.at("checkpoints"):
         subjects[-1].measures.update(_finite(each.columns(each.compute(course))))
     if job.bank is not None:
         _add_bank(job, job.bank, subjects)
     return Evidence(job, subjects)
+
+
+def _add_slopes(name: str, subjects: list[Measurements]) -> None:
+    """Add what a measure of states has changed by since the first checkpoint, layer by layer; 0 at the first."""
+    for layer, columns in subjects[0].layers.items():
+        if (first := columns.get(name)) is not None:
+            for each in subjects:
+                each.layers[layer][f"{name}_slope"] = each.layers[layer][name] - first
 
 
 def columns_of(job: AuditJob, measure: Measure, found: Collection[str]) -> list[str]:

@@ -270,6 +270,8 @@ class Measure:
     """Order of its columns `name_X`, by X; others follow, the shorter first."""
     detail: str = ""
     """What `name_X` is beside the meaning, with {} for X; without it such columns are not described."""
+    since_first: bool = False
+    """Whether its change since the first checkpoint, at the same layer, is a detail `slope` of it; for states alone."""
     relative: bool = False
     """Whether an example's value depends on other examples, so that values are not independent of one another."""
     word_for_word: str = ""

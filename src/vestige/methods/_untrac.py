@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +44,7 @@ from vestige.runs import (
     make_run_record,
     write_run,
 )
-from vestige.settings import AscentOptimizer, UntracSettings, with_settings
+from vestige.settings import AscentOptimizer, Reduction, UntracSettings, with_settings
 from vestige.storage import remove_partial, write_durably
 
 SIGN = "positive: training on it lowers the test set's loss"
@@ -275,6 +275,8 @@ class UnTracConfig:
     """None chooses it without ground truth."""
     unlearning_steps: int = 5
     batch_size: int = 256
+    loss: Reduction = "sum"
+    """Of a text: the sum or the mean over its tokens, both where it is unlearnt and where it is measured."""
     max_train_samples: int = 10_000
     max_test_samples: int = 100
     top_k_influences: int = 50
@@ -285,6 +287,8 @@ class UnTracConfig:
     seed: int = 42
     gradient_checkpointing: bool = False
     lora_rank: int | None = None
+    quantize: Literal[4, 8] | None = None
+    """Bits of the model's maps; LoRA matrices are then what moves."""
 
 
 class TextInfluence(NamedTuple):
@@ -340,6 +344,7 @@ class UnTrac(Method):
                 tokenizer=config.tokenizer,
                 precision=config.precision,  # type: ignore[arg-type]
                 device=config.device,
+                quantize=config.quantize,
             )
         return self._loaded
 
@@ -383,7 +388,7 @@ class UnTrac(Method):
 
     def _settings(self, out: Path, **given: Any) -> UntracSettings:
         config = self.config
-        same = ("optimizer", "batch_size", "max_length", "seed", "gradient_checkpointing", "lora_rank")
+        same = ("optimizer", "loss", "batch_size", "max_length", "seed", "gradient_checkpointing", "lora_rank")
         values = {name: getattr(config, name) for name in same} | given
         values |= {"learning_rate": config.unlearning_rate, "steps": config.unlearning_steps}
         values |= {"data": "train_texts", "queries": "test", "out": out, "level": "example"}

@@ -56,9 +56,10 @@ def layer_number(name: str) -> int | None:
 def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) -> Selection:
     """Return the components that `patterns` name, in the model's order, with a coverage row for every parameter.
 
-    A pattern is one of the words in `WORDS`, a glob over parameter names (`model.layers.3.*`), `layers 2-5` (keeps only
-    those blocks; alone it means `default` within them), any of the former with a leading `!` (leaves those out), or
-    `@FILE`: a text file of patterns, one a line, lines that begin with # aside.
+    A pattern is one of the words in `WORDS`, a glob over parameter names (`model.layers.3.*`), whole parts of such
+    names (`mlp.c_fc`, `transformer.h.1`, which is not `transformer.h.10`), `layers 2-5` (keeps only those blocks; alone
+    it means `default` within them), any of the former with a leading `!` (leaves those out), or `@FILE`: a text file of
+    patterns, one a line, lines that begin with # aside.
 
     What an adapter has trained and the default leaves out is announced.
 
@@ -180,17 +181,17 @@ def _of_file(pattern: str) -> list[str]:
 
 
 def _names_of(pattern: str, kinds: Mapping[str, Rules]) -> set[str]:
-    """Return the names that one word or glob stands for."""
+    """Return the names that one word, glob or run of dotted parts stands for."""
     if pattern in WORDS:
         words = _default_words(kinds) if pattern == "default" else (pattern,)
         return {name for name, found in kinds.items() if any(_has_word(word, name, found) for word in words)}
-    names = {name for name in kinds if fnmatch.fnmatchcase(name, pattern)}
+    names = {name for name in kinds if fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."}
     if not names:
         near = get_close_matches(pattern, [*WORDS, *kinds], n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise SpecError(
             f"Component pattern {pattern!r} matches no parameter.{hint} Use a word ({', '.join(WORDS)}), "
-            f"`layers 0-3`, or a glob over parameter names such as {next(iter(kinds), 'model.*')!r}."
+            f"`layers 0-3`, or a glob or whole parts of parameter names such as {next(iter(kinds), 'model.*')!r}."
         )
     return names
 

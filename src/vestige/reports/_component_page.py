@@ -70,16 +70,17 @@ def make_component_page(folder: Path) -> dict[str, Any]:
 
 
 def _list_facts(found: Part, parts: Sequence[Part]) -> list[Fact]:
-    passes = found["passes"]
-    times = f"{passes['published_to_ours']:.1f} times as many in the published protocol"
-    return [
+    facts = [
         Fact("Model", shorten_name(found["model"])),
         Fact("Compared", found["title"].partition(" (")[0]),
         Fact("Candidates", ", ".join(found["candidates"])),
         Fact("Components", str(len(parts)), note=f"{format_count(sum(one['parameters'] for one in parts))} parameters"),
-        Fact("Gradients computed", format_count(passes["backward_passes"]), note=times),
-        Fact("Passes took", format_duration(passes["gradient_seconds"])),
     ]
+    if (passes := found["passes"]) is not None:
+        times = f"{passes['published_to_ours']:.1f} times as many in the published protocol"
+        facts.append(Fact("Gradients computed", format_count(passes["backward_passes"]), note=times))
+        facts.append(Fact("Passes took", format_duration(passes["gradient_seconds"])))
+    return facts
 
 
 def _make_choice(words: str, found: Part) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
 
 def _describe_component(one: Part) -> tuple[str, ...]:
     more = (format_value(one[name]) for name in ("agreement", "centred", "output_accuracy", "self_similarity"))
-    size, backward = f"{one['parameters']:,}", f"{one['backward']:.0%}"
+    size, backward = f"{one['parameters']:,}", "" if one["backward"] is None else f"{one['backward']:.0%}"
     return (one["name"], size, backward, format_span(_span(one["accuracy"])), *more)
 
 

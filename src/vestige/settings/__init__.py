@@ -78,6 +78,7 @@ if TYPE_CHECKING:
         QueriesName as QueriesName,
         QuestionSettings as QuestionSettings,
         ReadingSettings as ReadingSettings,
+        Reduction as Reduction,
         RunFolder as RunFolder,
         Scope as Scope,
         TrainedOn as TrainedOn,

@@ -183,7 +183,7 @@ class RandomisationSettings(ScoredSettings):
 
 
 class OverlapSettings(ScoredSettings):
-    """Do different queries and methods name different examples? Overlap of top lists and hub examples."""
+    """Do different queries and methods name different examples? Overlap of lists, hubs, correlations of scores."""
 
     k: PositiveInt = Field(10, description="Length of the lists; runs keep 20 unless more were requested.")
 
@@ -222,8 +222,12 @@ class SketchSettings(TrackingSettings, ReadingSettings):
 
     repeatable: ClassVar[tuple[str, ...]] = ("compress", "index")
 
-    model: ModelName = Field(description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
-    data: DataName = Field(description="The examples: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
+    model: ModelName = Field(
+        None,
+        description="The model: hub id, local folder, GGUF folder or PEFT adapter folder. Not given: several --index "
+        "are compared with the widest of them, or with --reference rank=K.",
+    )
+    data: DataName = Field(None, description="The examples: JSONL, JSON, CSV, Parquet, `datasets` folder or hub id.")
     out: Common[Path] = Field(description="Folder of the table, the figures and what a later call can use again.")
     compress: Patterns = Field(
         (),
@@ -268,6 +272,18 @@ class SketchSettings(TrackingSettings, ReadingSettings):
             raise ValueError("at least one size, such as 256")
         return tuple(sorted(set(sizes)))
 
+    @model_validator(mode="after")
+    def _something_is_compared(self) -> Self:
+        if (self.model is None) != (self.data is None):
+            raise SpecError("--model and --data go together. Without both, several --index are compared.")
+        if self.model is None and (len(self.index) < 2 or self.compress or self.reference_mode == "naive_proj_layers"):
+            raise SpecError(
+                "Nothing to compare: give --model and --data, or two or more --index and at most --reference rank=K."
+            )
+        if self.model is None and self.reference_mode == "full":
+            raise SpecError("--reference full takes gradients of the whole model: give --model and --data.")
+        return self
+
     @property
     def reference_mode(self) -> str:
         """The reference without its size."""
@@ -298,6 +314,12 @@ class ComponentsSettings(TrackingSettings, QuestionSettings, LaunchSettings):
     queries: QueriesName = Field(description="The paraphrases, with answers, and with the id of the original of each.")
     out: Common[Path] = Field(description="Folder of the products, the table, the figures and the chosen components.")
     truth: str = Field("original_id", description="Column of the queries that holds the id of the original.")
+    query_column: str | None = Field(
+        None,
+        description="Column of the queries that holds their turns where a row holds the original too, such as "
+        "paraphrased_messages or model_generated_messages; the original is then the example with the row's id.",
+    )
+    limit_queries: PositiveInt | None = Field(None, description="Use only the first N queries; --limit is of --data.")
     candidates: Words = Field(
         ("5",),
         description="Candidates of each query: the first N of BM25 over prompts, or all; several such as "
@@ -327,6 +349,7 @@ class ComponentsSettings(TrackingSettings, QuestionSettings, LaunchSettings):
     seed: int = Field(0, description="Seed of projections, folds and bootstrap.")
 
     repeatable: ClassVar[tuple[str, ...]] = ("project", "candidates")
+    added: ClassVar[tuple[str, ...]] = (*QuestionSettings.added, "query_column", "limit_queries")
 
     @field_validator("candidates")
     @classmethod

@@ -293,7 +293,7 @@ class CompressionSettings(Settings):
     components: Common[Patterns] = Field(
         ("default",),
         description="Parameters to attribute to: attention, mlp, embedding, norm, lora, adapter, all, 'layers 0-3', "
-        "globs over parameter names, or @FILE with one of these on each line.",
+        "globs over parameter names or whole parts of them such as mlp.c_fc, or @FILE with one of these on each line.",
     )
     compress: Annotated[str, Basic(), Named("vestige.compressors", "compressor", _names_of_compressors)] = Field(
         "tensorsketch:256",

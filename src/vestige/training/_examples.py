@@ -135,14 +135,19 @@ def members_of(groups: Int[np.ndarray, "example"], fraction: float, seed: int) -
 
 
 def read_questions(
-    given: Any, settings: ReadingSettings, loaded: LoadedModel, data: TokenizedData, name: str
+    given: Any,
+    settings: ReadingSettings,
+    loaded: LoadedModel,
+    data: TokenizedData,
+    name: str,
+    limit: int | None = None,
 ) -> TokenizedData:
-    """Read texts that are not trained on, put to the model as the data are.
+    """Read texts that are not trained on, the first `limit` of them, put to the model as the data are.
 
     Raises:
         DataError: One has no target token: a prompt without an answer has no loss.
     """
-    found = load_queries(given, on_bad_text=settings.on_bad_text)
+    found = load_queries(given, on_bad_text=settings.on_bad_text, limit=limit)
     texts = tokenize(
         ask(found, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer).queries,
         loaded.tokenizer,

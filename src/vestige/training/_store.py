@@ -30,8 +30,8 @@ RECORD, LOSSES, MEMBERSHIP, AT_RISK = "run.json", "losses.parquet", "membership.
 STEP = "step.json"
 """How far a training is, for `vestige status`; gone when it is complete."""
 _LOG, _OPTIMIZER = "log", "optimizer.pt"
-IN_RUN, IN_RUN_LOG = "in-run", "in-run-log"
-"""Folders of the scores by the loss of validation examples: a run, and the scores of every step."""
+IN_RUN, IN_RUN_LOG, RESULTS = "in-run", "in-run-log", "results.json"
+"""Of scores by the loss of validation examples: a run, the folder of the scores of every step, and its losses."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MADE_OF = "made-of.txt"
 _UNFINISHED = re.compile(r"checkpoint-\d+\.(part|gone)")
@@ -43,7 +43,7 @@ _IN_CHECKPOINT = (
 RESULT_FILES = (
     *(RECORD, STEP, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{_LOG}/steps-*.parquet"),
     *(f"checkpoint-[0-9]*/{name}" for name in _IN_CHECKPOINT),
-    *(IN_RUN, IN_RUN_LOG, "tracking"),
+    *(IN_RUN, IN_RUN_LOG, RESULTS, "tracking"),
 )
 """What a training consists of, as for `require_no_others`."""
 _STEPS = pa.schema(

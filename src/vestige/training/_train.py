@@ -1,9 +1,11 @@
 """`vestige train`: from a model and data to a training that attribution and audit can read."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,19 @@ from vestige.errors import DataError, IndexMismatch, UserError, differences, mis
 from vestige.indexes import batch_tokens
 from vestige.jobs import is_follower
 from vestige.models import LoadedModel
-from vestige.online import Attached, attach, write_in_run_influence
+from vestige.online import Attached, OnlineLog, attach, write_in_run_influence
 from vestige.progress import Progress, announce, progress
 from vestige.runs import environment
 from vestige.settings import LearningSettings, TrainSettings, list_epochs, with_settings
-from vestige.storage import check_disk, make_folder, remove_result, remove_strays, remove_tree, require_no_others
+from vestige.storage import (
+    check_disk,
+    make_folder,
+    remove_result,
+    remove_strays,
+    remove_tree,
+    require_no_others,
+    write_durably,
+)
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
@@ -36,6 +46,7 @@ from vestige.training._store import (
     MEMBERSHIP,
     RECORD,
     RESULT_FILES,
+    RESULTS,
     CurrentStep,
     TrainingRun,
     checkpoint_folder,
@@ -103,12 +114,32 @@ def train(
     _run(settings, inputs, plan, on_step, group)
     if validation is not None and not (settings.out / IN_RUN).exists():
         write_in_run_influence(settings.out / IN_RUN_LOG, data, validation, settings.out / IN_RUN)
+        _write_losses(settings.out)
     record = {**(read_record(settings.out) or {}), "versions": environment()}
     record |= {"epochs": plan.epochs, "seconds": time.perf_counter() - started}
     record["peak_memory_bytes"] = peak_memory_bytes()
     record["peak_gpu_memory_bytes"] = peak_gpu_memory_bytes()
     write_record(settings.out, record)
     return TrainingRun.open(settings.out)
+
+
+def _write_losses(folder: Path) -> None:
+    """Write the losses before every step, nats: of the batch, as the model returned it, and of the validation examples.
+
+    The keys are those of GhostSuite's results; there is no test set beside the validation examples.
+    """
+    log = OnlineLog.open(folder / IN_RUN_LOG).table().group_by("step", use_threads=False)
+    steps = log.aggregate([("loss", "mean"), ("validation_loss", "max")]).to_pylist()
+    content = [
+        {
+            "step": one["step"],
+            "train_loss": one["loss_mean"],
+            "eval_loss": one["validation_loss_max"],
+            "test_loss": None,
+        }
+        for one in steps
+    ]
+    write_durably(folder / RESULTS, [(json.dumps(content, indent=1) + "\n").encode()])
 
 
 def steps_per_epoch(examples: int, settings: LearningSettings) -> int:

@@ -27,6 +27,7 @@ from vestige.settings import with_settings
 from vestige_recipes.commands import ImportLayout, ImportSettings
 from vestige_recipes.interop.chunks import read_chunks
 from vestige_recipes.interop.iterations import FULL_GRADIENTS, PROJECTIONS, read_full_gradients, read_projections
+from vestige_recipes.interop.logs import LOGS, import_logs
 from vestige_recipes.interop.published import HELPS, Published, without_tokens, write_imported
 from vestige_recipes.interop.similarities import import_similarities
 
@@ -37,6 +38,7 @@ _FILES: dict[ImportLayout, tuple[str, ...]] = {
     "fullgrads": (f"{FULL_GRADIENTS}_*.pt",),
     "chunks": tuple(f"{folder}chunk_*_*_*.mmap" for folder in ("", "grad/", "ifvp/")),
     "similarities": ("dot_products*", "*_part_*.json"),
+    "logs": (f"{LOGS}_*.pt",),
 }
 """What the names of a layout's files look like."""
 AGAINST = Meaning(
@@ -71,6 +73,8 @@ def import_published(settings: ImportSettings) -> Index | Scores:
         return import_similarities(settings)
     if settings.dimension is not None or settings.queries is not None:
         raise SpecError(f"--dimension and --queries are for similarities, and {settings.source} holds {layout}.")
+    if layout == "logs":
+        return import_logs(settings)
     published = _READERS[layout](settings.source)
     for note in published.notes:
         announce(note)
@@ -98,8 +102,8 @@ def _detect_layout(source: Path) -> ImportLayout:
     if len(found) != 1:
         what = f"files of several layouts ({', '.join(found)})" if found else "no file of a known layout"
         raise DataError(
-            f"{source} holds {what}. Expected proj_iter_*.pt, fullgrad_iter_*.pt, chunk_gradients_*.mmap, or "
-            "dot_products; say which with --layout."
+            f"{source} holds {what}. Expected proj_iter_*.pt, fullgrad_iter_*.pt, chunk_gradients_*.mmap, "
+            "dot_products, or dot_prod_log_iter_*.pt; say which with --layout."
         )
     return found[0]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vestige.compress import parse_spec
-from vestige.errors import DataError
+from vestige.errors import DataError, SpecError
 from vestige.indexes import IMPORTED_SPEC, Index, IndexedComponent, Manifest, parts_in_order
 from vestige.storage import write_durably
 from vestige_recipes.interop.published import (
@@ -39,6 +39,8 @@ from vestige_recipes.interop.published import (
 )
 
 PROJECTIONS, FULL_GRADIENTS = "proj_iter", "fullgrad_iter"
+_TRANSPOSED = "conv1d"
+"""Kind of the components whose parameter is [in, out]."""
 UNTRUSTED = (
     "The files do not say which example a row is: the published `batch_idx` counts batches that were drawn with "
     "replacement. Rows are in the order of the iterations."
@@ -173,7 +175,6 @@ def write_projections(index: Index, out: Path) -> list[Path]:
     dtype = torch.bfloat16 if manifest.dtype == "bfloat16" else torch.float32
     written = []
     for number, (part, gradients) in enumerate(parts_in_order(index, ROWS_PER_BATCH)):
-        path = out / f"{PROJECTIONS}_{number:06d}.pt"
         content = {
             # Indexing copies: a view would be saved with the whole of what it looks at.
             "proj": gradients[:, columns].to(dtype),
@@ -181,12 +182,43 @@ def write_projections(index: Index, out: Path) -> list[Path]:
             "batch_size": part.stop - part.start,
             "batch_idx": list(range(part.start, part.stop)),
         }
-        stream = io.BytesIO()
-        torch.save(content, stream)
-        write_durably(path, [stream.getvalue()])
-        written.append(path)
+        written.append(_write_tensors(out / f"{PROJECTIONS}_{number:06d}.pt", content))
     metadata = _projection_metadata(manifest, layers, str(dtype).removeprefix("torch."))
     return [*written, write_json(out / "metadata.json", metadata)]
+
+
+def write_full_gradients(index: Index, out: Path) -> list[Path]:
+    """Write `fullgrad_iter_{i:06d}.pt`, one example each in float32, and `fullgrad_meta.json` with the parameters.
+
+    A GPT-2 Conv1D weight lies there as the model holds it, [in, out].
+
+    Raises:
+        SpecError: The index holds compressed gradients.
+    """
+    manifest = index.manifest
+    if manifest.compression.spec == IMPORTED_SPEC or parse_spec(manifest.compression.spec).stages:
+        raise SpecError(f"{index.folder} holds compressed gradients. Give an index made with --compress none.")
+    slices, written = {}, list[Path]()
+    for part in manifest.components:
+        shape = [part.shape[0]] if part.shape[1] == 1 else list(part.shape)[:: -1 if part.kind == _TRANSPOSED else 1]
+        place = {"start": part.start, "end": part.stop, "numel": part.stop - part.start, "shape": shape}
+        slices[part.name] = place
+    for rows, gradients in parts_in_order(index, ROWS_PER_BATCH):
+        for number, gradient in zip(range(rows.start, rows.stop), gradients.float(), strict=True):
+            parts = [gradient[part.start : part.stop].view(part.shape) for part in manifest.components]
+            kinds = [part.kind for part in manifest.components]
+            laid = [one.T if kind == _TRANSPOSED else one for one, kind in zip(parts, kinds, strict=True)]
+            content = {"grad": torch.cat([one.reshape(-1) for one in laid]), "iter": number, "batch_size": 1}
+            written.append(_write_tensors(out / f"{FULL_GRADIENTS}_{number:06d}.pt", content))
+    metadata = {"total_param_dim": manifest.width, "param_slices": slices}
+    return [*written, write_json(out / "fullgrad_meta.json", metadata)]
+
+
+def _write_tensors(path: Path, content: dict[str, Any]) -> Path:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    write_durably(path, [stream.getvalue()])
+    return path
 
 
 def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], dtype: str) -> dict[str, Any]:
@@ -215,11 +247,20 @@ def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], 
         "proj_dtype": dtype,
         "proj_method": manifest.compression.spec,
         "proj_rank_total": max(totals),
-        "proj_rank_min": min(min(layer["k_i"], layer["k_o"]) for layer in layers),
+        "proj_rank_min": _least_rank(manifest, layers),
         "total_proj_dim": start,
         "layers": layers,
         VESTIGE_KEY: manifest.model_dump(mode="json"),
     }
+
+
+def _least_rank(manifest: Manifest, layers: Sequence[dict[str, Any]]) -> int:
+    """Return the least rank of a side that was asked for; where none was, the least there is."""
+    known = manifest.compression.spec != IMPORTED_SPEC
+    for stage in parse_spec(manifest.compression.spec).stages if known else ():
+        if "min" in (options := stage.kind.with_defaults(dict(stage.options))) and len(stage.size) == 1:
+            return int(options["min"])
+    return min(min(layer["k_i"], layer["k_o"]) for layer in layers)
 
 
 def _sides(manifest: Manifest, part: IndexedComponent) -> tuple[int, int]:

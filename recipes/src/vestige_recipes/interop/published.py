@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ ROWS_PER_BATCH = 16
 """Rows of an exported batch."""
 _LISTED = 8
 """Numbers that a message lists."""
+Held = TypeVar("Held")
 _STORED = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -102,6 +103,11 @@ def read_json(path: Path) -> Any:
 
 def load_tensors(path: Path) -> dict[str, Any]:
     """Return the dictionary in a `.pt` file, of which nothing but tensors and plain values is ever loaded."""
+    return load_object(path, dict)
+
+
+def load_object(path: Path, of: type[Held]) -> Held:
+    """Return the object of a type in a `.pt` file, of which nothing but tensors and plain values is ever loaded."""
     try:
         with warnings.catch_warnings():
             # torch warns of an unusual pickle that it then refuses: the refusal is enough.
@@ -117,8 +123,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path} does not load ({reason}): it is torn or broken. Copy it again, or remove it."
         ) from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, expected a dictionary.")
+    if not isinstance(content, of):
+        raise DataError(f"{path} holds a {type(content).__name__}, expected a {of.__name__}.")
     return content
 
 

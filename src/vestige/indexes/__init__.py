@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from vestige.indexes._manifest import (
         IMPORTED_SPEC as IMPORTED_SPEC,
+        PRECONDITIONED as PRECONDITIONED,
         WHOLE_MODEL as WHOLE_MODEL,
         CompressionIdentity as CompressionIdentity,
         DataIdentity as DataIdentity,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from vestige.indexes._store import Index as Index, IndexBlock as IndexBlock, parts_in_order as parts_in_order
     from vestige.indexes._work import (
         TOKENS as TOKENS,
+        TRAINED as TRAINED,
         IndexWork as IndexWork,
         PlannedBatches as PlannedBatches,
         index_status as index_status,

@@ -23,6 +23,7 @@ from pyarrow import csv as arrow_csv
 
 from vestige.data import turn_record
 from vestige.errors import MissingExtra, SpecError, UserError
+from vestige.indexes._manifest import PRECONDITIONED
 from vestige.indexes._shards import safetensors_header
 from vestige.indexes._store import Index, parts_in_order
 from vestige.lazy import torch
@@ -114,7 +115,12 @@ def _whole(audit: Audit) -> pa.Table:
     return evidence
 
 
-_KINDS = {"index": "an index", "run": "a run", "audit": "an audit"}
+_KINDS = {
+    "index": "an index",
+    "run": "a run",
+    "audit": "an audit",
+    "preconditioned": "a folder of preconditioned gradients",
+}
 """What can be exported: the first word of a format's name, and what messages call it."""
 _TEXTS = ("id", "text", "prompt", "completion", "messages", "source", "label")
 _TRAINED_PER_LIST, _FEWEST_PER_LIST = 64, 39
@@ -124,13 +130,16 @@ _QUERIES, _K, _SEED = 64, 10, 0
 
 @with_settings(ExportSettings)
 def export(settings: ExportSettings) -> list[Path]:
-    """Write the index, or the run, at `path` to the folder `out`; return the files that were written.
+    """Write the index, run, audit or preconditioned gradients at `path` to the folder `out`; return the files.
 
     Raises:
         SpecError: The format is not known for what lies there.
         MissingExtra: The format needs a package that is not installed.
         UserError: `path` is neither, or `out` is not empty.
     """
+    if (settings.path / PRECONDITIONED).is_file():
+        write = _find_format("preconditioned", settings.to, settings.path)
+        return _write_staged(settings.out, lambda out: write(settings.path, out))
     if not is_run(settings.path):
         return export_index(Index.open(settings.path), settings.out, settings.to)
     kind = "audit" if is_audit(settings.path) else "run"

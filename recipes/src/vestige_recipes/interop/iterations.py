@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vestige.compress import parse_spec
 from vestige.errors import DataError
 from vestige.indexes import IMPORTED_SPEC, Index, IndexedComponent, Manifest, parts_in_order
 from vestige.storage import write_durably
@@ -185,15 +184,15 @@ def write_projections(index: Index, out: Path) -> list[Path]:
         torch.save(content, stream)
         write_durably(path, [stream.getvalue()])
         written.append(path)
-    metadata = _projection_metadata(manifest, layers, str(dtype).removeprefix("torch."))
+    metadata = _projection_metadata(index, layers, str(dtype).removeprefix("torch."))
     return [*written, write_json(out / "metadata.json", metadata)]
 
 
-def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], dtype: str) -> dict[str, Any]:
-    layers, start = [], 0
+def _projection_metadata(index: Index, parts: Sequence[IndexedComponent], dtype: str) -> dict[str, Any]:
+    manifest, layers, start = index.manifest, [], 0
     for part in parts:
         total = part.stop - part.start
-        output_side, input_side = _sides(manifest, part)
+        output_side, input_side = _sides(index, part)
         layers.append(
             {
                 "name": part.name,
@@ -222,11 +221,11 @@ def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], 
     }
 
 
-def _sides(manifest: Manifest, part: IndexedComponent) -> tuple[int, int]:
+def _sides(index: Index, part: IndexedComponent) -> tuple[int, int]:
     """Return output and input size where each side was projected for itself; one side of all columns elsewhere."""
-    total = part.stop - part.start
+    total, manifest = part.stop - part.start, index.manifest
     if manifest.compression.spec == IMPORTED_SPEC or manifest.compression.scope == "model":
         return 1, total
-    compressor = parse_spec(manifest.compression.spec).build(part.name, part.shape, manifest.seed)
+    compressor = index.spec.build(part.name, part.shape, manifest.seed)
     left, right = compressor.left.out_size, compressor.right.out_size
     return (left, right) if left * right == total else (1, total)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.reference.gradients import example_gradients
 from tests.workshop import PAIRS, furnish, write_rows
 from vestige import attribute, doctor, index
 from vestige.compress import MaskTraining, Stream, permutation, read_masks, train_selective_mask
+from vestige.data import load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.indexes import Index
 
@@ -31,20 +33,13 @@ def build(out="idx", compress=SPEC, **settings):
 
 def gradients_by_autograd(names):
     """Gradients [example, out, in] of every row's own loss, in float64, one row after another."""
-    model = AutoModelForCausalLM.from_pretrained("tiny-model").double()
-    tokenizer = AutoTokenizer.from_pretrained("tiny-model")
-    found = {name: [] for name in names}
-    for prompt, completion, _ in PAIRS:
-        begun = len(tokenizer(prompt).input_ids)
-        ids = torch.tensor([[*tokenizer(prompt).input_ids, *tokenizer(" " + completion).input_ids]])
-        ids = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], dim=1)
-        logits = torch.log_softmax(model(ids).logits[0, begun - 1 : -1], -1)
-        loss = -logits.gather(1, ids[0, begun:, None]).sum()
-        model.zero_grad()
-        loss.backward()
-        for name in names:
-            found[name].append(model.get_parameter(name).grad.clone())
-    return {name: torch.stack(rows) for name, rows in found.items()}
+    model = AutoModelForCausalLM.from_pretrained("tiny-model").double().eval()
+    data = tokenize(load_examples("train.jsonl"), AutoTokenizer.from_pretrained("tiny-model"), max_length=None)
+    rows = [
+        example_gradients(model, torch.as_tensor(ids), torch.as_tensor(targets))
+        for ids, targets in zip(data.input_ids, data.targets, strict=True)
+    ]
+    return {name: torch.stack([row[name] for row in rows]) for name in names}
 
 
 def trained_file(folder):
@@ -52,6 +47,7 @@ def trained_file(folder):
     return path
 
 
+@pytest.mark.slow
 def test_rows_are_the_gradients_at_the_coordinates_that_the_training_chose(place):
     made = build(components=("*.mlp.down_proj.weight",))
     (part, *_), masks = made.manifest.components, read_masks(str(trained_file(made.folder)))
@@ -71,6 +67,7 @@ def test_rows_are_the_gradients_at_the_coordinates_that_the_training_chose(place
     torch.testing.assert_close(rows.double(), kept, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_command_trains_nothing_again_and_another_training_is_refused(place):
     made = build()
     path = trained_file(made.folder)
@@ -95,6 +92,7 @@ def test_the_same_command_trains_nothing_again_and_another_training_is_refused(p
     assert trained_file(other.folder).name != path.name
 
 
+@pytest.mark.slow
 def test_an_index_that_has_moved_is_queried_and_gains_rows(place):
     made = build()
     rows = [{"id": f"pair-{number}", "prompt": pair[0], "completion": pair[1], "source": pair[2]}
@@ -122,6 +120,7 @@ def test_two_workers_leave_the_bytes_of_one(place):
     assert one.fingerprint == two.fingerprint
 
 
+@pytest.mark.slow
 def test_masks_of_whole_gradients_stand_before_a_sketch_of_the_model(place):
     made = build(compress=f"selective_grass-16,{TRAINING}", compress_scope="model")
     assert made.width == 16

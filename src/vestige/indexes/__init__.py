@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Manifest as Manifest,
         ModelIdentity as ModelIdentity,
         PlanRecord as PlanRecord,
+        Span as Span,
         difference as difference,
         expect_shards as expect_shards,
         lay_out as lay_out,

@@ -251,7 +251,7 @@ def trak(name: str, models: list[nn.Module], task: Task, spec: str, seed: int) -
         sides = []
         for batch in (task.train, task.queries):
             with torch.no_grad():
-                unsure = doubt(task.losses(model, batch))
+                unsure = doubt(task.losses(model, batch)).float()
             sides.append(compress(model, task, batch, spec, seed + number, shared=True) / unsure[:, None])
             doubts += [unsure] if batch is task.train else []
         train, queries = sides

@@ -47,7 +47,7 @@ from vestige_recipes.common.registry import (
 from vestige_recipes.grass.tasks import Batch, Task, digits_task, melodies_task
 
 LIKE = 0.03
-"""Within this of LoGra's score that of FactGraSS was expected, and of the dense projection's that of GraSS."""
+"""Within this of LoGra's score that of FactGraSS was expected, and of SJLT's that of GraSS."""
 _AT_ONCE = 100
 _MASKS = MaskTraining(penalty=1e-4, learning_rate=0.02, epochs=60, stop_below=0.0)
 """Of a few hundred steps with 60 examples a step."""
@@ -196,8 +196,7 @@ def layer_specs(side: int, masks: Path) -> dict[str, str]:
 
 def model_specs(kept: int) -> dict[str, str]:
     """Return compressors of the whole model's gradient to `kept` numbers."""
-    specs = {"Gauss": f"gauss:{kept}", "SJLT": f"sjlt:{kept}", "GraSS": f"mask:{4 * kept} | sjlt:{kept}"}
-    return {f"{name} {kept}": spec for name, spec in specs.items()}
+    return {f"SJLT {kept}": f"sjlt:{kept}", f"GraSS {kept}": f"mask:{4 * kept} | sjlt:{kept}"}
 
 
 def compress(
@@ -278,10 +277,10 @@ def _gates(found: dict[str, Estimate]) -> list[Gate]:
         return next(estimate for name, estimate in found.items() if name.startswith(start))
 
     fact, logra = of("influence, FactGraSS"), of("influence, LoGra")
-    grass, gauss = of("TRAK, GraSS"), of("TRAK, Gauss")
+    grass, sjlt = of("TRAK, GraSS"), of("TRAK, SJLT")
     return [
         at_least("influence with FactGraSS: lower end of its interval above zero by", fact.low),
         at_most("influence with FactGraSS: LDS below LoGra's by", logra.value - fact.value, LIKE),
-        at_most("TRAK with GraSS: LDS below that of the dense projection by", gauss.value - grass.value, LIKE),
+        at_most("TRAK with GraSS: LDS below that with SJLT by", sjlt.value - grass.value, LIKE),
         at_least("TRAK with GraSS: LDS above grad-dot's by", grass.value - found["grad-dot"].value),
     ]

@@ -240,7 +240,8 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
     if settings.overwrite:
         refuse_overwrite_by_ranks()
         broadcast_from_rank0(lambda: remove_index(settings.out))
-    spec = train_spec(settings, inputs, spec, earlier, command)
+    if any(stage.is_untrained for stage in spec.stages):
+        spec = train_spec(settings, inputs, spec, earlier, command)
     draft = draft_manifest(settings, inputs, spec)
     if begun and settings.token_budget is None and card_memory(inputs.loaded.model) is not None:
         # What was free when the index was begun decides its batches, not what is free now.

@@ -44,7 +44,7 @@ def train_spec(
     begun: CompressionSpec | None,
     command: Sequence[str] | None,
 ) -> CompressionSpec:
-    """Return the spec with the file of what had to be trained for it; itself if nothing has to be.
+    """Train the stage of the spec that has to be trained, and return the spec with the file of it.
 
     Args:
         settings: Folder, seed, loss, and where the work runs.
@@ -59,13 +59,10 @@ def train_spec(
         UserError: The folder holds other files, or the gradients do not fit into memory.
         WorkElsewhere: Other shares of the command have components to train.
     """
-    number = next((number for number, stage in enumerate(spec.stages) if stage.is_untrained), None)
-    if number is None:
-        return spec
     if begun is not None:
         # A spec that differs is refused with the settings that differ, before anything is trained for it.
         return begun if begun.forget_trained() == spec else spec
-    stage = spec.stages[number]
+    number, stage = next((number, stage) for number, stage in enumerate(spec.stages) if stage.is_untrained)
     _require_first(stage, number, settings)
     require_no_others(settings.out, BEGUN)
     file = _Training(settings, inputs, stage)

@@ -45,9 +45,7 @@ def test_the_commands_run_on_a_tiny_model(tmp_path, monkeypatch):
     tiny = {"MODEL": "tiny-model", "DATA": "train.jsonl", "PROMPTS": "questions.jsonl", "ROWS": "12", "BLOCK": "24"}
     tiny |= {"COMPRESS": "Random-8*8 | SJLT-16", "TOKENS": "6", "RUNS": "--device cpu", "CLUSTER": "--workers 1"}
     for words in commands(tmp_path / "workshop", **tiny):
-        with pytest.raises(SystemExit) as ended:
-            main(words)
-        assert not ended.value.code, words
+        main(words)
     (written,) = Path("out/influence-json").iterdir()
     rows = json.loads(written.read_text())["scores"]
     assert {row["rank"] for row in rows if row["end"] == "proponent"} == {1, 2, 3, 4, 5}

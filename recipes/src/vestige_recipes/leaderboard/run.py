@@ -77,6 +77,7 @@ PLANS = {
             "cg": ({"steps": 5, "examples": 96},),
             "lissa": ({"depth": 10, "sample": 48},),
             "arnoldi": ({"steps": 30, "rank": 15, "examples": 96},),
+            "source": ({"segments": 2},),
         },
         compress=("tensorsketch:256", "tensorsketch:1024", "logra:32x32"),
     ),

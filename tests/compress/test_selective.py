@@ -197,11 +197,21 @@ class TestFile:
         with pytest.raises(SpecError, match=r"no file of masks .*absent.safetensors"):
             parse_spec(f"selective:4x5,file={tmp_path / 'absent.safetensors'}")
 
-    def test_a_file_has_to_be_named(self):
+    def test_what_is_not_trained_yet_is_refused_where_no_index_trains_it(self):
         for spec in ("selective:4x5", "selective_mask-4*5", "selective:4x5,file=", "selective_mask-4*5 | SJLT-8"):
-            with pytest.raises(SpecError, match=r"selective:4x5,file=masks.safetensors") as mistake:
-                parse_spec(spec)
-            assert "mask:4x5" in str(mistake.value)
+            with pytest.raises(SpecError, match=r"vestige index.*selective:4x5,file=masks.safetensors.*'mask'"):
+                parse_spec(spec).build("layer", SHAPE, 0)
+
+    def test_the_training_is_part_of_the_spec_and_no_part_of_the_map(self, file):
+        spec = parse_spec(f"selective:4x5,file={file},learning_rate=2e-2,epochs=500,examples=40")
+        assert spec.stages[0].training == MaskTraining(learning_rate=0.02, examples=40)
+        assert "learning_rate=0.02" in spec.canonical
+        assert "epochs" not in spec.canonical, "500 is the default"
+        assert parse_spec(spec.canonical) == spec
+        spec.build("layer", SHAPE, 0)
+        for wrong in ("learning_rate=fast", "learning_rate=inf", "epochs=0", "epochs=1.5"):
+            with pytest.raises(SpecError, match=wrong.partition("=")[0] + " must be a"):
+                parse_spec(f"selective:4x5,{wrong}")
 
     @pytest.mark.parametrize(
         ("published", "modern"),

@@ -92,16 +92,22 @@ class ParaphraseSettings(PreparationSettings):
 
 
 class GenerateSettings(PreparationSettings):
-    """Let a model answer every prompt, greedily.
+    """Let a model answer every prompt, greedily unless a temperature is given.
 
     Prompts keep their ids and columns; an answer that is there already is replaced.
     """
+
+    added: ClassVar[tuple[str, ...]] = (*PreparationSettings.added, "temperature", "seed")
 
     model: Any = Field(description="Who answers: a hub id, a folder, a GGUF file, an adapter or, in Python, a module.")
     max_new_tokens: PositiveInt = Field(
         512, description="Longest answer in tokens; never more than its prompt leaves of the model's context."
     )
     chat: bool = Field(False, description="Put prompts into the model's chat template, as user turns.")
+    temperature: NonNegativeFloat = Field(
+        0.0, description="Draw answers at this temperature; 0 takes the likeliest words."
+    )
+    seed: int = Field(0, description="Seed of drawn answers; each prompt has random numbers of its own.")
     keep_answers: bool = Field(False, description="Leave rows that have an answer as they are.")
     keep_flagged: bool = Field(False, description="Keep empty answers, marked in `problem`.")
     precision: Precision = Field("auto", description="Number format in which the model runs.")

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.indexes.synthetic import WIDTH, build, gradient_rows
+from tests.indexes.synthetic import COMPONENTS, WIDTH, build, gradient_rows
 from tests.workshop import furnish
 
 import vestige
 from vestige import export
+from vestige.curvature import precondition, read_preconditioned
 from vestige.errors import SpecError
-from vestige.indexes import Index, export_index
+from vestige.indexes import CompressionIdentity, Index, export_index
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.interop import import_published
 
@@ -104,3 +105,31 @@ def test_a_layout_for_the_other_kind_is_refused(run, index, tmp_path):
         export(path=run[1], out=tmp_path / "out", to="chunks")
     with pytest.raises(SpecError, match="is an index, and `to` similarities is for a run"):
         export(path=index.folder, out=tmp_path / "out", to="similarities")
+
+
+def test_preconditioned_gradients_are_exported_as_in_the_data_and_import_again(index, tmp_path):
+    precondition(index=index.folder, out=tmp_path / "ifvp", damping=0.5)
+    files = export(path=tmp_path / "ifvp", out=tmp_path / "out", to="chunks")
+    assert sorted(path.name for path in files) == [
+        "batch_metadata.json",
+        "chunk_ifvp_0_3.mmap",
+        "chunk_ifvp_0_3_metadata.json",
+    ]
+    values = np.fromfile(tmp_path / "out" / "ifvp" / "chunk_ifvp_0_3.mmap", dtype=np.float32).reshape(60, WIDTH)
+    for block in read_preconditioned(tmp_path / "ifvp"):
+        assert np.array_equal(values[block.example], block.gradients.numpy())
+    assert np.abs(values - gradient_rows(np.arange(60)).numpy()).max() > 1e-3
+    again = import_published(source=tmp_path / "out", out=tmp_path / "again")
+    assert np.array_equal(again.gradients_of(range(60)).numpy(), values)
+    with pytest.raises(SpecError, match="numpy is for an index"):
+        export(path=tmp_path / "ifvp", out=tmp_path / "numbers")
+
+
+def test_preconditioned_gradients_of_the_whole_model_are_one_layer(tmp_path):
+    shared = tuple(part.model_copy(update={"start": 0, "stop": WIDTH}) for part in COMPONENTS)
+    compression = CompressionIdentity(spec=f"sjlt:{WIDTH}", scope="model")
+    build(tmp_path / "index", dtype="float32", components=shared, compression=compression)
+    precondition(index=tmp_path / "index", out=tmp_path / "ifvp")
+    export(path=tmp_path / "ifvp", out=tmp_path / "out", to="chunks")
+    metadata = json.loads((tmp_path / "out" / "batch_metadata.json").read_text())
+    assert (metadata["layer_names"], metadata["layer_dims"]) == (["all components"], [WIDTH])

@@ -145,3 +145,18 @@ def test_empty_answers_are_flagged_and_cut_ones_are_counted(workshop, tmp_path, 
 def test_a_row_without_a_prompt_is_named(workshop, tmp_path):
     with pytest.raises(DataError, match=r"id 'x'\) has no prompt to answer"):
         generate(data=[{"id": "x", "text": "plain"}], model=str(workshop / "tiny-model"), out=tmp_path)
+
+
+def test_drawn_answers_follow_from_seed_and_prompt_alone(workshop, tmp_path, lines):
+    rows = [{"id": f"q{row}", "prompt": prompt} for row, prompt in enumerate(PROMPTS[:4])]
+
+    def said(name, given, **options):
+        result = generate(
+            data=given, model=str(workshop / "tiny-model"), out=tmp_path / name, max_new_tokens=9, **options
+        )
+        return {row["id"]: row["completion"] for row in lines(result.data)}
+
+    drawn = said("drawn", rows, temperature=0.7)
+    assert said("part", rows[2:], temperature=0.7) == {name: drawn[name] for name in ("q2", "q3")}
+    assert drawn != said("seed", rows, temperature=0.7, seed=1)
+    assert drawn != said("greedy", rows)

@@ -64,7 +64,11 @@ if TYPE_CHECKING:
         signs as signs,
     )
     from vestige.compress._sjlt import Sjlt as Sjlt
-    from vestige.compress._spec import CompressionSpec as CompressionSpec, parse_spec as parse_spec
+    from vestige.compress._spec import (
+        CompressionSpec as CompressionSpec,
+        Stage as Stage,
+        parse_spec as parse_spec,
+    )
     from vestige.compress._tensorsketch import Fold as Fold, Wrap as Wrap, tensorsketch as tensorsketch
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vestige.compress._registry import Stream, Work, compressor, permutation_head
 from vestige.errors import SpecError
-from vestige.gradients import Side
 from vestige.parsing import parse_json
+from vestige.storage import make_folder, write_durably
 
 
 class Coordinates:
@@ -91,7 +91,8 @@ def write_masks(path: str | Path, masks: Mapping[str, Mapping[str, MaskPart]]) -
     parts = {f"{name}/{word}": part for name, mask in masks.items() for word, part in mask.items()}
     about = {name: {"size": part.size, "scale": part.scale} for name, part in sorted(parts.items())}
     tensors = {name: part.coordinates.to(torch.int64).cpu().contiguous() for name, part in sorted(parts.items())}
-    save_file(tensors, path, {"masks": json.dumps(about)})
+    make_folder(Path(path).parent)
+    write_durably(Path(path), [save(tensors, {"masks": json.dumps(about)})])
 
 
 @dataclass(frozen=True)
@@ -151,50 +152,3 @@ def _read(path: str, modified: int, size: int) -> MaskFile:  # noqa: ARG001  (a 
         if not rising or part.coordinates.min() < 0 or part.coordinates.max() >= part.size:
             raise ValueError(f"{name} does not list ascending coordinates below {part.size}")
     return MaskFile(path, digest, parts)
-
-
-def _with_digest(size: tuple[int, ...], options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Add the file's digest to the options, by which a spec on disk recognises the masks that it was made with."""
-    if not options.get("file"):
-        shown = "x".join(map(str, size))
-        raise SpecError(
-            f"'selective:{shown}' needs the file of trained masks: 'selective:{shown},file=masks.safetensors'. "
-            f"For random coordinates write 'mask:{shown}'."
-        )
-    return options if "digest" in options else {**options, "digest": read_masks(options["file"]).digest}
-
-
-@compressor(
-    "selective",
-    forms=("K", "AxB"),
-    example="selective:32x32,file=masks.safetensors",
-    complete=_with_digest,
-    work=lambda _, kept: Work(gathered=kept),
-    picks=True,
-    located=True,
-)
-def selective(
-    in_size: int,
-    out_size: int,
-    stream: Stream,  # noqa: ARG001  (nothing is drawn)
-    component: str,
-    side: Side | None,
-    *,
-    file: str = "",
-    digest: str = "",
-) -> Coordinates:
-    """Return the trained coordinates of a component's side, or of its whole gradient, times their trained scale."""
-    masks = read_masks(file)
-    if digest != masks.digest:
-        raise SpecError(
-            f"The masks in '{file}' have changed: their digest is {masks.digest}, and the spec was made with "
-            f"{digest}. Restore the old file, or leave digest= out and compress everything again."
-        )
-    word = side or "whole"
-    part = masks.part(component, word)
-    if (part.size, len(part.coordinates)) != (in_size, out_size):
-        raise SpecError(
-            f"The mask '{component}/{word}' in '{file}' keeps {len(part.coordinates)} of {part.size} coordinates; "
-            f"the spec keeps {out_size} of {in_size}. Use the size that the masks were trained with, or train again."
-        )
-    return Coordinates(in_size, part.coordinates, part.scale)

@@ -12,18 +12,20 @@ coordinates are scaled so that inner products are right on average over those pa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._mask import MaskPart
-from vestige.compress._registry import Stream, gaussians, permutation
-from vestige.errors import DataError
+from vestige.compress._mask import Coordinates, MaskPart, read_masks, write_masks
+from vestige.compress._registry import Stream, Work, compressor, gaussians, permutation
+from vestige.errors import DataError, SpecError
+from vestige.gradients import Side
 
 _LEAST_EXAMPLES = 10
 _SPREAD = 0.01  # of the first logits
@@ -43,6 +45,7 @@ class MaskTraining:
         check_every: Epochs between two measurements on the unseen queries.
         stop_below: Training ends when the rank correlation of the soft mask, sharpened 100 times, has been at
             least this and falls below it: from there on, sparsity costs more than it gives.
+        examples: How many `vestige index` draws from the data to train on; of gradients that are given, all are used.
     """
 
     penalty: float = 5e-5
@@ -51,6 +54,7 @@ class MaskTraining:
     batch: int = 100
     check_every: int = 10
     stop_below: float = 0.9
+    examples: int = 200
 
 
 class SelectiveMask(NamedTuple):
@@ -248,3 +252,82 @@ def _scale_parts(split: _Split, faces: list[_Face], chosen: list[Tensor]) -> dic
         parts[face.word] = MaskPart(index.cpu(), face.size, scale if face.free else 1.0)
         scale = 1.0 if face.free else scale  # on the first side that is not kept whole, once
     return parts
+
+
+def _train_component(
+    gradients: Float[Tensor, "example out in"], size: tuple[int, ...], stream: Stream, training: MaskTraining
+) -> dict[str, Tensor]:
+    """Return the trained mask as tensors, which a piece of work can leave in a file."""
+    mask = train_selective_mask(gradients, size, stream, training)
+    found = {"correlation": torch.tensor(mask.correlation, dtype=torch.float64)}
+    for word, part in mask.parts.items():
+        found |= {word: part.coordinates, f"{word}:facts": torch.tensor([part.size, part.scale], dtype=torch.float64)}
+    return found
+
+
+def _write_components(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write the masks of all components to one file; return how good they are."""
+    masks: dict[str, dict[str, MaskPart]] = {}
+    correlations: dict[str, float] = {}
+    for key, tensor in tensors.items():
+        name, _, word = key.rpartition("/")
+        if word == "correlation":
+            correlations[name] = float(tensor)
+        elif not word.endswith(":facts"):
+            size, scale = tensors[f"{key}:facts"].tolist()
+            masks.setdefault(name, {})[word] = MaskPart(tensor, int(size), scale)
+    write_masks(path, masks)
+    if not correlations:
+        return "No component is larger than the mask: all are kept whole."
+    worst = min(correlations, key=correlations.__getitem__)
+    mean = sum(correlations.values()) / len(correlations)
+    return (
+        f"Trained masks: rank correlation of masked and exact products with unseen queries {mean:.2f} on average, "
+        f"least {correlations[worst]:.2f} ({worst}). Where it is low, raise learning_rate or keep more."
+    )
+
+
+def _with_digest(size: tuple[int, ...], options: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG001
+    """Add the file's digest to the options, by which a spec on disk recognises the masks that it was made with."""
+    if not options.get("file") or "digest" in options:
+        return options
+    return {**options, "digest": read_masks(options["file"]).digest}
+
+
+@compressor(
+    "selective",
+    forms=("K", "AxB"),
+    example="selective:32x32",
+    complete=_with_digest,
+    work=lambda _, kept: Work(gathered=kept),
+    picks=True,
+    located=True,
+    training=MaskTraining,
+    train=_train_component,
+    write=_write_components,
+)
+def selective(
+    in_size: int,
+    out_size: int,
+    stream: Stream,  # noqa: ARG001  (nothing is drawn)
+    component: str,
+    side: Side | None,
+    *,
+    file: str = "",
+    digest: str = "",
+) -> Coordinates:
+    """Return the trained coordinates of a component's side, or of its whole gradient, times their trained scale."""
+    masks = read_masks(file)
+    if digest != masks.digest:
+        raise SpecError(
+            f"The masks in '{file}' have changed: their digest is {masks.digest}, and the spec was made with "
+            f"{digest}. Restore the old file, or leave digest= out and compress everything again."
+        )
+    word = side or "whole"
+    part = masks.part(component, word)
+    if (part.size, len(part.coordinates)) != (in_size, out_size):
+        raise SpecError(
+            f"The mask '{component}/{word}' in '{file}' keeps {len(part.coordinates)} of {part.size} coordinates; "
+            f"the spec keeps {out_size} of {in_size}. Use the size that the masks were trained with, or train again."
+        )
+    return Coordinates(in_size, part.coordinates, part.scale)

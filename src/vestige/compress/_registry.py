@@ -11,8 +11,9 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args, get_type_hints, runtime_checkable
 
 import torch
@@ -245,11 +246,12 @@ EXAMPLE = "mask:128x128 | sjlt:4096"
 
 
 class Option(NamedTuple):
-    """One option of a compressor: the allowed words (empty: a positive whole number, or free text) and the default."""
+    """One option of a compressor: the allowed words (empty: a value of the type) and the default."""
 
     words: tuple[str, ...]
     default: Any
-    free: bool
+    type: Any
+    """`int` is a whole number of at least 1, `str` free text."""
 
 
 class Work(NamedTuple):
@@ -287,6 +289,11 @@ class Kind:
         work: Work of a map of a vector to fewer numbers, from both sizes, for `auto` and the doctor.
         picks: Whether it keeps coordinates, which of a whole gradient can be gathered without forming it.
         shareable: Whether its numbers have mean zero, so that components can share a sketch that is wider than one.
+        training: A dataclass of further options, with defaults, for a compressor that `vestige index` trains where no
+            `file` is given; `build` does not get them. Its field `examples` is how many are drawn.
+        train: From whole gradients `[example, out, in]` of a component, the size, a stream and the training to tensors.
+        write: Writes the tensors of all components, named `COMPONENT/NAME`, to the file that `build` gets; returns a
+            sentence about them.
     """
 
     name: str
@@ -302,6 +309,9 @@ class Kind:
     picks: bool = False
     located: bool = False
     shareable: bool = False
+    training: type | None = None
+    train: Callable[[Tensor, tuple[int, ...], Stream, Any], dict[str, Tensor]] | None = None
+    write: Callable[[Path, Mapping[str, Tensor]], str] | None = None
 
     def with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return every option of the compressor, given or not."""
@@ -319,10 +329,13 @@ def compressor(
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
         hints = get_type_hints(build)
         options = {
-            one.name: Option(get_args(hints[one.name]), one.default, hints[one.name] is str)
+            one.name: Option(get_args(hints[one.name]), one.default, hints[one.name])
             for one in inspect.signature(build).parameters.values()
             if one.kind is inspect.Parameter.KEYWORD_ONLY
         }
+        if training := facts.get("training"):
+            types = get_type_hints(training)
+            options |= {one.name: Option((), one.default, types[one.name]) for one in fields(training)}
         COMPRESSORS.add(name, Kind(name, forms, example, options, build, **facts))
         return build
 

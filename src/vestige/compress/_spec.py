@@ -12,8 +12,10 @@ the last stage never skipped.
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,7 +103,9 @@ class Stage:
 
     name: str
     size: tuple[int, ...]
-    options: tuple[tuple[str, str | int], ...] = ()
+    options: tuple[tuple[str, str | int | float], ...] = ()
+    folder: Path | None = field(default=None, compare=False)
+    """Where a file that is written @FILE lies: in the folder of the index that it was trained for."""
 
     @property
     def text(self) -> str:
@@ -113,6 +117,18 @@ class Stage:
     def kind(self) -> Kind:
         """The registered compressor."""
         return find_compressor(self.name, self.text)
+
+    @property
+    def training(self) -> Any:
+        """How it is trained: an instance of what its kind names."""
+        assert self.kind.training is not None, "a stage of a kind that is trained"
+        names = {one.name for one in fields(self.kind.training)}
+        return self.kind.training(**{key: value for key, value in self.options if key in names})
+
+    @property
+    def is_untrained(self) -> bool:
+        """Return whether it has to be trained, and is not."""
+        return self.kind.train is not None and not dict(self.options).get("file")
 
     @property
     def on_sides(self) -> bool:
@@ -127,15 +143,30 @@ class Stage:
             return self.kind.allocate(shape, self.size[0], self.kind.with_defaults(dict(self.options)))
         return min(rows, self.size[0]), min(columns, self.size[1])
 
+    def shrinks(self, shape: tuple[int, int]) -> bool:
+        """Return whether it keeps less than all of a gradient `[out, in]`."""
+        return self.keep_sides(shape) != shape if self.on_sides else self.size[0] < math.prod(shape)
+
     def build(
         self, in_size: int, out_size: int, stream: Stream, component: str, side: Side | None, shared: bool = False
     ) -> LinearMap:
         """Build its map from `in_size` to at most `out_size` numbers; to exactly `out_size` if `shared`."""
         if out_size >= in_size and not shared:
             return Identity(in_size)
+        if self.is_untrained:
+            raise SpecError(
+                f"'{self.text}' is trained by vestige index, which keeps the result with the index. Elsewhere name a "
+                f"file: '{self.text},file=masks.safetensors'. Random coordinates need none: write 'mask'."
+            )
         where = (component, side) if self.kind.located else ()
         own = stream if side is None else stream.child(side)
-        return self.kind.build(in_size, out_size, own, *where, **dict(self.options))
+        return self.kind.build(in_size, out_size, own, *where, **self._for_build())
+
+    def _for_build(self) -> dict[str, Any]:
+        """Return the options without those of the training, and the file at its path."""
+        left_out = {one.name for one in fields(self.kind.training)} if self.kind.training else set()
+        given = in_folder(dict(self.options), self.folder)
+        return {key: value for key, value in given.items() if key not in left_out}
 
 
 @dataclass(frozen=True)
@@ -151,6 +182,17 @@ class CompressionSpec:
 
     def __str__(self) -> str:
         return self.canonical
+
+    def forget_trained(self) -> "CompressionSpec":
+        """Return the spec as it was requested, before anything was trained for it."""
+
+        def forget(stage: Stage) -> Stage:
+            if not str(dict(stage.options).get("file", "")).startswith("@"):
+                return stage
+            kept = tuple((key, value) for key, value in stage.options if key not in ("file", "digest"))
+            return replace(stage, options=kept)
+
+        return CompressionSpec(tuple(map(forget, self.stages)))
 
     def size_for(self, shape: tuple[int, int], *, shared: bool = False) -> int:
         """Return how many numbers a gradient `[out, in]` keeps; a vector of n is `(n, 1)`, `shared` as in `build`."""
@@ -247,8 +289,12 @@ def _assemble(
     return Compressor(left.to(device), right.to(device), chain(size, tails).to(device), product)
 
 
-def parse_spec(text: str) -> CompressionSpec:
+def parse_spec(text: str, folder: Path | None = None) -> CompressionSpec:
     """Parse `text`, a spec in the language above or in one of the published spellings.
+
+    Args:
+        text: The spec.
+        folder: Of the index whose spec it is, in which files written @FILE lie.
 
     Raises:
         SpecError: With what was given, what was expected and an example.
@@ -262,12 +308,12 @@ def parse_spec(text: str) -> CompressionSpec:
                 f"for example '{EXAMPLE}', or 'none'."
             )
         for modern in modern_spelling(given):
-            stages.extend(_parse_stage(modern, given))
+            stages.extend(_parse_stage(modern, given, folder))
     _check_order(stages)
     return CompressionSpec(tuple(stages))
 
 
-def _parse_stage(text: str, given: str) -> list[Stage]:
+def _parse_stage(text: str, given: str, folder: Path | None) -> list[Stage]:
     head, *pairs = (piece.strip() for piece in text.split(","))
     name, colon, size_text = (piece.strip() for piece in head.partition(":"))
     if name.lower() == "none":
@@ -280,9 +326,15 @@ def _parse_stage(text: str, given: str) -> list[Stage]:
     if kind.check:
         kind.check(size, kind.with_defaults(options))
     if kind.complete:
-        options = dict(kind.complete(size, options))
+        options = {**kind.complete(size, in_folder(options, folder)), **options}
     changed = {key: value for key, value in options.items() if value != kind.options[key].default}
-    return [Stage(kind.name, size, tuple(sorted(changed.items())))]
+    return [Stage(kind.name, size, tuple(sorted(changed.items())), folder)]
+
+
+def in_folder(options: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """Return the options with a file that is written @FILE at its path in the folder."""
+    file = str(options.get("file", ""))
+    return {**options, "file": str(folder / file[1:])} if folder is not None and file.startswith("@") else dict(options)
 
 
 def _parse_size(kind: Kind, text: str, given: str) -> tuple[int, ...]:
@@ -294,17 +346,17 @@ def _parse_size(kind: Kind, text: str, given: str) -> tuple[int, ...]:
     return tuple(int(number) for number in match.groups() if number)
 
 
-def _parse_options(kind: Kind, pairs: Sequence[str], given: str) -> dict[str, str | int]:
-    options: dict[str, str | int] = {}
+def _parse_options(kind: Kind, pairs: Sequence[str], given: str) -> dict[str, str | int | float]:
+    options: dict[str, str | int | float] = {}
     for pair in pairs:
         key, _, value = (piece.strip() for piece in pair.partition("="))
         key = key.lower()
         if key not in kind.options:
             allowed = ", ".join(kind.options) or "none"
             raise SpecError(f"'{given}': {kind.name} has no option '{key}' (its options: {allowed}).")
-        words = kind.options[key].words
-        if kind.options[key].free:
-            options[key] = value
+        words, _, of_type = kind.options[key]
+        if of_type in (str, float):
+            options[key] = value if of_type is str else _parse_number(key, value, given)
             continue
         value = value.lower()
         if words and value not in words:
@@ -313,6 +365,16 @@ def _parse_options(kind: Kind, pairs: Sequence[str], given: str) -> dict[str, st
             raise SpecError(f"'{given}': {key} must be a whole number of at least 1, given '{value}'.")
         options[key] = value if words else int(value)
     return options
+
+
+def _parse_number(key: str, value: str, given: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise SpecError(f"'{given}': {key} must be a number such as 0.01, given '{value}'.")
+    return number
 
 
 def _check_order(stages: Sequence[Stage]) -> None:

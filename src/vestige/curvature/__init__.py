@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         fisher_path as fisher_path,
         plan_fisher as plan_fisher,
         precondition as precondition,
+        preconditioned_layout as preconditioned_layout,
         read_preconditioned as read_preconditioned,
         whole_fisher as whole_fisher,
     )

@@ -28,7 +28,7 @@ from vestige.curvature._fisher import (
 )
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import CorruptFile, IndexMismatch, UserError
-from vestige.indexes import WHOLE_MODEL, Index
+from vestige.indexes import PRECONDITIONED, WHOLE_MODEL, Index, Span
 from vestige.jobs import JOB_FILES, PieceFiles, Tensors, phase, profile, step_done, worker_command, write_profile
 from vestige.parsing import parse_object
 from vestige.progress import format_bytes
@@ -39,9 +39,8 @@ GROUP_BYTES = 2**29
 """Stored gradients in one piece of work at least; more where the matrices themselves are large."""
 FISHER_FORMAT = ROWS_FORMAT = 1
 """Raised when the numbers of the same index change their meaning."""
-RECORD = "preconditioned.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_OURS = (f"{'[0-9]' * 5}.json", f"{'[0-9]' * 5}.safetensors", "preconditioned.json", "profile.json", *JOB_FILES)
+_OURS = (f"{'[0-9]' * 5}.json", f"{'[0-9]' * 5}.safetensors", PRECONDITIONED, "profile.json", *JOB_FILES)
 
 
 @with_settings(PreconditionSettings)
@@ -221,7 +220,7 @@ def _precondition_rows(
     def combine(_: Iterable[Tensors]) -> Tensors:
         for piece in range(len(rows)):
             files.check(piece)
-        write_durably(folder / RECORD, [(json.dumps(record, indent=1) + "\n").encode()])
+        write_durably(folder / PRECONDITIONED, [(json.dumps(record, indent=1) + "\n").encode()])
         return {}
 
     plan = SavedPieces("Preconditioning", folder, files, rows, compute, combine)
@@ -240,23 +239,44 @@ def read_preconditioned(folder: str | Path) -> Iterator[PreconditionedBlock]:
         UserError: nothing is there, or not all of it.
         CorruptFile: a file is damaged.
     """
-    folder = Path(folder)
+    record = _require_record(Path(folder))
+    files = PieceFiles(Path(folder), record["input"])
+    for piece in range(record["files"]):
+        yield PreconditionedBlock(**files.read(piece))
+
+
+def preconditioned_layout(folder: str | Path) -> tuple[int, list[Span]]:
+    """Return the number of rows that `vestige precondition --out` left, and the columns of each component.
+
+    Components that were added up are one, under the name `WHOLE_MODEL`.
+
+    Raises:
+        UserError: nothing is there, or not all of it.
+        CorruptFile: The record does not read.
+    """
+    record = _require_record(Path(folder))
+    spans = [Span(name, slice(start, stop)) for name, start, stop in record["components"]]
+    if any(span.columns.start == 0 for span in spans[1:]):
+        spans = [Span(WHOLE_MODEL, spans[0].columns)]
+    return record["rows"], spans
+
+
+def _require_record(folder: Path) -> dict[str, Any]:
     record = _read_record(folder)
     if record is None:
         raise UserError(
             f"There are no complete preconditioned gradients in {folder}. Make or complete them with: "
             f"vestige precondition INDEX --out {folder}"
         )
-    if not isinstance(record.get("input"), str) or not isinstance(record.get("files"), int):
-        raise CorruptFile(f"{folder / RECORD} is not what Vestige writes. Run `vestige precondition` again.")
-    files = PieceFiles(folder, record["input"])
-    for piece in range(record["files"]):
-        yield PreconditionedBlock(**files.read(piece))
+    types = {"input": str, "files": int, "rows": int, "components": list}
+    if not all(isinstance(record.get(name), of_type) for name, of_type in types.items()):
+        raise CorruptFile(f"{folder / PRECONDITIONED} is not what Vestige writes. Run `vestige precondition` again.")
+    return record
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
     try:
-        return parse_object((folder / RECORD).read_bytes())
+        return parse_object((folder / PRECONDITIONED).read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -271,5 +291,5 @@ def _require_ours(folder: Path, record: dict[str, Any]) -> None:
             f"{folder} holds preconditioned gradients with another {differing}; nothing was changed. "
             "Give another --out, or delete that folder."
         )
-    if old is None and (folder / RECORD).exists():
-        remove_durably(folder / RECORD)
+    if old is None and (folder / PRECONDITIONED).exists():
+        remove_durably(folder / PRECONDITIONED)

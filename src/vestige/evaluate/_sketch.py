@@ -265,7 +265,7 @@ def _plan_sketches(settings: SketchSettings, inputs: _Inputs) -> list[_Sketch]:
         seeds = range(settings.seeds if specs[0][1].stages else 1)
         found += [_Sketch(family.template, size, spec, seed) for size, spec in specs for seed in seeds]
     for index in inputs.indexes:
-        spec = parse_spec(index.manifest.compression.spec)
+        spec = index.spec
         words = " | ".join(stage.name for stage in spec.stages) or "none"
         family_name = f"index of {words}, {index.manifest.dtype}"
         found.append(_Sketch(family_name, _rank(spec, shapes), spec, index.manifest.seed, index))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from vestige.indexes._manifest import (
         IMPORTED_SPEC as IMPORTED_SPEC,
+        PRECONDITIONED as PRECONDITIONED,
         WHOLE_MODEL as WHOLE_MODEL,
         CompressionIdentity as CompressionIdentity,
         DataIdentity as DataIdentity,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         Manifest as Manifest,
         ModelIdentity as ModelIdentity,
         PlanRecord as PlanRecord,
+        Span as Span,
         difference as difference,
         expect_shards as expect_shards,
         lay_out as lay_out,
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from vestige.indexes._verbatim import VERBATIM as VERBATIM, open_search as open_search
     from vestige.indexes._work import (
         TOKENS as TOKENS,
+        TRAINED as TRAINED,
         IndexWork as IndexWork,
         PlannedBatches as PlannedBatches,
         index_status as index_status,

@@ -36,6 +36,7 @@ from vestige.indexes._manifest import (
 from vestige.indexes._plan import PlannedShard, plan_index
 from vestige.indexes._shards import ShardContent, parts_of
 from vestige.indexes._store import Index
+from vestige.indexes._trained import train_spec
 from vestige.indexes._verbatim import VERBATIM, open_search
 from vestige.indexes._work import TOKENS, IndexWork, ShardCompute, prepare_index, remove_index
 from vestige.jobs import is_worker, phase, profile, refuse_overwrite_by_ranks, run_pieces, worker_command, write_profile
@@ -237,10 +238,13 @@ def index(settings: IndexSettings) -> Index:
 def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] | None = None) -> Index:
     """Build the index of a model and data that are already loaded; also run by a worker of `command`."""
     begun = broadcast_from_rank0(lambda: None if settings.overwrite else read_manifest(settings.out))
-    spec = choose_spec(settings, inputs, earlier=parse_spec(begun.compression.spec) if begun else None)
+    earlier = parse_spec(begun.compression.spec, settings.out) if begun else None
+    spec = choose_spec(settings, inputs, earlier=earlier)
     if settings.overwrite:
         refuse_overwrite_by_ranks()
         broadcast_from_rank0(lambda: remove_index(settings.out))
+    if any(stage.is_untrained for stage in spec.stages):
+        spec = train_spec(settings, inputs, spec, earlier, command)
     draft = draft_manifest(settings, inputs, spec)
     if begun and settings.token_budget is None and card_memory(inputs.loaded.model) is not None:
         # What was free when the index was begun decides its batches, not what is free now.

@@ -23,6 +23,7 @@ from pyarrow import csv as arrow_csv
 
 from vestige.data import turn_record
 from vestige.errors import MissingExtra, SpecError, UserError
+from vestige.indexes._manifest import PRECONDITIONED
 from vestige.indexes._push import push
 from vestige.indexes._shards import safetensors_header
 from vestige.indexes._store import Index, parts_in_order
@@ -115,7 +116,13 @@ def _whole(audit: Audit) -> pa.Table:
     return evidence
 
 
-_KINDS = {"index": "an index", "run": "a run", "audit": "an audit", "components": "a component search"}
+_KINDS = {
+    "index": "an index",
+    "run": "a run",
+    "audit": "an audit",
+    "components": "a component search",
+    "preconditioned": "a folder of preconditioned gradients",
+}
 """What can be exported: the first word of a format's name, and what messages call it."""
 _COMPONENTS = "components.json"
 """What `vestige evaluate components` leaves; its formats are given the folder, not what is in it."""
@@ -127,7 +134,9 @@ _QUERIES, _K, _SEED = 64, 10, 0
 
 @with_settings(ExportSettings)
 def export(settings: ExportSettings) -> list[Path]:
-    """Write the index, run or component search at `path` to the folder `out`, or push it to the hub; return the files.
+    """Write what lies at `path` to the folder `out`, or push it to the hub; return the files written.
+
+    An index, a run, an audit, a component search or preconditioned gradients.
 
     Raises:
         SpecError: The format is not known for what lies there.
@@ -138,9 +147,10 @@ def export(settings: ExportSettings) -> list[Path]:
         announce(push(settings))
     if settings.out is None:
         return []
-    if (settings.path / _COMPONENTS).is_file():
-        write = _find_format("components", settings.to, settings.path)
-        return _write_staged(settings.out, lambda out: write(settings.path, out))
+    for kind, name in (("components", _COMPONENTS), ("preconditioned", PRECONDITIONED)):
+        if (settings.path / name).is_file():
+            write = _find_format(kind, settings.to, settings.path)
+            return _write_staged(settings.out, lambda out, write=write: write(settings.path, out))
     if not is_run(settings.path):
         return export_index(Index.open(settings.path), settings.out, settings.to)
     kind = "audit" if is_audit(settings.path) else "run"

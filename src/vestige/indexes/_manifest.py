@@ -81,6 +81,8 @@ class IndexedComponent(_Frozen):
 
 
 WHOLE_MODEL = "all components"
+PRECONDITIONED = "preconditioned.json"
+"""File that marks a folder of preconditioned gradients as complete."""
 
 
 class Span(NamedTuple):

@@ -25,6 +25,8 @@ from vestige.timing import count_bytes, time_phase
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vestige.compress import CompressionSpec
+
 BLOCK_BYTES, CARD_BLOCK_BYTES = 4 * 2**20, 256 * 2**20
 """Gradients in float32 that are in memory at once, or on a card, unless a row alone has more."""
 _SHOWN = 10
@@ -99,6 +101,13 @@ class Index:
     def width(self) -> int:
         """Number of columns."""
         return self.manifest.width
+
+    @property
+    def spec(self) -> CompressionSpec:
+        """The compression; files that are kept with the index are found in its folder."""
+        from vestige.compress import parse_spec
+
+        return parse_spec(self.manifest.compression.spec, self.folder)
 
     def columns(self, number: int) -> slice:
         """Return the columns of component `number`; all of them when the whole model was compressed into one vector."""

@@ -153,7 +153,9 @@ def _require_planned(
 
 TOKENS = "tokens"
 """Folder of the tokens of data that does not fit into memory, made before there is a manifest."""
-_BEGUN = (f"{TOKENS}/{'[0-9a-f]' * 16}", *JOB_FILES)
+TRAINED = "trained"
+"""Folder of what a compressor was trained to."""
+BEGUN = (f"{TOKENS}/{'[0-9a-f]' * 16}", TRAINED, *JOB_FILES)
 """What there may be before there is a manifest."""
 _OURS = (
     "manifest.json",
@@ -163,7 +165,7 @@ _OURS = (
     "checks",
     "verbatim/[0-9]*",
     PROFILE_FILE,
-    *_BEGUN,
+    *BEGUN,
 )
 
 
@@ -193,7 +195,7 @@ def prepare_index(work: IndexWork) -> list[int]:
     folder, manifest, expected = work.folder, work.manifest, work.expected
     old = read_manifest(folder)
     if old is None:
-        require_no_others(folder, _BEGUN)
+        require_no_others(folder, BEGUN)
     elif not extends(old, manifest):
         require_same(folder, old, manifest)
     missing = [number for number in range(len(work.plan)) if work.fault(number, contents=True)]
@@ -229,7 +231,7 @@ def remove_index(folder: Path) -> None:
         UserError: The folder holds files that are not an index's.
     """
     # Tokens are known by what they were made from, and those of the next index are among them.
-    remove_result(folder, _OURS, manifest_path(folder).name, begun=_BEGUN, keep=[TOKENS])
+    remove_result(folder, _OURS, manifest_path(folder).name, begun=BEGUN, keep=[TOKENS])
 
 
 ReadRows: TypeAlias = "Callable[[Int[np.ndarray, 'row']], Float[Tensor, 'row column']]"

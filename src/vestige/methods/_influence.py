@@ -42,8 +42,9 @@ class Influence(GradientMethod):
 
     `score = <(F_c + d_c I)^-1 S grad loss(query), S grad loss(example)>` summed over components c, with S the
     compressor and `F_c` the mean of `S g g^T S^T` over the training data (Koh and Liang 2017, arXiv:1703.04730;
-    the compressed form of LoGra, Choe et al. 2024, arXiv:2405.13954, and GraSS, Hu et al. 2025, arXiv:2505.18976).
-    Relative influence divides by the example's own effect (RelatIF, Barshan et al. 2020, arXiv:2003.11630).
+    the compressed form of LoGra, Choe et al. 2024, arXiv:2405.13954, of LogIX, where the damping is 0.1, and of GraSS,
+    Hu et al. 2025, arXiv:2505.18976). Relative influence divides by the example's own effect (RelatIF, Barshan et
+    al. 2020, arXiv:2003.11630).
     """
 
     needs_index = True

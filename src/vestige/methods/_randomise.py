@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from vestige import compress, gradients, indexes, methods
+from vestige import gradients, indexes, methods
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.jobs import run_pieces
@@ -220,6 +220,8 @@ def _build_index(job: Job, like: indexes.Index, folder: Path) -> indexes.Index:
             "plan": indexes.PlanRecord(fewest_shards=1),
         }
     )
+    if (trained := like.folder / indexes.TRAINED).is_dir():
+        broadcast_from_rank0(lambda: copytree(trained, folder / trained.name, dirs_exist_ok=True))
     manifest, plan = broadcast_from_rank0(
         lambda: indexes.plan_index(
             folder, draft, data.lengths, lambda start, stop: indexes.fingerprint_rows(data, start, stop)
@@ -232,7 +234,7 @@ def _build_index(job: Job, like: indexes.Index, folder: Path) -> indexes.Index:
             loaded,
             job.components,
             manifest.components,
-            compress.parse_spec(manifest.compression.spec),
+            like.spec,
             manifest.seed,
             manifest.loss,
             manifest.compression.scope,

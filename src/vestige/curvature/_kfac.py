@@ -27,6 +27,7 @@ from vestige.data import send
 from vestige.errors import ModelError
 from vestige.gradients import Factor, FactorSink, OneHot, materialise, multiply_wide
 from vestige.models import Component
+from vestige.progress import progress
 
 BlockKind = Literal["matrix", "vector", "diagonal"]
 
@@ -167,7 +168,12 @@ class KroneckerCurvature:
 
     def eigenbases(self) -> "KroneckerCurvature":
         """Return the same curvature by eigenvectors, with K-FAC's eigenvalues."""
-        return KroneckerCurvature(self.blocks, tuple(factor.eigenbasis() for factor in self.factors))
+        found = list[KroneckerFactor | Eigenbasis]()
+        with progress(len(self.factors), "Eigenvectors", unit="components") as bar:
+            for factor in self.factors:
+                found.append(factor.eigenbasis())
+                bar.advance()
+        return KroneckerCurvature(self.blocks, tuple(found))
 
     def precondition(self, vectors: Sequence[Tensor], damping: float) -> list[Tensor]:
         """Return `(C + d I)^-1 v`, block by block; `vectors[c]` is `[query, n]` for component c."""

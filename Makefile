@@ -54,7 +54,7 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --upgrade 'pip>=25.1'
 	$(PIP) torch
-	$(PIP) --editable '.[gguf,openai,quantize,ray,submitit]' --editable recipes --group dev
+	$(PIP) --editable '.[gguf,openai,quantize,ray,submitit,tracking]' --editable recipes --group dev
 	touch $@
 
 .venv-lowest/ready: pyproject.toml recipes/pyproject.toml

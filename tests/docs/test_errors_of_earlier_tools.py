@@ -75,5 +75,5 @@ def test_every_row_names_a_test_or_says_why_there_is_none():
 
 def test_a_name_that_is_not_there_would_be_noticed():
     assert "test_a_name_that_is_not_there_would_be_noticed" in names_in("tests/docs/test_errors_of_earlier_tools.py")
-    assert "TestFile::test_a_file_has_to_be_named" in names_in("tests/compress/test_selective.py")
+    assert "TestFile::test_another_file_is_refused" in names_in("tests/compress/test_selective.py")
     assert "test_that_nobody_wrote" not in names_in("tests/compress/test_selective.py")

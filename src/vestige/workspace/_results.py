@@ -1,0 +1,366 @@
+"""The kinds of result that commands of this package leave: how each is found, summed up and described."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from vestige import banks, fixes, indexes, runs, selection, training
+from vestige.errors import CorruptFile
+from vestige.parsing import parse_json, parse_object
+from vestige.progress import format_bytes, format_memory, format_seconds
+from vestige.terminal import lines_of_facts, shorten
+from vestige.workspace._kinds import Kind, Summary
+
+SHOWN_IDS = 20
+"""Ids of examples that were left out; all of them are in `run.json`."""
+_RECORD = "run.json"
+
+
+def _tag(folder: Path) -> str | None:
+    """Return the `kind` in a folder's `run.json`, "scores" where it has or reads none; None without a file."""
+    try:
+        stat = (folder / _RECORD).stat()
+    except OSError:
+        return None
+    return _read_tag(folder, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(4096)
+def _read_tag(folder: Path, *_: int) -> str:
+    try:
+        content = parse_json((folder / _RECORD).read_bytes())
+    except (OSError, ValueError):
+        content = None
+    return str(content.get("kind", "scores")) if isinstance(content, dict) else "scores"
+
+
+def _written(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+
+
+def _costs(run: "runs.RunRecord | runs.AuditRecord") -> str:
+    memory = format_memory(run.peak_memory_bytes, run.peak_gpu_memory_bytes)
+    return f"{format_seconds(run.seconds)}, {memory}"
+
+
+def _left_out(ids: Sequence[str]) -> str | None:
+    """Return how many examples were left out, and which; None for none."""
+    more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
+    return f"{len(ids)}, not finite: {', '.join(ids[:SHOWN_IDS])}{more}" if ids else None
+
+
+def _summarise_run(folder: Path) -> Summary:
+    record = runs.read_record(folder, checked=False)
+    asked = record.config.get("queries")
+    asked = asked[0] if isinstance(asked, list) and len(asked) == 1 else asked
+    count = f"{record.queries.examples:,} {'query' if record.queries.examples == 1 else 'queries'}"
+    return Summary(
+        about=f"{asked} · {count}" if isinstance(asked, str) else count,
+        model=record.model.name if record.model else "",
+        data=record.data.name,
+        method=record.method,
+        created=record.created,
+        seconds=record.seconds,
+        memory=record.peak_memory_bytes,
+        lacking=", ".join(runs.PARTS.get(part, part) for part in record.missing),
+        page=True,
+    )
+
+
+def _describe_run(folder: Path) -> str:
+    """Describe what a run holds, what its scores mean, and how it was made."""
+    run = runs.read_record(folder)
+    left_out = _left_out(run.left_out)
+    return "\n".join(
+        [
+            f"{folder}: {run.queries.examples:,} queries against {run.data.examples:,} examples by {run.method}",
+            f"  data     {run.data.name}",
+            f"  model    {run.model.name if run.model else 'none: the method reads text alone'}",
+            f"  sign     {run.meaning.sign}",
+            f"  unit     {run.meaning.unit}",
+            f"  took     {_costs(run)}",
+            *([f"  left out    {left_out}"] if left_out else []),
+            *([f"  missing  {run.describe_missing()}"] if run.missing else []),
+            f"  made by  {run.command} (Vestige {run.vestige}, {run.created})",
+        ]
+    )
+
+
+run = Kind(
+    name="run",
+    matches=lambda folder: _tag(folder) not in (None, "audit", "training"),
+    summarise=_summarise_run,
+    describe=_describe_run,
+    nests=True,
+    has_rows=True,
+)
+
+
+def _summarise_audit(folder: Path) -> Summary:
+    record = runs.read_audit_record(folder, checked=False)
+    return Summary(
+        about=f"{record.data.examples:,} examples, {len(record.checkpoints)} checkpoints",
+        model=record.model.name,
+        data=record.data.name,
+        method=f"{len(record.measures)} measures",
+        created=record.created,
+        seconds=record.seconds,
+        memory=record.peak_memory_bytes,
+        page=True,
+    )
+
+
+def _describe_audit(folder: Path) -> str:
+    """Describe what an audit measured, and what it could not compute."""
+    run = runs.read_audit_record(folder)
+    held = f", {run.holdout.examples:,} held out" if run.holdout else ""
+    return "\n".join(
+        [
+            f"{folder}: audit of {run.data.examples:,} examples{held} under {len(run.checkpoints)} checkpoints",
+            f"  data      {run.data.name}",
+            f"  model     {run.model.name}",
+            f"  measures  {', '.join(run.measures)}",
+            *[f"  not all   {name}: {each.reason}" for name, each in run.measures.items() if each.reason],
+            f"  took      {_costs(run)}",
+            f"  made by   {run.command} (Vestige {run.vestige}, {run.created})",
+        ]
+    )
+
+
+audit = Kind("audit", runs.is_audit, _summarise_audit, _describe_audit)
+
+
+def _model_of(run: "training.TrainingRun") -> str:
+    return run.record["names"]["model"] if "names" in run.record else run.record["model"]["name"]
+
+
+def _count_checkpoints(run: "training.TrainingRun") -> str:
+    # A record of a Trainer of one's own does not know how long that will be.
+    wanted, done = run.record.get("identity", {}).get("checkpoints"), list(run.checkpoints)
+    return f"{len(done)} of {len(wanted)}" if wanted else str(len(done))
+
+
+def _summarise_training(folder: Path) -> Summary:
+    run = training.TrainingRun.open(folder)
+    rank, now = run.record.get("config", {}).get("lora_rank"), run.current_step
+    step = f"step {now.step:,} of {now.of:,}, loss {now.loss:.3f}" if now else ""
+    return Summary(
+        about=f"{_count_checkpoints(run)} checkpoints",
+        model=_model_of(run),
+        data=run.record.get("names", {}).get("data", ""),
+        method="full" if rank is None else f"LoRA, rank {rank}",
+        created=_written(folder / _RECORD),
+        seconds=run.record.get("seconds"),
+        memory=run.record.get("peak_memory_bytes"),
+        lacking="" if "seconds" in run.record else step or "its last checkpoints",
+    )
+
+
+def _describe_training(folder: Path) -> str:
+    """Describe the progress of a training run and the findings of its alarm."""
+    run = training.TrainingRun.open(folder)
+    done, found = list(run.checkpoints), run.at_risk
+    flagged = "" if found is None else f"{sum(found['flagged'].to_pylist()):,} of {len(found):,} examples, "
+    interrupted = "a training: the same command goes on with one that was interrupted"
+    state = "complete" if "seconds" in run.record else interrupted
+    risk = "has not rung" if found is None else f"{flagged}after step {found['step'][0].as_py():,}: {found['rule'][0]}"
+    now = run.current_step
+    facts: dict[str, str | None] = {
+        "step": f"{now.step:,} of {now.of:,}, loss {now.loss:.3f}, {now.rate:.2f} steps/s" if now else _last_step(run),
+        "model": _model_of(run),
+        "checkpoints": f"{_count_checkpoints(run)}, the last after step {done[-1]:,}" if done else "none yet",
+        "alarm": risk,
+    }
+    return "\n".join([f"{folder}: {state}", *lines_of_facts(facts)])
+
+
+def _last_step(run: "training.TrainingRun") -> str | None:
+    """Return the last step that was logged, and its loss."""
+    log = run.steps
+    if not len(log):
+        return None
+    last = log["step"][-1].as_py()
+    losses = [row["loss"] for row in log.slice(max(0, len(log) - SHOWN_IDS)).to_pylist() if row["step"] == last]
+    return f"{last:,}, loss {sum(losses) / len(losses):.3f}"
+
+
+trained = Kind(
+    "training", lambda folder: _tag(folder) == "training", _summarise_training, _describe_training, nests=True
+)
+
+
+def _manifest(folder: Path) -> "indexes.Manifest":
+    manifest = indexes.read_manifest(folder)
+    assert manifest is not None, "only called on an index"
+    return manifest
+
+
+def _summarise_index(folder: Path) -> Summary:
+    manifest, progress = _manifest(folder), indexes.index_status(folder)
+    return Summary(
+        about=f"{manifest.data.examples:,} examples, {len(manifest.components)} components",
+        model=manifest.model.name,
+        data=manifest.data.name,
+        method=manifest.compression.spec,
+        created=_written(folder / "manifest.json"),
+        lacking="" if progress.done == progress.total else f"{progress.done} of {progress.total} shards are there",
+    )
+
+
+def describe_index(folder: Path) -> str:
+    """Describe what an index holds and how much of it is complete."""
+    manifest, progress = _manifest(folder), indexes.index_status(folder)
+    state = "complete" if progress.done == progress.total else "incomplete: the command that began it continues it"
+    facts = {
+        "shards": f"{progress.done} of {progress.total}, {format_bytes(progress.bytes)}",
+        "examples": f"{progress.rows:,} of {manifest.data.examples:,} of {manifest.data.name}",
+        "model": f"{manifest.model.name}, {len(manifest.components)} components",
+        "compressed": f"{manifest.compression.spec} per {manifest.compression.scope}, {manifest.width:,} numbers in "
+        f"{manifest.dtype}, {format_bytes(manifest.row_bytes)} per example",
+        "left out": _left_out(indexes.Index.open(folder, allow_missing=True).left_out),
+    }
+    return "\n".join([f"{folder}: {state}", *lines_of_facts(facts)])
+
+
+index = Kind(
+    name="index",
+    matches=lambda folder: (folder / "manifest.json").is_file(),
+    summarise=_summarise_index,
+    describe=describe_index,
+    has_rows=True,
+    answers=True,
+)
+
+
+def _read_bank(folder: Path) -> "tuple[banks.BankManifest, int]":
+    """Return the manifest of a bank, and how many of its models are there."""
+    manifest = banks.read_manifest(folder)
+    assert manifest is not None, "only called on a bank"
+    files = banks.open_members(folder, manifest)
+    return manifest, sum(map(files.is_done, manifest.members))
+
+
+def _summarise_bank(folder: Path) -> Summary:
+    manifest, done = _read_bank(folder)
+    wanted = len(manifest.members)
+    return Summary(
+        about=f"{len(manifest.subsets)} subsets, {wanted} models",
+        model=manifest.names.get("model", ""),
+        data=manifest.names.get("data", ""),
+        created=_written(folder / "bank.json"),
+        lacking="" if done == wanted else f"{done} of {wanted} models are there",
+    )
+
+
+def _describe_bank(folder: Path) -> str:
+    """Describe what a bank was made of, and how many of its models are there."""
+    manifest, done = _read_bank(folder)
+    state = "complete" if done == len(manifest.members) else "incomplete: the same command continues it"
+    facts = {
+        "models": f"{done} of {len(manifest.members)}",
+        "subsets": f"{len(manifest.subsets)}, trained {manifest.seeds} times each",
+        **manifest.names,
+    }
+    return "\n".join([f"{folder}: a bank with id {manifest.id}, {state}", *lines_of_facts(facts)])
+
+
+bank = Kind("bank", lambda folder: (folder / "bank.json").is_file(), _summarise_bank, _describe_bank)
+
+
+def find_evaluation(folder: Path) -> Path | None:
+    """Return the result of an evaluation in a folder: a file that is named after the kind which it begins with."""
+    for path in sorted(folder.glob("*.json")):
+        with path.open("rb") as file:
+            if file.read(200).startswith(f'{{\n "kind": "{path.stem}",\n "title"'.encode()):
+                return path
+    return None
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """Read the result of an evaluation.
+
+    Raises:
+        CorruptFile: It does not read.
+    """
+    path = find_evaluation(folder)
+    assert path is not None, "only called on an evaluation"
+    try:
+        content = parse_object(path.read_bytes())
+        return {
+            "title": str(content["title"]),
+            "notes": list(content["notes"]),
+            "rows": list(content["rows"]),
+        } | content
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CorruptFile(f"{path} does not read ({error}). Run the command that made it again.") from error
+
+
+def _summarise_evaluation(folder: Path) -> Summary:
+    path, content = find_evaluation(folder), read_evaluation(folder)
+    assert path is not None, "only called on an evaluation"
+    seconds = [row["seconds"] for row in content["rows"] if row.get("seconds") is not None]
+    return Summary(
+        about=content["title"],
+        method=content["kind"],
+        created=_written(path),
+        seconds=sum(seconds) if seconds else None,
+        page=path.stem == "components",
+    )
+
+
+def _describe_evaluation(folder: Path) -> str:
+    content = read_evaluation(folder)
+    return "\n".join([f"{folder}: {content['title']}", *(f"  note  {note}" for note in content["notes"])])
+
+
+evaluation = Kind(
+    "evaluation",
+    lambda folder: find_evaluation(folder) is not None,
+    _summarise_evaluation,
+    _describe_evaluation,
+    nests=True,
+)
+
+
+def _summarise_fix(folder: Path) -> Summary:
+    record = fixes.Fix.open(folder).record
+    return Summary(
+        about=f"without {', '.join(shorten(one.id) for one in record.removed[:3])} of {record.run}",
+        data=record.data,
+        created=record.created,
+        seconds=record.seconds or None,
+        lacking="" if record.outcomes else "answers of its models",
+        page=bool(record.outcomes),
+    )
+
+
+fixed = Kind("fix", lambda folder: (folder / "fix.json").is_file(), _summarise_fix, fixes.describe_fix)
+
+
+def _read_selection(folder: Path) -> dict[str, Any]:
+    record = selection.read_record(folder)
+    assert record is not None, "only called on a selection"
+    return record
+
+
+def _summarise_selection(folder: Path) -> Summary:
+    record = _read_selection(folder)
+    done = "files" in record
+    return Summary(
+        about=record.get("title", ""),
+        created=_written(folder / "selection.json"),
+        lacking="" if done else "its files",
+    )
+
+
+def _describe_selection(folder: Path) -> str:
+    record = _read_selection(folder)
+    notes = [f"  note  {note}" for note in record.get("notes", ())]
+    return "\n".join([f"{folder}: {record.get('title', 'a selection that is not finished')}", *notes])
+
+
+selected = Kind(
+    "selection", lambda folder: (folder / "selection.json").is_file(), _summarise_selection, _describe_selection
+)

@@ -97,7 +97,7 @@ class Visit:
     Messages of the protocol are JSON, each with a NUL byte after it, on the descriptors 3 (in) and 4 (out).
     """
 
-    def __init__(self, chromium: str, page: Path, width: int = 1400, height: int = 900) -> None:
+    def __init__(self, chromium: str, page: Path | str, width: int = 1400, height: int = 900) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         here, to_it = os.pipe()
         from_it, there = os.pipe()
@@ -120,7 +120,7 @@ class Visit:
         self._send("Page.enable")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._send("Emulation.setDeviceMetricsOverride", **size)
-        self.seconds = self._navigate(page.as_uri())
+        self.seconds = self.open(page if isinstance(page, str) else page.as_uri())
 
     def __enter__(self) -> "Visit":
         return self
@@ -153,13 +153,29 @@ class Visit:
         self._send("Input.dispatchMouseEvent", type="mousePressed", **where)
         self._send("Input.dispatchMouseEvent", type="mouseReleased", **where)
 
+    def type(self, text: str) -> None:
+        """Write a text where the cursor is."""
+        self._send("Input.insertText", text=text)
+
+    def wait(self, expression: str, seconds: float = 60) -> Any:
+        """The value of an expression as soon as it is true."""
+        deadline = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < deadline, f"{expression} in {self.evaluate('document.body.innerText')}"
+            time.sleep(0.05)
+        return value
+
+    def picture(self, path: Path) -> None:
+        """Write what is seen as a PNG."""
+        path.write_bytes(base64.b64decode(self._send("Page.captureScreenshot")["data"]))
+
     def count(self, selector: str) -> int:
         return self.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length")
 
     def text(self, selector: str) -> str:
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
 
-    def _navigate(self, address: str) -> float:
+    def open(self, address: str) -> float:
         """Open an address; return the seconds until the page was drawn."""
         begun = time.monotonic()
         self._send("Page.navigate", url=address)

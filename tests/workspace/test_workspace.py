@@ -76,15 +76,15 @@ def test_a_result_is_opened_with_its_facts_and_tables(client):
 def test_a_run_that_lacks_parts_is_unfinished_and_one_that_is_written_is_running(tmp_path):
     write_fixture_run(tmp_path / "begun", missing=["checks"])
     workspace = Workspace(tmp_path)
-    (line,) = workspace.list()
+    (line,) = workspace.results()
     assert (line["state"], line["lacking"]) == ("unfinished", "trust checks")
     with hold_folder(tmp_path / "begun", "vestige attribute --out begun"), hold_folder(tmp_path / "new", "vestige new"):
-        begun, new = workspace.list()
+        begun, new = workspace.results()
         assert (begun["state"], begun["command"]) == ("running", "vestige attribute --out begun")
         assert (new["path"], new["kind"], new["command"]) == ("new", "in the making", "vestige new")
         (tmp_path / "new").mkdir()
         assert "vestige new" in workspace.open("new")["text"]
-    assert workspace.list()[0]["state"] == "unfinished"
+    assert workspace.results()[0]["state"] == "unfinished"
 
 
 def test_a_report_leads_back_to_the_list_and_two_runs_are_compared(client):
@@ -104,12 +104,12 @@ def test_500_runs_are_listed_quickly_and_read_once(tmp_path, monkeypatch):
     workspace, times = Workspace(tmp_path), []
     for _ in range(2):
         begun = time.monotonic()
-        assert len(workspace.list()) == 500
+        assert len(workspace.results()) == 500
         times.append(time.monotonic() - begun)
     assert times[1] < min(times[0], 2)
     record = json.loads((first / "run.json").read_text())
     (first / "run.json").write_text(json.dumps(record | {"method": "another"}))
-    assert workspace.list()[0]["method"] == "another"
+    assert workspace.results()[0]["method"] == "another"
 
 
 @pytest.mark.parametrize("path", ["..", "../..", "/etc", "runs/../..", "link", "runs/\0", "nowhere", "rows.jsonl"])

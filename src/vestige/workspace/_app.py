@@ -102,7 +102,7 @@ def make_app(folder: str | Path, *, token: str, port: int, index: Path | None = 
             Route("/", served.start),
             Route("/page", served.page),
             Route("/version", served.version),
-            Route("/api/list", served.list),
+            Route("/api/list", served.results),
             Route("/api/open", served.open),
             Route("/api/rows", served.rows),
             Route("/api/events", served.events),
@@ -211,9 +211,9 @@ class _Server:
         except UserError as error:
             return PlainTextResponse(str(error), 410)
 
-    def list(self, _: Request) -> Response:
+    def results(self, _: Request) -> Response:
         """Return a line for every result."""
-        return JSONResponse({"results": self.workspace.list()})
+        return JSONResponse({"results": self.workspace.results()})
 
     def open(self, request: Request) -> Response:
         """Return what is shown of one result."""

@@ -138,9 +138,9 @@ def _work(pipe: Connection) -> None:
                 return
             except KeyboardInterrupt:
                 if out is not None:
-                    kept = out.exists()
-                    remove_partial(out)
-                    pipe.send({"error": "Stopped." + " What was found so far is kept." * kept, "over": True})
+                    if not out.exists():
+                        remove_partial(out)
+                    pipe.send({"error": "Stopped. What was on disk stays.", "over": True})
             except UserError as error:
                 pipe.send({"error": str(error), "over": True})
             except Exception as error:

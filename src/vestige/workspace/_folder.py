@@ -6,16 +6,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import pyarrow as pa
-
 from vestige.errors import UserError
 from vestige.storage import find_holder
-from vestige.training import TrainingRun
 from vestige.workspace._kinds import Kind, Summary, describe, find_jobs, find_kind
-from vestige.workspace._results import read_evaluation
 
-POINTS = 300
-"""Points of a curve that is shown."""
 _LOCK = ".lock"
 
 Json = dict[str, Any]
@@ -50,7 +44,7 @@ class Workspace:
         """
         try:
             place = (self._root / path).resolve()
-            inside = place.is_relative_to(self._root) and place.is_dir()
+            inside = place.is_relative_to(self._root) and (place.is_dir() or find_holder(place) is not None)
         except (OSError, ValueError, RuntimeError):
             inside = False
         if not inside:
@@ -70,7 +64,7 @@ class Workspace:
             raise UserError(f"{folder} is no index, so nothing can be asked of it. Make one with: vestige index")
         return folder
 
-    def list(self) -> "list[Json]":
+    def results(self) -> list[Json]:
         """Return a line for every result, finished, in the making or damaged, in the order of their paths."""
         with self._lock:
             places, writing = self._walk()
@@ -95,8 +89,7 @@ class Workspace:
         shown: Json = {"text": describe(place)}
         if kind is not None:
             shown |= self._line(place.resolve(), kind, command)
-            shown |= {"curve": _find_curve(place)} if kind.name == "training" else {}
-            shown |= {"table": _make_table(place)} if kind.name == "evaluation" else {}
+            shown |= kind.show(place)
         return shown
 
     def _walk(self) -> tuple[list[tuple[Path, Kind]], dict[Path, str]]:
@@ -154,28 +147,3 @@ def _stamp(folder: Path) -> _Stamp:
 def _describe_jobs(place: Path) -> Iterator[str]:
     for job in find_jobs(place):
         yield from job.lines()
-
-
-def _find_curve(folder: Path) -> "list[tuple[int, float]]":
-    """Return the mean loss of the examples of each step, of at most `POINTS` steps in even distances."""
-    steps = TrainingRun.open(folder).steps
-    finite = steps.filter(pa.compute.is_finite(steps["loss"]))
-    means = finite.group_by("step").aggregate([("loss", "mean")]).sort_by("step")
-    means = means.take(range(0, len(means), max(1, -(-len(means) // POINTS))))
-    return list(zip(means["step"].to_pylist(), means["loss_mean"].to_pylist(), strict=True))
-
-
-def _make_table(folder: Path) -> Json:
-    """Return the rows of an evaluation as text, the methods in the first column."""
-    rows = read_evaluation(folder)["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("opponent", "memory_bytes")))
-    return {"columns": names, "rows": [[_format(row.get(name)) for name in names] for row in rows]}
-
-
-def _format(value: Any) -> str:
-    """Return a value of an evaluation for reading, an estimate with the ends of its interval."""
-    if isinstance(value, dict) and "interval" in value:
-        low, high = value["interval"]
-        interval = "" if low is None or high is None else f" [{_format(low)}, {_format(high)}]"
-        return _format(value["value"]) + interval
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

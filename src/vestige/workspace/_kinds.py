@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vestige import jobs
 from vestige.errors import UserError
@@ -42,6 +42,8 @@ class Kind:
     """From the folder to its line in a list; reads records alone, and raises `UserError` for a damaged one."""
     describe: Callable[[Path], str]
     """From the folder to the text of `vestige status`: a line, then indented facts."""
+    show: Callable[[Path], dict[str, Any]] = lambda _: {}
+    """What is shown beside that text: a `curve`, pairs of step and value; a `table`, `columns` and `rows`."""
     nests: bool = False
     """Whether folders inside may be results of their own."""
     has_rows: bool = False

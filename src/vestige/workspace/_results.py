@@ -15,6 +15,8 @@ from vestige.workspace._kinds import Kind, Summary
 
 SHOWN_IDS = 20
 """Ids of examples that were left out; all of them are in `run.json`."""
+POINTS = 300
+"""Points of a curve that is shown."""
 _RECORD = "run.json"
 
 
@@ -186,8 +188,24 @@ def _last_step(run: "training.TrainingRun") -> str | None:
     return f"{last:,}, loss {sum(losses) / len(losses):.3f}"
 
 
+def _draw_losses(folder: Path) -> dict[str, Any]:
+    """Return the mean loss of the examples of each step, of at most `POINTS` steps in even distances."""
+    import pyarrow.compute as compute
+
+    steps = training.TrainingRun.open(folder).steps
+    finite = steps.filter(compute.is_finite(steps["loss"]))
+    means = finite.group_by("step").aggregate([("loss", "mean")]).sort_by("step")
+    means = means.take(list(range(0, len(means), max(1, -(-len(means) // POINTS)))))
+    return {"curve": list(zip(means["step"].to_pylist(), means["loss_mean"].to_pylist(), strict=True))}
+
+
 trained = Kind(
-    "training", lambda folder: _tag(folder) == "training", _summarise_training, _describe_training, nests=True
+    name="training",
+    matches=lambda folder: _tag(folder) == "training",
+    summarise=_summarise_training,
+    describe=_describe_training,
+    show=_draw_losses,
+    nests=True,
 )
 
 
@@ -269,7 +287,7 @@ def _describe_bank(folder: Path) -> str:
 bank = Kind("bank", lambda folder: (folder / "bank.json").is_file(), _summarise_bank, _describe_bank)
 
 
-def find_evaluation(folder: Path) -> Path | None:
+def _find_evaluation(folder: Path) -> Path | None:
     """Return the result of an evaluation in a folder: a file that is named after the kind which it begins with."""
     for path in sorted(folder.glob("*.json")):
         with path.open("rb") as file:
@@ -278,13 +296,13 @@ def find_evaluation(folder: Path) -> Path | None:
     return None
 
 
-def read_evaluation(folder: Path) -> dict[str, Any]:
+def _read_evaluation(folder: Path) -> dict[str, Any]:
     """Read the result of an evaluation.
 
     Raises:
         CorruptFile: It does not read.
     """
-    path = find_evaluation(folder)
+    path = _find_evaluation(folder)
     assert path is not None, "only called on an evaluation"
     try:
         content = parse_object(path.read_bytes())
@@ -298,7 +316,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _summarise_evaluation(folder: Path) -> Summary:
-    path, content = find_evaluation(folder), read_evaluation(folder)
+    path, content = _find_evaluation(folder), _read_evaluation(folder)
     assert path is not None, "only called on an evaluation"
     seconds = [row["seconds"] for row in content["rows"] if row.get("seconds") is not None]
     return Summary(
@@ -311,15 +329,32 @@ def _summarise_evaluation(folder: Path) -> Summary:
 
 
 def _describe_evaluation(folder: Path) -> str:
-    content = read_evaluation(folder)
+    content = _read_evaluation(folder)
     return "\n".join([f"{folder}: {content['title']}", *(f"  note  {note}" for note in content["notes"])])
 
 
+def _show_table(folder: Path) -> dict[str, Any]:
+    """Return the rows of an evaluation as text, the methods in the first column."""
+    rows = _read_evaluation(folder)["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("opponent", "memory_bytes")))
+    return {"table": {"columns": names, "rows": [[_format(row.get(name)) for name in names] for row in rows]}}
+
+
+def _format(value: Any) -> str:
+    """Return a value of an evaluation for reading, an estimate with the ends of its interval."""
+    if isinstance(value, dict) and "interval" in value:
+        low, high = value["interval"]
+        interval = "" if low is None or high is None else f" [{_format(low)}, {_format(high)}]"
+        return _format(value["value"]) + interval
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 evaluation = Kind(
-    "evaluation",
-    lambda folder: find_evaluation(folder) is not None,
-    _summarise_evaluation,
-    _describe_evaluation,
+    name="evaluation",
+    matches=lambda folder: _find_evaluation(folder) is not None,
+    summarise=_summarise_evaluation,
+    describe=_describe_evaluation,
+    show=_show_table,
     nests=True,
 )
 

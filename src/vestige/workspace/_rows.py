@@ -113,8 +113,8 @@ def _find_data(scores: Scores, near: Sequence[Path]) -> Sequence[Example]:
             reading = {key: config[key] for key in ("limit", "where", "on_bad_text") if config.get(key) is not None}
             return load_examples(str(places[0]), **reading)
     raise UserError(
-        f"{scores.run.data.name}, the training data of {scores.folder}, are not there. Start `vestige view` in the folder "
-        "in which the run was made."
+        f"{scores.run.data.name}, the training data of {scores.folder}, are not there. Start `vestige view` in the "
+        "folder in which the run was made."
     )
 
 

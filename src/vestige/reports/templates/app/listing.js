@@ -34,9 +34,14 @@ function openLine(line) {
   else go({ view: "open", path: line.path });
 }
 
+/* Results that rank rows, on a page of their own. */
+function comparable(line) {
+  return Boolean(line.page && line.rows);
+}
+
 /* Marks a run for comparison; a third one takes the place of the first. */
 function mark(line) {
-  if (!line || line.kind !== "run" || line.state === "damaged") return;
+  if (!line || !comparable(line)) return;
   const place = marked.indexOf(line.path);
   if (place >= 0) marked.splice(place, 1);
   else marked.push(line.path);
@@ -80,7 +85,7 @@ function drawHeads() {
 
 function drawLine(line) {
   const folder = line.path.includes("/") ? line.path.slice(0, line.path.lastIndexOf("/") + 1) : "";
-  const box = line.kind === "run" && line.state !== "damaged" && html("input", { type: "checkbox", checked: marked.includes(line.path), "aria-label": `Compare ${line.path}`, onclick: () => mark(line) });
+  const box = comparable(line) && html("input", { type: "checkbox", checked: marked.includes(line.path), "aria-label": `Compare ${line.path}`, onclick: () => mark(line) });
   const open = (event) => { event.preventDefault(); currentPath = line.path; openLine(line); };
   const name = html("a", { href: line.page ? url("/page", { path: line.path }) : address({ view: "open", path: line.path }), onclick: open }, html("span", { class: "folder" }, folder), nameOf(line.path));
   const cell = (key, value, tip) => html("td", { class: key, "data-tip": tip && tip !== value ? tip : null }, value);

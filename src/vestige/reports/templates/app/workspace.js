@@ -157,7 +157,7 @@ function startKeys() {
       "?": () => help.showModal(),
       Escape: () => (typing ? event.target.blur() : list ? clearList() : go({ view: "list", path: "" })),
       ...(list && { j: () => moveLine(1), k: () => moveLine(-1), x: () => mark(currentLine()) }),
-      ...(list && (typing || event.target === document.body || event.target === main) && { Enter: () => openLine(currentLine()) }),
+      ...(list && (typing || event.target === document.body || event.target === main) && { Enter: () => openLine(currentLine() || (typing && shownLines()[0])) }),
     };
     if (!Object.hasOwn(keys, event.key) || (typing && !["Escape", "Enter"].includes(event.key))) return;
     event.preventDefault();

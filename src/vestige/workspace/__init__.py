@@ -6,6 +6,7 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.workspace._app import make_app as make_app, view as view
+    from vestige.workspace._ask import answer_questions as answer_questions
     from vestige.workspace._folder import Workspace as Workspace
     from vestige.workspace._kinds import (
         KINDS as KINDS,

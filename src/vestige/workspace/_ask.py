@@ -3,19 +3,18 @@
 A process and not a thread, so that a question can be stopped as the command is stopped: by the signal of Ctrl-C.
 """
 
-import contextlib
+import json
 import os
 import re
-import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
+from signal import SIGINT
 from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any
 
 from vestige.errors import UserError
-from vestige.progress import quiet
 from vestige.storage import partial_folder, remove_partial
 
 if TYPE_CHECKING:
@@ -40,8 +39,7 @@ class Asker:
         self._changed = Condition()
         self._events: list[Event] = []
         self._busy = False
-        self._process: Any = None
-        self._pipe: Connection | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     def ask(self, index: Path, question: str, out: Path, about: Event) -> None:
         """Begin to answer a question; without one, load the index's model.
@@ -59,10 +57,11 @@ class Asker:
             if self._busy:
                 raise UserError("Another question is being answered. Wait for it, or stop it.")
             self._busy, self._events = True, [about]
-            if self._process is None or not self._process.is_alive():
-                self._start()
-        assert self._pipe is not None
-        self._pipe.send((index, question, out))
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps([str(index), question, str(out)]) + "\n")
+            self._process.stdin.flush()
 
     def events(self) -> Iterator[Event]:
         """Yield what is reported of the last question, from its beginning until it is answered, stopped or refused."""
@@ -80,36 +79,41 @@ class Asker:
     def stop(self) -> None:
         """Stop the question that is being answered, as Ctrl-C stops the command; the model stays in memory."""
         with self._changed:
-            if self._busy and self._process is not None and self._process.is_alive():
-                os.kill(self._process.pid, signal.SIGINT)
+            if self._busy and self._process is not None:
+                self._process.send_signal(SIGINT)
 
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
             self._process.terminate()
-            self._process.join()
+            self._process.wait()
 
-    def _start(self) -> None:
-        context = get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_work, args=(other,), daemon=True)
-        self._process.start()
-        other.close()
-        Thread(target=self._receive, args=(self._pipe,), daemon=True).start()
+    def _start(self) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", "from vestige.workspace import answer_questions; answer_questions()"]
+        # In a session of its own, so that Ctrl-C in the terminal reaches the server alone.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "VESTIGE_QUIET": "1"},
+        )
+        Thread(target=self._receive, args=(process,), daemon=True).start()
+        return process
 
-    def _receive(self, pipe: Connection) -> None:
+    def _receive(self, process: "subprocess.Popen[str]") -> None:
         """Collect events until the process is gone."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                event = pipe.recv()
-                with self._changed:
-                    self._events.append(event)
-                    self._busy = not event.get("over", False)
-                    self._changed.notify_all()
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._note(json.loads(line))
+        if self._busy:
+            self._note({"error": "The process that answers is gone. Ask again.", "over": True})
+
+    def _note(self, event: Event) -> None:
         with self._changed:
-            if self._busy:
-                self._events.append({"error": "The process that answers is gone. Ask again.", "over": True})
-            self._busy = False
+            self._events.append(event)
+            self._busy = not event.get("over", False)
             self._changed.notify_all()
 
 
@@ -124,27 +128,36 @@ def choose_folder(workspace: Path, question: str) -> Path:
         number += 1
 
 
-def _work(pipe: Connection) -> None:
-    """Answer what comes through the pipe until its other end is closed; an interrupt ends one question."""
+def answer_questions() -> None:
+    """Answer what comes as lines of JSON on stdin until it is closed, and report on stdout; an interrupt ends one."""
+    # What libraries print must not come between the events.
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def send(event: Event) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
     loaded: dict[Path, LoadedModel] = {}
-    with quiet():
-        while True:
-            out: Path | None = None
-            try:
-                index, question, out = pipe.recv()
-                _answer(loaded, index, question, out, pipe.send)
-                pipe.send({"over": True})
-            except EOFError:
+    while True:
+        out: Path | None = None
+        try:
+            line = sys.stdin.readline()
+            if not line:
                 return
-            except KeyboardInterrupt:
-                if out is not None:
-                    if not out.exists():
-                        remove_partial(out)
-                    pipe.send({"error": "Stopped. What was on disk stays.", "over": True})
-            except UserError as error:
-                pipe.send({"error": str(error), "over": True})
-            except Exception as error:
-                pipe.send({"error": f"This is a bug: {type(error).__name__}: {error}", "over": True})
+            index, question, folder = json.loads(line)
+            out = Path(folder)
+            _answer(loaded, Path(index), question, out, send)
+            send({"over": True})
+        except KeyboardInterrupt:
+            if out is not None:
+                if not out.exists():
+                    remove_partial(out)
+                send({"error": "Stopped. What was on disk stays.", "over": True})
+        except UserError as error:
+            send({"error": str(error), "over": True})
+        except Exception as error:
+            send({"error": f"This is a bug: {type(error).__name__}: {error}", "over": True})
 
 
 def _answer(

@@ -230,7 +230,7 @@ def test_a_ranking_that_does_not_depend_on_the_model_fails_the_check(place, tmp_
     check = scores.run.trust.checks[0]
     assert check.name == "randomised-model correlation"
     assert (check.value, check.verdict) == (pytest.approx(1.0), "warn")
-    assert "16 of 48 examples and 2 of 2 queries" in check.reading
+    assert "10 of 48 examples and 2 of 2 queries" in check.reading
 
 
 def test_what_the_check_needs_of_the_index_alone_is_kept_in_it(place, tmp_path, whole):

@@ -29,9 +29,10 @@ from vestige.storage import partial_folder
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ROWS = 16
+ROWS = 10
 """Training rows that are compared. A ranking that needs no learning correlates near 1 on any number of them; one that
-has nothing to do with it has a standard error of 1/4 there, so that it is beyond 0.5 or -0.5 once in twenty times."""
+has nothing to do with it has a standard error of 1/3 for each query and, over two, of 1/4, so that it is beyond 0.5 or
+-0.5 once in twenty times. Each row costs a forward and a backward pass, once for an index."""
 
 QUERIES, FEWEST_ROWS = 2, 8
 CHECKS = "checks"

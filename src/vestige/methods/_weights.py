@@ -2,8 +2,9 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -251,17 +252,26 @@ def randomise(model: nn.Module, seed: int) -> Iterator[nn.Module]:
             f"{len(packed)} weights ({packed[0]}, ...) are quantised, and a model is random only if all of its weights "
             "are. Drop --quantize."
         )
-    kept = [(parameter, own_part(parameter).to("cpu", copy=True)) for parameter in model.parameters()]
-    try:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.is_floating_point() and parameter.numel():
-                    write_own_part(parameter, _noise_like(parameter, f"{seed}:{name}"))
+    with ExitStack() as stack:
+        for name, parameter in model.named_parameters():
+            if parameter.numel():
+                stack.callback(_replace_values(parameter, _noise_like(parameter, f"{seed}:{name}")))
         yield model
-    finally:
-        with torch.no_grad():
-            for parameter, values in kept:
-                own_part(parameter).copy_(values)
+
+
+def _replace_values(parameter: nn.Parameter, values: Tensor) -> Callable[[], Any]:
+    """Give the parameter these values; return what gives its own back.
+
+    On the CPU its own tensor is set aside: written over, weights that are pages of a mapped file are copied one by one.
+    """
+    own = parameter.data
+    if own.device.type == "cpu" and not hasattr(own, "to_local"):
+        parameter.data = values.to(own.dtype)
+        return partial(setattr, parameter, "data", own)
+    part = own_part(parameter)
+    kept = part.to("cpu", copy=True)
+    write_own_part(parameter, values)
+    return partial(part.copy_, kept)
 
 
 def _noise_like(parameter: Tensor, key: str) -> Tensor:

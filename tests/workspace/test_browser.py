@@ -142,7 +142,7 @@ def test_a_question_is_answered_with_its_sources_and_becomes_a_run(visit, folder
     visit.wait("document.querySelectorAll('.sources .card').length === 10")
     visit.wait("document.getElementById('stop').hidden")
     asked = folder / "questions" / "why-is-the-sky-blue"
-    vestige.attribute([QUESTION], index=folder / "idx", out=folder / "typed")
+    vestige.attribute(QUESTION, index=folder / "idx", out=folder / "typed")
     for name in ("scores", "examples", "queries", "components"):
         assert parquet.read_table(asked / f"{name}.parquet").equals(
             parquet.read_table(folder / "typed" / f"{name}.parquet")

@@ -164,6 +164,7 @@ def _answer(
     loaded: "dict[Path, LoadedModel]", index: Path, question: str, out: Path, send: Callable[[Event], None]
 ) -> None:
     # torch and transformers take seconds, which the server's own process does without.
+    from vestige.data import names_a_place
     from vestige.indexes import Index
     from vestige.methods import Live, attribute
     from vestige.models import load_model
@@ -177,7 +178,9 @@ def _answer(
     if not question:
         return
     send({"stage": "Answering"})
-    settings = AttributeSettings(index=index, queries=[question], out=out)
+    # As it would be typed; but nothing that is written in a browser is ever read as the name of a file.
+    queries = [question] if names_a_place(question) else question
+    settings = AttributeSettings(index=index, queries=queries, out=out)
 
     def show_answer(queries: "TokenizedData", _: object) -> None:
         send({"answer": queries.examples[0].answer, "stage": "Looking for its sources"})

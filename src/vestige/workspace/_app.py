@@ -237,9 +237,9 @@ class _Server:
             raise UserError('Expected {"path": INDEX, "question": TEXT}.') from error
         return JSONResponse(await run_in_threadpool(self.begin, self.workspace.find(path), question))
 
-    def events(self, _: Request) -> Response:
+    async def events(self, _: Request) -> Response:
         """Stream what is reported of the last question: a line of JSON for each event."""
-        lines = (json.dumps(event) + "\n" for event in self.asker.events())
+        lines = (json.dumps(event) + "\n" async for event in self.asker.events())
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     def stop(self, _: Request) -> Response:

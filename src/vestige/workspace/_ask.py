@@ -3,15 +3,16 @@
 A process and not a thread, so that a question can be stopped as the command is stopped: by the signal of Ctrl-C.
 """
 
+import asyncio
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from signal import SIGINT
-from threading import Condition, Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from vestige.errors import UserError
@@ -29,6 +30,8 @@ SOURCES = 5
 _LONGEST = 48
 """Letters of a run's name."""
 
+_SECONDS_BETWEEN_LOOKS = 0.05
+
 Event = dict[str, Any]
 
 
@@ -36,7 +39,7 @@ class Asker:
     """Hands questions to the process that answers them, one at a time, and passes on what it reports."""
 
     def __init__(self) -> None:
-        self._changed = Condition()
+        self._lock = Lock()
         self._events: list[Event] = []
         self._busy = False
         self._process: subprocess.Popen[str] | None = None
@@ -53,7 +56,7 @@ class Asker:
         Raises:
             UserError: Another question is being answered.
         """
-        with self._changed:
+        with self._lock:
             if self._busy:
                 raise UserError("Another question is being answered. Wait for it, or stop it.")
             self._busy, self._events = True, [about]
@@ -63,22 +66,21 @@ class Asker:
             self._process.stdin.write(json.dumps([str(index), question, str(out)]) + "\n")
             self._process.stdin.flush()
 
-    def events(self) -> Iterator[Event]:
+    async def events(self) -> AsyncIterator[Event]:
         """Yield what is reported of the last question, from its beginning until it is answered, stopped or refused."""
         events, seen = self._events, 0
         while True:
-            with self._changed:
-                while len(events) == seen and self._busy and self._events is events:
-                    self._changed.wait()
-                new, over = events[seen:], not self._busy or self._events is not events
-            yield from new
-            seen += len(new)
+            over = not self._busy or self._events is not events
+            while seen < len(events):
+                yield events[seen]
+                seen += 1
             if over:
                 return
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def stop(self) -> None:
         """Stop the question that is being answered, as Ctrl-C stops the command; the model stays in memory."""
-        with self._changed:
+        with self._lock:
             if self._busy and self._process is not None:
                 self._process.send_signal(SIGINT)
 
@@ -111,10 +113,9 @@ class Asker:
             self._note({"error": "The process that answers is gone. Ask again.", "over": True})
 
     def _note(self, event: Event) -> None:
-        with self._changed:
+        with self._lock:
             self._events.append(event)
             self._busy = not event.get("over", False)
-            self._changed.notify_all()
 
 
 def choose_folder(workspace: Path, question: str) -> Path:

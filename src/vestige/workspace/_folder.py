@@ -126,7 +126,9 @@ class Workspace:
             self._known.pop(place, None)
             return _line(self._path(place), kind.name, command) | {"state": "damaged", "error": str(error)}
         summary = kept[2]
-        state = "running" if command is not None else "unfinished" if summary.lacking else "finished"
+        state = "unfinished" if summary.lacking else "finished"
+        if command is not None or (summary.lacking and any(job.state == "running" for job in find_jobs(place))):
+            state = "running"
         more = {"rows": kind.has_rows, "answers": kind.answers and not summary.lacking}
         return _line(self._path(place), kind.name, command) | summary._asdict() | more | {"state": state}
 

@@ -165,12 +165,13 @@ function startKeys() {
   });
 }
 
-/* The list, and a question that is being answered, follow what happens. */
-function startFollowing() {
-  setInterval(async () => {
-    if (document.hidden || state.view !== "list") return;
-    try { if (await refreshResults()) drawLines(); } catch (error) { document.getElementById("status").textContent = error.message; }
-  }, POLL);
+/* The list follows what happens in the folder. */
+async function followResults() {
+  for (;;) {
+    await new Promise((resolve) => setTimeout(resolve, POLL));
+    if (document.hidden || state.view !== "list") continue;
+    try { if (await refreshResults() && state.view === "list") drawLines(); } catch (error) { document.getElementById("compare").replaceChildren(problem(error)); }
+  }
 }
 
 async function start() {
@@ -180,8 +181,8 @@ async function start() {
   try { await refreshResults(); } catch (error) { return show(problem(error)); }
   render();
   startKeys();
-  startFollowing();
   addEventListener("hashchange", () => { readState(); render(); });
+  followResults();
 }
 
 start();

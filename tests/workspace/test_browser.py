@@ -13,6 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import httpx
 import pyarrow.parquet as parquet
 import pytest
 
@@ -154,6 +155,33 @@ def test_a_question_is_answered_with_its_sources_and_becomes_a_run(visit, folder
     assert {**records[0]["config"], "out": ""} == {**records[1]["config"], "out": ""}
     visit.click(".asked-run a")
     visit.wait("location.pathname === '/page' && document.querySelectorAll('.card').length")
+
+
+def test_one_question_at_a_time_streams_its_answer_and_can_be_stopped(address, folder):
+    origin = address.split("/?")[0]
+    with httpx.Client(base_url=origin, follow_redirects=True, timeout=60, headers={"origin": origin}) as client:
+
+        def ask(question: str) -> httpx.Response:
+            return client.post("/api/ask", json={"path": "idx", "question": question})
+
+        def events() -> list[dict]:
+            return [json.loads(line) for line in client.get("/api/events").text.splitlines()]
+
+        client.get(address)
+        events()  # until the model is loaded
+        assert ask("What do bees make? Say it again!").json()["path"] == "questions/what-do-bees-make-say-it-again"
+        assert "Another question is being answered" in ask("And now?").json()["error"]
+        found = events()
+        answers = [event["answer"] for event in found if "answer" in event]
+        assert len(answers) > 8
+        assert all(answers[-1].startswith(answer.rstrip("\ufffd")) for answer in answers)
+        assert found[-1] == {"over": True}
+        assert ask("What do bees make? Say it again!").json()["path"].endswith("-2")
+        client.post("/api/stop")
+        assert events()[-1]["error"].startswith("Stopped.")
+        assert ask("train.jsonl").status_code == 200
+        assert "name of a file" in events()[-1]["error"]
+        assert not (folder / "questions" / "train-jsonl").exists()
 
 
 def test_a_foreign_page_neither_reads_nor_asks(address, chromium, tmp_path):

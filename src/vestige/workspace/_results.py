@@ -366,6 +366,7 @@ def _summarise_fix(folder: Path) -> Summary:
         data=record.data,
         created=record.created,
         seconds=record.seconds or None,
+        memory=record.peak_memory_bytes or None,
         lacking="" if record.outcomes else "answers of its models",
         page=bool(record.outcomes),
     )

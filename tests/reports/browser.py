@@ -3,6 +3,7 @@
 `open_page` reads the page once; a `Visit` presses keys and clicks, over the pipe that Chromium offers to debuggers.
 """
 
+import base64
 import json
 import os
 import subprocess

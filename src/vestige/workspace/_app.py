@@ -50,13 +50,13 @@ _HEADERS = {
 _LONGEST_QUESTION = 20_000
 
 
-def view(folder: str | Path, index: str | Path | None = None, port: int = 0) -> None:
+def view(folder: str | Path, port: int = 0, index: str | Path | None = None) -> None:
     """Serve a folder of results to the browser on this computer until Ctrl-C; a single run is served as its report.
 
     Args:
         folder: A folder with runs, indexes, trainings, audits and other results in it or below it; or one of them.
-        index: An index, in that folder, whose model is loaded at once, to be asked.
         port: Port on the loopback address; 0 takes a free one, and the line printed names it.
+        index: An index, in that folder, whose model is loaded at once, to be asked.
 
     Raises:
         UserError: There is no such folder, the run in it cannot be shown, or the port is taken.

@@ -3,7 +3,6 @@
 `open_page` reads the page once; a `Visit` presses keys and clicks, over the pipe that Chromium offers to debuggers.
 """
 
-import base64
 import json
 import os
 import subprocess
@@ -154,10 +153,6 @@ class Visit:
         self._send("Input.dispatchMouseEvent", type="mousePressed", **where)
         self._send("Input.dispatchMouseEvent", type="mouseReleased", **where)
 
-    def type(self, text: str) -> None:
-        """Write a text where the cursor is."""
-        self._send("Input.insertText", text=text)
-
     def wait(self, expression: str, seconds: float = 60) -> Any:
         """The value of an expression as soon as it is true."""
         deadline = time.monotonic() + seconds
@@ -165,10 +160,6 @@ class Visit:
             assert time.monotonic() < deadline, f"{expression} in {self.evaluate('document.body.innerText')}"
             time.sleep(0.05)
         return value
-
-    def picture(self, path: Path) -> None:
-        """Write what is seen as a PNG."""
-        path.write_bytes(base64.b64decode(self._send("Page.captureScreenshot")["data"]))
 
     def count(self, selector: str) -> int:
         return self.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length")

@@ -83,7 +83,7 @@ def test_results_are_listed_filtered_sorted_and_opened_by_key(visit):
     assert kinds.split() == ["All", "57", "audit", "1", "bank", "1", "index", "1", "run", "53", "training", "1"]
     assert "run.json is not a run record" in visit.text("tr.damaged small")
     visit.press("/")
-    visit.type("many 1")
+    visit.press(*"many 1")
     visit.wait("document.querySelectorAll('#lines tr').length < 57")
     shown = visit.evaluate("[...document.querySelectorAll('#lines tr')].map((row) => row.dataset.path)")
     assert all("many/" in path and "1" in path for path in shown)
@@ -109,7 +109,7 @@ def test_training_data_are_searched_with_the_score_of_each_row(visit, folder):
     go(visit, "rows", "words/bm25")
     visit.wait("document.querySelectorAll('#rows .card').length === 12")
     visit.evaluate("document.querySelector('#main [type=search]').focus()")
-    visit.type("CAPITAL of")
+    visit.press(*"CAPITAL of")
     visit.wait("document.querySelectorAll('#rows .card').length === 2")
     assert visit.evaluate("document.querySelector('#rows mark').innerText") == "capital of"
     scores = vestige.Scores.open(folder / "words" / "bm25").dense_of("pair-2")
@@ -138,7 +138,7 @@ def test_other_results_show_their_facts_and_a_training_its_loss(visit):
 def test_a_question_is_answered_with_its_sources_and_becomes_a_run(visit, folder):
     go(visit, "ask", "idx")
     visit.wait("document.querySelector('textarea')")
-    visit.type(QUESTION)
+    visit.press(*QUESTION)
     visit.press("Enter")
     visit.wait("document.querySelectorAll('.sources .card').length === 10")
     visit.wait("document.getElementById('stop').hidden")

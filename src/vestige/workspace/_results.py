@@ -42,6 +42,12 @@ def _written(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
 
 
+def _count(number: int, what: str) -> str:
+    """Return a number of things in words, which end in "s" or "ies" where there are several."""
+    several = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{number:,} {what if number == 1 else several}"
+
+
 def _costs(run: "runs.RunRecord | runs.AuditRecord") -> str:
     memory = format_memory(run.peak_memory_bytes, run.peak_gpu_memory_bytes)
     return f"{format_seconds(run.seconds)}, {memory}"
@@ -57,7 +63,7 @@ def _summarise_run(folder: Path) -> Summary:
     record = runs.read_record(folder, checked=False)
     asked = record.config.get("queries")
     asked = asked[0] if isinstance(asked, list) and len(asked) == 1 else asked
-    count = f"{record.queries.examples:,} {'query' if record.queries.examples == 1 else 'queries'}"
+    count = _count(record.queries.examples, "query")
     return Summary(
         about=f"{asked} · {count}" if isinstance(asked, str) else count,
         model=record.model.name if record.model else "",
@@ -103,10 +109,10 @@ run = Kind(
 def _summarise_audit(folder: Path) -> Summary:
     record = runs.read_audit_record(folder, checked=False)
     return Summary(
-        about=f"{record.data.examples:,} examples, {len(record.checkpoints)} checkpoints",
+        about=f"{_count(record.data.examples, 'example')}, {_count(len(record.checkpoints), 'checkpoint')}",
         model=record.model.name,
         data=record.data.name,
-        method=f"{len(record.measures)} measures",
+        method=_count(len(record.measures), "measure"),
         created=record.created,
         seconds=record.seconds,
         memory=record.peak_memory_bytes,

@@ -43,9 +43,10 @@ function showRows(found) {
   });
   const last = Math.min(found.start + found.page, found.found);
   const turn = (text, start) => button(text, () => { keep({ start: String(start) }); drawRows(); main.scrollIntoView(); }, { disabled: start < 0 || start >= found.found });
-  const count = found.found ? `${grouped(found.start + 1)}–${grouped(last)} of ${grouped(found.found)}` : "No row";
-  const pager = html("p", { class: "pager" }, `${count}${state.words ? " that hold these words" : ""}, of ${grouped(found.total)} rows `, turn("Previous", found.start - found.page), turn("Next", found.start + found.page));
-  document.getElementById("rows").replaceChildren(pager, html("ol", {}, rows), ...(rows.length > 8 ? [pager.cloneNode(false)] : []));
+  const of = state.words ? `${grouped(found.found)} that hold these words, of ${grouped(found.total)} rows` : `${grouped(found.total)} rows`;
+  const count = found.found ? `${grouped(found.start + 1)}–${grouped(last)} of ${of}` : "No row holds these words";
+  const pager = html("p", { class: "pager" }, `${count} `, turn("Previous", found.start - found.page), turn("Next", found.start + found.page));
+  document.getElementById("rows").replaceChildren(pager, html("ol", {}, rows));
   document.getElementById("status").textContent = count;
 }
 

@@ -175,13 +175,15 @@ def _answer(
         send({"stage": "Loading the model"})
         manifest = Index.open(index).manifest
         loaded.clear()
-        loaded[index] = load_model(manifest.model.name, quantize=manifest.quantize)
+        how: dict[str, Any] = {"quantize": manifest.quantize}
+        loaded[index] = load_model(manifest.model.name, **how)
     if not question:
         return
     send({"stage": "Answering"})
     # As it would be typed; but nothing that is written in a browser is ever read as the name of a file.
     queries = [question] if names_a_place(question) else question
-    settings = AttributeSettings(index=index, queries=queries, out=out)
+    given: dict[str, Any] = {"index": index, "queries": queries, "out": out}
+    settings = AttributeSettings(**given)
 
     def show_answer(queries: "TokenizedData", _: object) -> None:
         send({"answer": queries.examples[0].answer, "stage": "Looking for its sources"})

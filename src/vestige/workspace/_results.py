@@ -199,7 +199,7 @@ def _draw_losses(folder: Path) -> dict[str, Any]:
     import pyarrow.compute as compute
 
     steps = training.TrainingRun.open(folder).steps
-    finite = steps.filter(compute.is_finite(steps["loss"]))
+    finite = steps.filter(compute.call_function("is_finite", [steps["loss"]]))
     means = finite.group_by("step").aggregate([("loss", "mean")]).sort_by("step")
     means = means.take(list(range(0, len(means), max(1, -(-len(means) // POINTS)))))
     return {"curve": list(zip(means["step"].to_pylist(), means["loss_mean"].to_pylist(), strict=True))}

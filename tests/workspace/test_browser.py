@@ -13,7 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import httpx
+import httpx2
 import pyarrow.parquet as parquet
 import pytest
 
@@ -159,9 +159,9 @@ def test_a_question_is_answered_with_its_sources_and_becomes_a_run(visit, folder
 
 def test_one_question_at_a_time_streams_its_answer_and_can_be_stopped(address, folder):
     origin = address.split("/?")[0]
-    with httpx.Client(base_url=origin, follow_redirects=True, timeout=60, headers={"origin": origin}) as client:
+    with httpx2.Client(base_url=origin, follow_redirects=True, timeout=60, headers={"origin": origin}) as client:
 
-        def ask(question: str) -> httpx.Response:
+        def ask(question: str) -> httpx2.Response:
             return client.post("/api/ask", json={"path": "idx", "question": question})
 
         def events() -> list[dict]:

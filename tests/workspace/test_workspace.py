@@ -3,6 +3,8 @@
 import html
 import json
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -192,3 +194,11 @@ def test_what_cannot_be_asked_is_refused_with_the_reason(client):
 def test_status_describes_what_the_workspace_lists(folder):
     assert "3 of 9" in describe(folder / "selection") or "random" in describe(folder / "selection")
     assert "without them" in describe(folder / "demo" / "fix")
+
+
+@pytest.mark.slow
+def test_without_the_extra_the_command_says_what_to_install(tmp_path):
+    script = "import sys; sys.modules['starlette'] = None; from vestige.cli import main; main(['view', sys.argv[1]])"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert 'Type: pip install "vestige[view]"' in done.stderr

@@ -76,6 +76,13 @@ def test_a_result_is_opened_with_its_facts_and_tables(client):
     assert "run.json" in damaged.json()["error"]
 
 
+def test_what_has_no_training_data_is_not_searched(client, folder, monkeypatch):
+    for path in ("selection", "demo/fix", "runs"):
+        assert "no training data" in client.get("/api/rows", params={"path": path}).json()["error"]
+    monkeypatch.chdir(folder)
+    assert "are not there" in client.get("/api/rows", params={"path": "demo/run"}).json()["error"]
+
+
 def test_a_run_that_lacks_parts_is_unfinished_and_one_that_is_written_is_running(tmp_path):
     write_fixture_run(tmp_path / "begun", missing=["checks"])
     workspace = Workspace(tmp_path)

@@ -222,6 +222,9 @@ class _Server:
     def rows(self, request: Request) -> Response:
         """Return a page of the training data behind a result."""
         query, folder = request.query_params, self.workspace.find(_path(request))
+        kind = find_kind(folder)
+        if kind is None or not kind.has_rows:
+            raise UserError(f"{folder} is no run and no index: there are no training data to search behind it.")
         start, near = query.get("start", "0"), [Path(), *folder.parents]
         if not start.isdecimal() or query.get("order", "row") not in ("row", "high", "low"):
             raise UserError("Expected start=NUMBER, and order=row, high or low.")

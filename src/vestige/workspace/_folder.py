@@ -122,9 +122,12 @@ class Workspace:
             kept = self._known.get(place)
             if kept is None or kept[0] != stamp or kept[2].lacking:
                 kept = self._known[place] = stamp, kind, kind.summarise(place)
-        except (UserError, OSError) as error:
+        except Exception as error:  # of a kind of another package: one damaged folder must not hide the others
             self._known.pop(place, None)
-            return _line(self._path(place), kind.name, command) | {"state": "damaged", "error": str(error)}
+            return _line(self._path(place), kind.name, command) | {
+                "state": "damaged",
+                "error": str(error) or repr(error),
+            }
         summary = kept[2]
         state = "unfinished" if summary.lacking else "finished"
         if command is not None or (summary.lacking and any(job.state == "running" for job in find_jobs(place))):

@@ -315,7 +315,7 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
         return {
             "title": str(content["title"]),
             "notes": list(content["notes"]),
-            "rows": list(content["rows"]),
+            "rows": [dict(row) for row in content["rows"]],
         } | content
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CorruptFile(f"{path} does not read ({error}). Run the command that made it again.") from error

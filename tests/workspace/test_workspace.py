@@ -2,10 +2,12 @@
 
 import html
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +76,14 @@ def test_a_result_is_opened_with_its_facts_and_tables(client):
     damaged = client.get("/api/open", params={"path": "damaged/run"})
     assert damaged.status_code == 400
     assert "run.json" in damaged.json()["error"]
+
+
+def test_a_name_that_is_no_utf_8_is_listed(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/bad-\xff")
+    os.mkdir(folder)
+    (Path(folder) / "run.json").write_text("{")
+    (line,) = visit(tmp_path).get("/api/list").json()["results"]
+    assert line["state"] == "damaged"
 
 
 def test_what_has_no_training_data_is_not_searched(client, folder, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import secrets
 import socket
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,7 +25,6 @@ try:
     from starlette.requests import Request
     from starlette.responses import (
         HTMLResponse,
-        JSONResponse,
         PlainTextResponse,
         RedirectResponse,
         Response,
@@ -118,8 +118,13 @@ def make_app(folder: str | Path, *, token: str, port: int, index: Path | None = 
     return app
 
 
+def _json(value: Json, status: int = 200) -> Response:
+    # Names of files may hold what is no UTF-8: it travels as escapes.
+    return Response(json.dumps(value), status, media_type="application/json")
+
+
 def _refuse(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, status_code=400)
+    return _json({"error": str(error)}, 400)
 
 
 class _Guard:
@@ -153,7 +158,7 @@ class _Guard:
         given = request.query_params.get("token")
         if given is not None and request.method == "GET" and self._is_token(given):
             rest = request.url.remove_query_params("token")
-            answer = RedirectResponse(rest.path + (f"?{rest.query}" if rest.query else ""), 303)
+            answer = RedirectResponse(f"/{rest.path.lstrip('/')}" + (f"?{rest.query}" if rest.query else ""), 303)
             answer.set_cookie(name, given, httponly=True, samesite="strict")
             return answer
         if not self._is_token(request.cookies.get(name, "")):
@@ -197,27 +202,19 @@ class _Server:
 
     def page(self, request: Request) -> Response:
         """Return the report of a run, beside another one if that is requested."""
-        query = request.query_params
-        try:
-            return HTMLResponse(self._open_page(query.get("path", "."), query.get("compare")).current())
-        except UserError as error:
-            return PlainTextResponse(str(error), 410)
+        return self._read_page(request, "text/html", lambda page: page.current())
 
     def version(self, request: Request) -> Response:
         """Return the version of the files that a report was made from."""
-        query = request.query_params
-        try:
-            return PlainTextResponse(self._open_page(query.get("path", "."), query.get("compare")).version())
-        except UserError as error:
-            return PlainTextResponse(str(error), 410)
+        return self._read_page(request, "text/plain", lambda page: page.version())
 
     def results(self, _: Request) -> Response:
         """Return a line for every result."""
-        return JSONResponse({"results": self.workspace.results()})
+        return _json({"results": self.workspace.results()})
 
     def open(self, request: Request) -> Response:
         """Return what is shown of one result."""
-        return JSONResponse(self.workspace.open(_path(request)))
+        return _json(self.workspace.open(_path(request)))
 
     def rows(self, request: Request) -> Response:
         """Return a page of the training data behind a result."""
@@ -229,7 +226,7 @@ class _Server:
         if not start.isdecimal() or query.get("order", "row") not in ("row", "high", "low"):
             raise UserError("Expected start=NUMBER, and order=row, high or low.")
         words, order = query.get("words", ""), query.get("order", "row")
-        return JSONResponse(self._rows.find(folder, words, query.get("query"), order, int(start), near))
+        return _json(self._rows.find(folder, words, query.get("query"), order, int(start), near))
 
     async def ask(self, request: Request) -> Response:
         """Begin what the body says: `path` of an index, and `question`."""
@@ -238,7 +235,7 @@ class _Server:
             path, question = str(content["path"]), str(content["question"]).strip()
         except (ValueError, LookupError) as error:
             raise UserError('Expected {"path": INDEX, "question": TEXT}.') from error
-        return JSONResponse(await run_in_threadpool(self.begin, self.workspace.find(path), question))
+        return _json(await run_in_threadpool(self.begin, self.workspace.find(path), question))
 
     async def events(self, _: Request) -> Response:
         """Stream what is reported of the last question: a line of JSON for each event."""
@@ -248,7 +245,15 @@ class _Server:
     def stop(self, _: Request) -> Response:
         """Stop the question that is being answered."""
         self.asker.stop()
-        return JSONResponse({})
+        return _json({})
+
+    def _read_page(self, request: Request, kind: str, read: "Callable[[_LivePage], str]") -> Response:
+        query, status = request.query_params, 200
+        try:
+            text = read(self._open_page(query.get("path", "."), query.get("compare")))
+        except UserError as error:
+            text, kind, status = str(error), "text/plain", 410
+        return Response(text.encode("utf-8", "replace"), status, media_type=kind)
 
     def _open_page(self, path: str, compare: str | None) -> "_LivePage":
         with self._lock:

@@ -312,11 +312,8 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
     assert path is not None, "only called on an evaluation"
     try:
         content = parse_object(path.read_bytes())
-        return {
-            "title": str(content["title"]),
-            "notes": list(content["notes"]),
-            "rows": [dict(row) for row in content["rows"]],
-        } | content
+        checked = {"title": str(content["title"]), "notes": list(content["notes"])}
+        return content | checked | {"rows": [dict(row) for row in content["rows"]]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CorruptFile(f"{path} does not read ({error}). Run the command that made it again.") from error
 

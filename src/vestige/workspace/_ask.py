@@ -41,7 +41,7 @@ class Asker:
     def __init__(self) -> None:
         self._lock = Lock()
         self._events: list[Event] = []
-        self._busy = False
+        self._busy = self._stopped = False
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, index: Path, question: str, out: Path, about: Event) -> None:
@@ -59,7 +59,7 @@ class Asker:
         with self._lock:
             if self._busy:
                 raise UserError("Another question is being answered. Wait for it, or stop it.")
-            self._busy, self._events = True, [about]
+            self._busy, self._stopped, self._events = True, False, [about]
             if self._process is None or self._process.poll() is not None:
                 self._process = self._start()
             assert self._process.stdin is not None
@@ -81,8 +81,14 @@ class Asker:
     def stop(self) -> None:
         """Stop the question that is being answered, as Ctrl-C stops the command; the model stays in memory."""
         with self._lock:
-            if self._busy and self._process is not None:
-                self._process.send_signal(SIGINT)
+            self._stopped = self._busy
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Interrupt the process once if that was requested, as soon as it has begun: before, it would wait for more."""
+        if self._stopped and self._process is not None and any("stage" in event for event in self._events):
+            self._stopped = False
+            self._process.send_signal(SIGINT)
 
     def close(self) -> None:
         """End the process."""
@@ -116,6 +122,7 @@ class Asker:
         with self._lock:
             self._events.append(event)
             self._busy = not event.get("over", False)
+            self._interrupt()
 
 
 def choose_folder(workspace: Path, question: str) -> Path:

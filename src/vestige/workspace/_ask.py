@@ -86,7 +86,8 @@ class Asker:
 
     def _interrupt(self) -> None:
         """Interrupt the process once if that was requested, as soon as it has begun: before, it would wait for more."""
-        if self._stopped and self._process is not None and any("stage" in event for event in self._events):
+        begun = self._busy and any("stage" in event for event in self._events)
+        if self._stopped and begun and self._process is not None:
             self._stopped = False
             self._process.send_signal(SIGINT)
 
@@ -97,7 +98,8 @@ class Asker:
             self._process.wait()
 
     def _start(self) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", "from vestige.workspace import answer_questions; answer_questions()"]
+        # `-P`: nothing that lies in the folder in which the command was typed is imported.
+        command = [sys.executable, "-P", "-c", "from vestige.workspace import answer_questions; answer_questions()"]
         # In a session of its own, so that Ctrl-C in the terminal reaches the server alone.
         process = subprocess.Popen(
             command,

@@ -386,12 +386,8 @@ def _read_selection(folder: Path) -> dict[str, Any]:
 
 def _summarise_selection(folder: Path) -> Summary:
     record = _read_selection(folder)
-    done = "files" in record
-    return Summary(
-        about=record.get("title", ""),
-        created=_written(folder / "selection.json"),
-        lacking="" if done else "its files",
-    )
+    lacking = "" if "files" in record else "its files"
+    return Summary(record.get("title", ""), created=_written(folder / "selection.json"), lacking=lacking)
 
 
 def _describe_selection(folder: Path) -> str:

@@ -15,9 +15,8 @@ from vestige.workspace._kinds import Kind, Summary
 
 SHOWN_IDS = 20
 """Ids of examples that were left out; all of them are in `run.json`."""
-POINTS = 300
-"""Points of a curve that is shown."""
-_RECORD = "run.json"
+POINTS, _RECORD = 300, "run.json"
+"""Points of a curve that is shown, at most; and where runs, audits and trainings keep their record."""
 
 
 def _tag(folder: Path) -> str | None:

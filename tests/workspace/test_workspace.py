@@ -117,6 +117,7 @@ def test_a_report_leads_back_to_the_list_and_two_runs_are_compared(client):
     assert "no query in common" in refused.text
 
 
+@pytest.mark.slow
 def test_500_runs_are_listed_quickly_and_read_once(tmp_path, monkeypatch):
     first = write_fixture_run(tmp_path / "run-0", tables=())
     for number in range(1, 500):

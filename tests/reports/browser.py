@@ -156,10 +156,10 @@ class Visit:
     def wait(self, expression: str, seconds: float = 60) -> Any:
         """The value of an expression as soon as it is true."""
         deadline = time.monotonic() + seconds
-        while not (value := self.evaluate(expression)):
+        while not self.evaluate(f"Boolean({expression})"):  # an element itself arrives here as an empty dictionary
             assert time.monotonic() < deadline, f"{expression} in {self.evaluate('document.body.innerText')}"
             time.sleep(0.05)
-        return value
+        return self.evaluate(expression)
 
     def count(self, selector: str) -> int:
         return self.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length")

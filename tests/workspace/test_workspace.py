@@ -14,6 +14,7 @@ import pytest
 import vestige
 from tests.reports.fixture_run import write_fixture_run
 from tests.workspace.served import ORIGIN, PORT, TOKEN, serve, visit
+from vestige.errors import UserError
 from vestige.evaluate import Evaluation, EvaluationRow, write_evaluation
 from vestige.storage import hold_folder
 from vestige.workspace import Workspace, describe
@@ -107,6 +108,26 @@ def test_a_run_that_lacks_parts_is_unfinished_and_one_that_is_written_is_running
     assert workspace.results()[0]["state"] == "unfinished"
 
 
+@pytest.mark.parametrize(
+    ("change", "error"), [({"format": 99}, "Update with"), ({"created": None}, "created"), ({"data": []}, "data")]
+)
+def test_a_record_that_does_not_read_is_listed_with_the_reason(tmp_path, change, error):
+    path = write_fixture_run(tmp_path / "run", tables=()) / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (line,) = Workspace(tmp_path).results()
+    assert (line["kind"], line["state"]) == ("run", "damaged")
+    assert error in line["error"]
+
+
+def test_what_a_list_does_not_show_is_checked_when_the_run_is_opened(tmp_path):
+    path = write_fixture_run(tmp_path / "run", tables=()) / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"distribution": {"q": float("nan")}}))
+    workspace = Workspace(tmp_path)
+    assert workspace.results()[0]["state"] == "finished"
+    with pytest.raises(UserError, match="NaN"):
+        workspace.open("run")
+
+
 def test_a_report_leads_back_to_the_list_and_two_runs_are_compared(client):
     page = client.get("/page", params={"path": "runs/one"}).text
     assert '<a href="/">← All results</a>' in page
@@ -128,6 +149,7 @@ def test_500_runs_are_listed_quickly_and_read_once(tmp_path, monkeypatch):
         begun = time.monotonic()
         assert len(workspace.results()) == 500
         times.append(time.monotonic() - begun)
+    assert times[0] < 10
     assert times[1] < min(times[0], 2)
     record = json.loads((first / "run.json").read_text())
     (first / "run.json").write_text(json.dumps(record | {"method": "another"}))

@@ -6,9 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 from vestige import banks, fixes, indexes, runs, selection, training
 from vestige.errors import CorruptFile
-from vestige.parsing import parse_json, parse_object
+from vestige.parsing import parse_object
 from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.terminal import lines_of_facts, shorten
 from vestige.workspace._kinds import Kind, Summary
@@ -17,6 +19,26 @@ SHOWN_IDS = 20
 """Ids of examples that were left out; all of them are in `run.json`."""
 POINTS, _RECORD = 300, "run.json"
 """Points of a curve that is shown, at most; and where runs, audits and trainings keep their record."""
+
+
+class _Tag(BaseModel):
+    kind: str = "scores"
+
+
+class _Outline(BaseModel):
+    """The fields of a run or an audit that a list shows; all of the record is checked when it is opened."""
+
+    config: dict[str, Any]
+    created: str
+    model: runs.ModelRecord | None
+    data: runs.DataRecord
+    queries: runs.DataRecord | None = None
+    method: str = ""
+    measures: dict[str, Any] = Field(default_factory=dict)
+    checkpoints: list[Any] = Field(default_factory=list)
+    seconds: float
+    peak_memory_bytes: int
+    missing: list[str] = Field(default_factory=list)
 
 
 def _tag(folder: Path) -> str | None:
@@ -31,10 +53,9 @@ def _tag(folder: Path) -> str | None:
 @lru_cache(4096)
 def _read_tag(folder: Path, *_: int) -> str:
     try:
-        content = parse_json((folder / _RECORD).read_bytes())
+        return _Tag.model_validate_json((folder / _RECORD).read_bytes()).kind
     except (OSError, ValueError):
-        content = None
-    return str(content.get("kind", "scores")) if isinstance(content, dict) else "scores"
+        return _Tag().kind
 
 
 def _written(path: Path) -> str:
@@ -59,19 +80,30 @@ def _left_out(ids: Sequence[str]) -> str | None:
 
 
 def _summarise_run(folder: Path) -> Summary:
-    record = runs.read_record(folder, checked=False)
-    asked = record.config.get("queries")
+    outline = runs.read_known(_Outline, folder / _RECORD, runs.RUN_FORMAT, whole=False)
+    asked = outline.config.get("queries")
     asked = asked[0] if isinstance(asked, list) and len(asked) == 1 else asked
-    count = _count(record.queries.examples, "query")
+    count = _count(outline.queries.examples if outline.queries else 0, "query")
+    about = f"{asked} · {count}" if isinstance(asked, str) else count
+    return _summarise(outline, about, outline.method)
+
+
+def _summarise_audit(folder: Path) -> Summary:
+    outline = runs.read_known(_Outline, folder / _RECORD, runs.AUDIT_FORMAT, whole=False)
+    about = f"{_count(outline.data.examples, 'example')}, {_count(len(outline.checkpoints), 'checkpoint')}"
+    return _summarise(outline, about, _count(len(outline.measures), "measure"))
+
+
+def _summarise(outline: _Outline, about: str, method: str) -> Summary:
     return Summary(
-        about=f"{asked} · {count}" if isinstance(asked, str) else count,
-        model=record.model.name if record.model else "",
-        data=record.data.name,
-        method=record.method,
-        created=record.created,
-        seconds=record.seconds,
-        memory=record.peak_memory_bytes,
-        lacking=", ".join(runs.PARTS.get(part, part) for part in record.missing),
+        about=about,
+        model=outline.model.name if outline.model else "",
+        data=outline.data.name,
+        method=method,
+        created=outline.created,
+        seconds=outline.seconds,
+        memory=outline.peak_memory_bytes,
+        lacking=", ".join(runs.PARTS.get(part, part) for part in outline.missing),
         page=True,
     )
 
@@ -105,20 +137,6 @@ run = Kind(
 )
 
 
-def _summarise_audit(folder: Path) -> Summary:
-    record = runs.read_audit_record(folder, checked=False)
-    return Summary(
-        about=f"{_count(record.data.examples, 'example')}, {_count(len(record.checkpoints), 'checkpoint')}",
-        model=record.model.name,
-        data=record.data.name,
-        method=_count(len(record.measures), "measure"),
-        created=record.created,
-        seconds=record.seconds,
-        memory=record.peak_memory_bytes,
-        page=True,
-    )
-
-
 def _describe_audit(folder: Path) -> str:
     """Describe what an audit measured, and what it could not compute."""
     run = runs.read_audit_record(folder)
@@ -136,7 +154,7 @@ def _describe_audit(folder: Path) -> str:
     )
 
 
-audit = Kind("audit", runs.is_audit, _summarise_audit, _describe_audit)
+audit = Kind("audit", lambda folder: _tag(folder) == "audit", _summarise_audit, _describe_audit)
 
 
 def _model_of(run: "training.TrainingRun") -> str:

@@ -9,43 +9,37 @@ function renderAsk() {
     html("div", { id: "answer", "aria-live": "polite" }),
   );
   question.focus();
-  if (!asked || asked.index !== state.path) prepare();
+  if (!asked || asked.index !== state.path) begin("");
   else drawAnswer();
 }
 
-/* Loads the model while the question is being typed; one that is at work already is followed. */
-async function prepare() {
-  asked = { index: state.path, question: "" };
-  try { await request("/api/ask", { path: state.path, question: "" }); } catch { /* busy: followed below */ }
-  await follow(asked);
+function ask(question) {
+  if (!question.trim()) return;
+  if (asked && asked.question && !asked.over) showFailure(new Error("Another question is being answered. Wait for it, or stop it."));
+  else begin(question.trim());
 }
 
-async function ask(question) {
-  if (!question.trim()) return;
-  const mine = { index: state.path, question: question.trim(), stage: "Waiting for the model" };
-  if (asked && asked.question && !asked.over) return showFailure(new Error("Another question is being answered. Wait for it, or stop it."));
-  const before = asked;
+/* Begins a question as soon as what was begun before is over; without words it loads the model while they are typed. */
+function begin(question) {
+  const before = asked, mine = { index: state.path, question, stage: "Waiting for the model" };
   asked = mine;
+  mine.followed = follow(mine, before).catch((error) => { mine.error = error.message; }).then(() => { mine.over = true; drawAnswer(); });
   drawAnswer();
-  if (before && !before.over) await before.followed;
-  try { mine.path = (await request("/api/ask", { path: mine.index, question: mine.question })).path; } catch (error) { Object.assign(mine, { error: error.message, over: true }); return drawAnswer(); }
-  await follow(mine);
 }
 
 /* Reads events of the question, a line of JSON each, until it is over. */
-function follow(one) {
-  one.followed = (async () => {
-    const reader = (await fetch("/api/events")).body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
-      const lines = (rest + part.value).split("\n");
-      rest = lines.pop();
-      for (const line of lines) Object.assign(one, JSON.parse(line));
-      drawAnswer();
-    }
-    one.over = true;
+async function follow(one, before) {
+  if (before) await before.followed;
+  try { await request("/api/ask", { path: one.index, question: one.question }); } catch (error) {
+    if (one.question) throw error; // without words: what is being answered is followed
+  }
+  const reader = (await fetch("/api/events")).body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
+    const lines = (rest + part.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) Object.assign(one, JSON.parse(line));
     drawAnswer();
-  })().catch((error) => { Object.assign(one, { error: error.message, over: true }); drawAnswer(); });
-  return one.followed;
+  }
 }
 
 function showFailure(error) {

@@ -3,8 +3,8 @@
 import json
 import secrets
 import socket
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -16,7 +16,7 @@ from vestige.reports import make_workspace_page, render_page
 from vestige.workspace._ask import Asker, choose_folder
 from vestige.workspace._folder import Workspace
 from vestige.workspace._kinds import find_kind
-from vestige.workspace._rows import RowSearch
+from vestige.workspace._rows import find_rows
 
 try:
     import uvicorn
@@ -177,13 +177,13 @@ class _Server:
     """Answers requests; each method runs in a thread of its own."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self.workspace, self.asker, self._rows = workspace, Asker(), RowSearch()
-        self._pages: OrderedDict[tuple[str, ...], _LivePage] = OrderedDict()
-        self._lock = Lock()
+        self.workspace, self.asker, self._lock = workspace, Asker(), Lock()
         kind = find_kind(workspace.folder)
         self.single = kind is not None and kind.summarise(workspace.folder).page
         if self.single:
-            self._open_page(".", None)  # one that cannot be shown is refused here, before anything is served
+            _open_page(
+                workspace.folder, None, None
+            ).current()  # one that cannot be shown is refused here, before anything is served
 
     def begin(self, index: Path, question: str) -> Json:
         """Begin to answer a question about an index; without one, load its model."""
@@ -222,11 +222,11 @@ class _Server:
         kind = find_kind(folder)
         if kind is None or not kind.has_rows:
             raise UserError(f"{folder} is no run and no index: there are no training data to search behind it.")
-        start, near = query.get("start", "0"), [Path(), *folder.parents]
-        if not start.isdecimal() or query.get("order", "row") not in ("row", "high", "low"):
+        start, order = query.get("start", "0"), query.get("order", "row")
+        if not start.isdecimal() or order not in ("row", "high", "low"):
             raise UserError("Expected start=NUMBER, and order=row, high or low.")
-        words, order = query.get("words", ""), query.get("order", "row")
-        return _json(self._rows.find(folder, words, query.get("query"), order, int(start), near))
+        with self._lock:  # data that are read for one request are there for the next
+            return _json(find_rows(folder, query.get("words", ""), query.get("query"), order, int(start)))
 
     async def ask(self, request: Request) -> Response:
         """Begin what the body says: `path` of an index, and `question`."""
@@ -250,23 +250,12 @@ class _Server:
     def _read_page(self, request: Request, kind: str, read: "Callable[[_LivePage], str]") -> Response:
         query, status = request.query_params, 200
         try:
-            text = read(self._open_page(query.get("path", "."), query.get("compare")))
+            folder, other = self.workspace.find(query.get("path", ".")), query.get("compare")
+            other = None if other is None else self.workspace.find(other)
+            text = read(_open_page(folder, other, None if self.single else "/"))
         except UserError as error:
             text, kind, status = str(error), "text/plain", 410
         return Response(text.encode("utf-8", "replace"), status, media_type=kind)
-
-    def _open_page(self, path: str, compare: str | None) -> "_LivePage":
-        with self._lock:
-            key = (path, compare or "")
-            if key not in self._pages:
-                other = None if compare is None else self.workspace.find(compare)
-                page = _LivePage(self.workspace.find(path), other, None if self.single else "/")
-                page.current()
-                self._pages[key] = page
-            self._pages.move_to_end(key)
-            while len(self._pages) > _PAGES_KEPT:
-                self._pages.popitem(last=False)
-            return self._pages[key]
 
 
 def _path(request: Request) -> str:
@@ -307,6 +296,9 @@ class _LivePage:
                     if not self._html:
                         raise
             return self._html
+
+
+_open_page = lru_cache(_PAGES_KEPT)(_LivePage)
 
 
 def _find_version(folder: Path) -> str:

@@ -1,9 +1,8 @@
 """The training data behind a run or an index: searched for words, in pages, with the score of each row where known."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ PAGE = 50
 LETTERS = 4000
 """Letters of a row that are shown."""
 _KEPT, _SEARCHES = 3, 8
-"""Data sets, and searches of each, whose results are kept for the next page."""
+"""Data sets, and searches, whose results are kept for the next page."""
 
 Json = dict[str, Any]
 
@@ -27,65 +26,59 @@ class _Data(NamedTuple):
     """Opened training data."""
 
     examples: Sequence[Example]
-    scores: Scores | None
+    scores: Scores | None = None
     """Of a run that has the scores of all rows."""
-    queries: list[Json]
-    found: "OrderedDict[str, np.ndarray]"
-    """Rows by the words that they hold."""
+    queries: Sequence[Json] = ()
 
 
-class RowSearch:
-    """Searches training data; what was opened and found is kept for the next request."""
+def find_rows(folder: Path, words: str, query: str | None, order: str, start: int) -> Json:
+    """Return a page of the rows that hold the words, in any case, with their scores for every query.
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Path, int], _Data] = OrderedDict()
-        self._lock = Lock()
+    Args:
+        folder: A run or an index; of a run, the data file that it names is looked for here and above it.
+        words: Found as they stand, in the text or the id; all rows for none.
+        query: Id of the query to order by; None for the first.
+        order: "row" for the order of the data, "high" or "low" for the highest or the lowest scores first.
+        start: First row of the page.
 
-    def find(self, folder: Path, words: str, query: str | None, order: str, start: int, near: Sequence[Path]) -> Json:
-        """Return a page of the rows that hold the words, in any case, with their scores for every query.
-
-        Args:
-            folder: A run or an index.
-            words: Found as they stand, in the text or the id; all rows for none.
-            query: Id of the query to order by; None for the first.
-            order: "row" for the order of the data, "high" or "low" for the highest or the lowest scores first.
-            start: First row of the page.
-            near: Folders in which a data file is looked for whose name the run has.
-
-        Raises:
-            UserError: The data are not there, or are not those of the run.
-        """
-        with self._lock:
-            data = self._open(folder, near)
-            rows = _search(data, words.strip().lower())
-            if data.scores is not None and order != "row":
-                rows = _sort(rows, data.scores.dense_of(query or 0), order)
-            shown = rows[start : start + PAGE].tolist()
-            return {
-                "total": len(data.examples),
-                "found": len(rows),
-                "start": start,
-                "page": PAGE,
-                "queries": data.queries,
-                "rows": [_describe(data.examples[row]) for row in shown],
-                "scores": _read_scores(data.scores, shown),
-            }
-
-    def _open(self, folder: Path, near: Sequence[Path]) -> _Data:
-        index = read_manifest(folder) is not None
-        key = folder.resolve(), (folder / ("manifest.json" if index else "run.json")).stat().st_mtime_ns
-        if key not in self._kept:
-            opened = _Data(Index.open(folder).examples(), None, [], OrderedDict()) if index else _open_run(folder, near)
-            self._kept[key] = opened
-        self._kept.move_to_end(key)
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+    Raises:
+        UserError: The data are not there, or are not those of the run.
+    """
+    marker = folder / ("run.json" if read_manifest(folder) is None else "manifest.json")
+    opened = folder, marker.stat().st_mtime_ns
+    data, rows = _open(*opened), _search(*opened, words.strip().lower())
+    if data.scores is not None and order != "row":
+        rows = _sort(rows, data.scores.dense_of(query or 0), order)
+    shown = rows[start : start + PAGE].tolist()
+    return {
+        "total": len(data.examples),
+        "found": len(rows),
+        "start": start,
+        "page": PAGE,
+        "queries": data.queries,
+        "rows": [_describe(data.examples[row]) for row in shown],
+        "scores": _read_scores(data.scores, shown),
+    }
 
 
-def _open_run(folder: Path, near: Sequence[Path]) -> _Data:
+@lru_cache(_KEPT)
+def _open(folder: Path, _: int) -> _Data:
+    return _open_run(folder) if read_manifest(folder) is None else _Data(Index.open(folder).examples())
+
+
+@lru_cache(_SEARCHES)
+def _search(folder: Path, changed: int, words: str) -> np.ndarray:
+    """Return the rows that hold the words, in the order of the data."""
+    examples = _open(folder, changed).examples
+    if not words:
+        return np.arange(len(examples))
+    rows = [row for row, one in enumerate(examples) if words in one.display.lower() or words in one.id.lower()]
+    return np.array(rows, dtype=np.int64)
+
+
+def _open_run(folder: Path) -> _Data:
     scores = Scores.open(folder)
-    examples = _find_data(scores, near)
+    examples = _find_data(scores)
     listed = [row for query in scores.queries for end in ("proponent", "opponent") for row in scores.listed(query, end)]
     if len(examples) != scores.run.data.examples or any(
         (row.example_id, row.text) != (examples[row.row].id, examples[row.row].display) for row in listed
@@ -97,12 +90,12 @@ def _open_run(folder: Path, near: Sequence[Path]) -> _Data:
     queries = [
         {"id": name, "text": scores.query(name).question or scores.query(name).answer} for name in scores.queries
     ]
-    return _Data(examples, scores if scores.has_dense else None, queries, OrderedDict())
+    return _Data(examples, scores if scores.has_dense else None, queries)
 
 
-def _find_data(scores: Scores, near: Sequence[Path]) -> Sequence[Example]:
+def _find_data(scores: Scores) -> Sequence[Example]:
     """Return the rows of the data that a run was made from, out of its index or of the file that it names."""
-    config = scores.run.config
+    config, near = scores.run.config, (Path(), *scores.folder.parents)
     for name in ("index", "data"):
         given = config.get(name)
         given = given[0] if isinstance(given, list) and given else given
@@ -116,18 +109,6 @@ def _find_data(scores: Scores, near: Sequence[Path]) -> Sequence[Example]:
         f"{scores.run.data.name}, the training data of {scores.folder}, are not there. Start `vestige view` in the "
         "folder in which the run was made."
     )
-
-
-def _search(data: _Data, words: str) -> np.ndarray:
-    """Return the rows that hold the words, in the order of the data."""
-    if words not in data.found:
-        texts = enumerate(data.examples) if words else ()
-        rows = [row for row, one in texts if words in one.display.lower() or words in one.id.lower()]
-        data.found[words] = np.array(rows, dtype=np.int64) if words else np.arange(len(data.examples))
-    data.found.move_to_end(words)
-    while len(data.found) > _SEARCHES:
-        data.found.popitem(last=False)
-    return data.found[words]
 
 
 def _sort(rows: np.ndarray, scores: np.ndarray, order: str) -> np.ndarray:

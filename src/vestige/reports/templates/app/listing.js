@@ -25,7 +25,12 @@ function moveLine(step) {
   if (!line) return;
   currentPath = line.path;
   drawLines();
-  main.querySelector('[aria-selected="true"]').scrollIntoView({ block: "nearest", behavior: "instant" });
+  showCurrent();
+}
+
+function showCurrent() {
+  const row = main.querySelector('tr[aria-selected="true"]');
+  if (row) row.scrollIntoView({ block: "nearest", behavior: "instant" });
 }
 
 function openLine(line) {

@@ -181,7 +181,12 @@ async function start() {
   try { await refreshResults(); } catch (error) { return show(problem(error)); }
   render();
   startKeys();
-  addEventListener("hashchange", () => { readState(); render(); });
+  addEventListener("hashchange", () => {
+    readState();
+    render();
+    scrollTo(0, 0);
+    showCurrent();
+  });
   followResults();
 }
 

@@ -44,7 +44,8 @@ class Workspace:
         """
         try:
             place = (self._root / path).resolve()
-            inside = place.is_relative_to(self._root) and (place.is_dir() or find_holder(place) is not None)
+            there = place == self._root or place.is_dir() or find_holder(place) is not None
+            inside = there and place.is_relative_to(self._root)
         except (OSError, ValueError, RuntimeError):
             inside = False
         if not inside:
@@ -70,8 +71,6 @@ class Workspace:
             places, writing = self._walk()
             lines = [self._line(place, kind, writing.pop(place, None)) for place, kind in places]
             begun = [_line(self._path(place), "in the making", command) for place, command in writing.items()]
-            known = {place for place, _ in places}
-            self._known = {place: kept for place, kept in self._known.items() if place in known}
         return sorted(lines + begun, key=lambda line: line["path"])
 
     def open(self, path: str) -> Json:
@@ -124,10 +123,8 @@ class Workspace:
                 kept = self._known[place] = stamp, kind, kind.summarise(place)
         except Exception as error:  # of a kind of another package: one damaged folder must not hide the others
             self._known.pop(place, None)
-            return _line(self._path(place), kind.name, command) | {
-                "state": "damaged",
-                "error": str(error) or repr(error),
-            }
+            damaged = {"state": "damaged", "error": str(error) or repr(error)}
+            return _line(self._path(place), kind.name, command) | damaged
         summary = kept[2]
         state = "unfinished" if summary.lacking else "finished"
         if command is not None or (summary.lacking and any(job.state == "running" for job in find_jobs(place))):

@@ -202,11 +202,11 @@ class _Server:
 
     def page(self, request: Request) -> Response:
         """Return the report of a run, beside another one if that is requested."""
-        return self._read_page(request, "text/html", lambda page: page.current())
+        return self._read_page(request, "text/html", _LivePage.current)
 
     def version(self, request: Request) -> Response:
         """Return the version of the files that a report was made from."""
-        return self._read_page(request, "text/plain", lambda page: page.version())
+        return self._read_page(request, "text/plain", _LivePage.version)
 
     def results(self, _: Request) -> Response:
         """Return a line for every result."""

@@ -44,8 +44,8 @@ class Workspace:
         """
         try:
             place = (self._root / path).resolve()
-            there = place == self._root or place.is_dir() or find_holder(place) is not None
-            inside = there and place.is_relative_to(self._root)
+            inside = place.is_relative_to(self._root)
+            inside &= place == self._root or place.is_dir() or find_holder(place) is not None
         except (OSError, ValueError, RuntimeError):
             inside = False
         if not inside:

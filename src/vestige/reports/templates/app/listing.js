@@ -72,6 +72,7 @@ function renderList() {
   const search = html("input", { type: "search", id: "search", placeholder: "Search names, questions, models, data …", "aria-label": "Search the results", value: state.text, oninput: (event) => { keep({ text: event.target.value }); drawLines(); } });
   show(html("div", { class: "list-tools" }, search, html("span", { id: "kinds" }), html("span", { id: "compare", class: "compare" })), html("div", { class: "results" }, html("table", {}, html("thead", { id: "heads" }), html("tbody", { id: "lines" }))), html("p", { id: "empty", class: "empty", hidden: true }));
   drawLines();
+  showCurrent();
 }
 
 function drawKinds() {

@@ -183,9 +183,8 @@ async function start() {
   startKeys();
   addEventListener("hashchange", () => {
     readState();
+    scrollTo({ top: 0, behavior: "instant" });
     render();
-    scrollTo(0, 0);
-    showCurrent();
   });
   followResults();
 }

@@ -87,6 +87,14 @@ def test_a_name_that_is_no_utf_8_is_listed(tmp_path):
     assert line["state"] == "damaged"
 
 
+def test_what_only_has_the_name_of_a_file_does_not_hide_the_others(tmp_path):
+    write_fixture_run(tmp_path / "run", tables=())
+    (tmp_path / "other" / "folder.json").mkdir(parents=True)
+    (tmp_path / "other" / "gone.json").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "other" / "pipe.json")
+    assert [line["path"] for line in Workspace(tmp_path).results()] == ["run"]
+
+
 def test_what_has_no_training_data_is_not_searched(client, folder, monkeypatch):
     for path in ("selection", "demo/fix", "runs"):
         assert "no training data" in client.get("/api/rows", params={"path": path}).json()["error"]

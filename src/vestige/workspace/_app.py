@@ -181,9 +181,8 @@ class _Server:
         kind = find_kind(workspace.folder)
         self.single = kind is not None and kind.summarise(workspace.folder).page
         if self.single:
-            _open_page(
-                workspace.folder, None, None
-            ).current()  # one that cannot be shown is refused here, before anything is served
+            # One that cannot be shown is refused here, before anything is served.
+            _open_page(workspace.folder, None, None).current()
 
     def begin(self, index: Path, question: str) -> Json:
         """Begin to answer a question about an index; without one, load its model."""
@@ -214,11 +213,12 @@ class _Server:
 
     def open(self, request: Request) -> Response:
         """Return what is shown of one result."""
-        return _json(self.workspace.open(_path(request)))
+        return _json(self.workspace.open(request.query_params.get("path", ".")))
 
     def rows(self, request: Request) -> Response:
         """Return a page of the training data behind a result."""
-        query, folder = request.query_params, self.workspace.find(_path(request))
+        query = request.query_params
+        folder = self.workspace.find(query.get("path", "."))
         kind = find_kind(folder)
         if kind is None or not kind.has_rows:
             raise UserError(f"{folder} is no run and no index: there are no training data to search behind it.")
@@ -256,13 +256,6 @@ class _Server:
         except UserError as error:
             text, kind, status = str(error), "text/plain", 410
         return Response(text.encode("utf-8", "replace"), status, media_type=kind)
-
-
-def _path(request: Request) -> str:
-    path = request.query_params.get("path")
-    if path is None:
-        raise UserError("Expected path=FOLDER.")
-    return path
 
 
 class _LivePage:

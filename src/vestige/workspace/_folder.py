@@ -1,7 +1,6 @@
 """A folder of results: what lies below it, read once and again only where it changed, and paths that stay inside."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -83,7 +82,8 @@ class Workspace:
         kind = find_kind(place)
         command = find_holder(place)
         if kind is None and command is not None:
-            text = "\n".join([f"{place}: in the making", f"  by  {command}", *_describe_jobs(place)])
+            jobs = (line for job in find_jobs(place) for line in job.lines())
+            text = "\n".join([f"{place}: in the making", f"  by  {command}", *jobs])
             return {"text": text, "state": "running", "kind": "in the making"}
         shown: Json = {"text": describe(place)}
         if kind is not None:
@@ -112,7 +112,10 @@ class Workspace:
 
     def _kind_of(self, folder: Path) -> Kind | None:
         kept = self._known.get(folder)
-        return kept[1] if kept is not None and kept[1].matches(folder) else find_kind(folder)
+        try:
+            return kept[1] if kept is not None and kept[1].matches(folder) else find_kind(folder)
+        except OSError:  # it may not be read
+            return None
 
     def _line(self, place: Path, kind: Kind, command: str | None) -> Json:
         """Return the line of a result; its records are read again if a file beside them changed or it is unfinished."""
@@ -144,8 +147,3 @@ def _stamp(folder: Path) -> _Stamp:
     """Return when the files of a folder changed last, and how many there are."""
     stats = [entry.stat() for entry in os.scandir(folder) if entry.is_file()]
     return len(stats), max((stat.st_mtime_ns for stat in stats), default=0), sum(stat.st_size for stat in stats)
-
-
-def _describe_jobs(place: Path) -> Iterator[str]:
-    for job in find_jobs(place):
-        yield from job.lines()

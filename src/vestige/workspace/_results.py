@@ -312,7 +312,7 @@ bank = Kind("bank", lambda folder: (folder / "bank.json").is_file(), _summarise_
 
 def _find_evaluation(folder: Path) -> Path | None:
     """Return the result of an evaluation in a folder: a file that is named after the kind which it begins with."""
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(filter(Path.is_file, folder.glob("*.json"))):
         with path.open("rb") as file:
             if file.read(200).startswith(f'{{\n "kind": "{path.stem}",\n "title"'.encode()):
                 return path

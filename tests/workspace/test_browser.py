@@ -106,7 +106,7 @@ def test_two_runs_are_compared_and_those_of_other_data_are_refused(visit):
 
 
 def test_training_data_are_searched_with_the_score_of_each_row(visit, folder):
-    visit.evaluate("scrollTo(0, 1000)")
+    visit.evaluate("scrollTo({top: 1000, behavior: 'instant'})")
     go(visit, "rows", "words/bm25")
     visit.wait("document.querySelectorAll('#rows .card').length === 12")
     assert visit.evaluate("scrollY") == 0

@@ -54,14 +54,14 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) --upgrade 'pip>=25.1'
 	$(PIP) torch
-	$(PIP) --editable '.[gguf,openai,quantize,ray,submitit,tracking]' --editable recipes --group dev
+	$(PIP) --editable '.[gguf,openai,quantize,ray,submitit,tracking,view]' --editable recipes --group dev
 	touch $@
 
 .venv-lowest/ready: pyproject.toml recipes/pyproject.toml
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1' uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
-		--editable '.[gguf,openai,submitit]'
+		--editable '.[gguf,openai,submitit,view]'
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable recipes
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --group dev
 	touch $@

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from vestige.indexes import Index as Index, export as export, index as index
     from vestige.measures import audit as audit
     from vestige.methods import attribute as attribute, untrac as untrac
-    from vestige.reports import report as report, view as view
+    from vestige.reports import report as report
     from vestige.runs import Audit as Audit, Scores as Scores
     from vestige.selection import select as select
     from vestige.training import bank as bank, train as train
+    from vestige.workspace import view as view
 
 __all__ = [
     "Audit",

@@ -203,8 +203,6 @@ class Command:
     """Whether it writes its result in one step at the end, and refuses a folder that holds one."""
     more: str | None = None
     """A function as "module:name" that returns what the help ends with."""
-    status: str | None = None
-    """A function as "module:name", from a folder to the text of `vestige status`; None for a folder of others."""
     examples: tuple[str, ...] = ()
     """Command lines that can be typed as they are, in an order in which each finds what it needs."""
     next_command: str | None = None

@@ -381,8 +381,8 @@ def test_choices_follow_from_recurring_completions_and_their_absence_has_a_reaso
 
 
 def test_status_export_and_scores_know_an_audit(whole, tmp_path):
-    from vestige.cli import describe
     from vestige.runs import Scores
+    from vestige.workspace import describe
 
     told = describe(whole.folder)
     assert "audit of 36 examples, 12 held out under 3 checkpoints" in told

@@ -120,7 +120,7 @@ class Visit:
         self._send("Page.enable")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._send("Emulation.setDeviceMetricsOverride", **size)
-        self.seconds = self._navigate(page if isinstance(page, str) else page.as_uri())
+        self.seconds = self.open(page if isinstance(page, str) else page.as_uri())
 
     def __enter__(self) -> "Visit":
         return self
@@ -153,13 +153,21 @@ class Visit:
         self._send("Input.dispatchMouseEvent", type="mousePressed", **where)
         self._send("Input.dispatchMouseEvent", type="mouseReleased", **where)
 
+    def wait(self, expression: str, seconds: float = 60) -> Any:
+        """The value of an expression as soon as it is true."""
+        deadline = time.monotonic() + seconds
+        while not self.evaluate(f"Boolean({expression})"):  # an element itself arrives here as an empty dictionary
+            assert time.monotonic() < deadline, f"{expression} in {self.evaluate('document.body.innerText')}"
+            time.sleep(0.05)
+        return self.evaluate(expression)
+
     def count(self, selector: str) -> int:
         return self.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length")
 
     def text(self, selector: str) -> str:
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
 
-    def _navigate(self, address: str) -> float:
+    def open(self, address: str) -> float:
         """Open an address; return the seconds until the page was drawn."""
         begun = time.monotonic()
         self._send("Page.navigate", url=address)

@@ -240,7 +240,6 @@ class SweepSettings(LaunchSettings):
     SweepSettings,
     function="vestige_recipes.sweep:sweep",
     order=130,
-    status="vestige_recipes.sweep:sweep_status",
 )
 def sweep(settings: SweepSettings) -> None:
     """Run a command over a grid of settings.

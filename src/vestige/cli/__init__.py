@@ -15,6 +15,6 @@ if TYPE_CHECKING:
         value_of as value_of,
     )
     from vestige.cli._parser import as_function as as_function, build_app as build_app
-    from vestige.cli._results import describe as describe, list_formats as list_formats
+    from vestige.cli._results import list_formats as list_formats
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from vestige import data, runs
-from vestige.cli._results import describe_index
+from vestige import data, runs, workspace
 from vestige.errors import UserError
 from vestige.progress import format_seconds, is_verbose
 from vestige.registry import Command, command, make_command
@@ -114,7 +113,7 @@ def index(settings: IndexSettings) -> None:
     continues; with other settings it is refused, with the difference shown.
     """
     index.call(settings)
-    say(describe_index(settings.out))
+    say(workspace.describe_index(settings.out))
 
 
 @command(
@@ -201,7 +200,6 @@ def attribute(settings: AttributeSettings) -> None:
     FixSettings,
     function="vestige.fixes._fix:fix",
     order=65,
-    status="vestige.fixes._record:describe_fix",
     examples=(
         f"vestige train {_MODEL_AND_DATA} --epochs 4 --learning-rate 1e-3 --out trained",
         "vestige attribute --model trained/checkpoint-8 --data train.jsonl --queries train.jsonl --out run",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         load_examples as load_examples,
         load_queries as load_queries,
         load_records as load_records,
+        names_a_place as names_a_place,
         require_queries as require_queries,
     )
     from vestige.data._questions import (

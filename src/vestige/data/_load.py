@@ -77,7 +77,7 @@ def load_queries(
     Raises:
         DataError: As for `load_examples`, or a prompt is a word that looks like the name of a file.
     """
-    if isinstance(source, str) and may_be_prompts and not _names_a_place(source):
+    if isinstance(source, str) and may_be_prompts and not names_a_place(source):
         source = [source]
     if isinstance(source, list | tuple):
         for text in source:
@@ -122,11 +122,11 @@ def require_queries(source: Any) -> None:
     Raises:
         DataError: As `load_queries`.
     """
-    if not isinstance(source, str) or _names_a_place(source):
+    if not isinstance(source, str) or names_a_place(source):
         require_data(source)
 
 
-def _names_a_place(text: str) -> bool:
+def names_a_place(text: str) -> bool:
     """Return whether a string is meant as a path or a hub id rather than as a prompt."""
     if is_address(text) or exists(text):
         return True

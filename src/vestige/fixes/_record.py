@@ -230,11 +230,9 @@ def write_fix(folder: Path, record: FixRecord) -> None:
     write_durably(folder / RECORD, [content.encode()])
 
 
-def describe_fix(folder: Path) -> str | None:
-    """Return how far a fix is and what it removes, for `vestige status`; None for a folder of something else."""
-    record = read_fix(folder)
-    if record is None:
-        return None
+def describe_fix(folder: Path) -> str:
+    """Return how far a fix is and what it removes, for `vestige status`."""
+    record = Fix.open(folder).record
     done = len(list((folder / "models").glob("*.json")))
     state = "complete" if record.outcomes else "incomplete: the same command continues it"
     facts = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import IndexMismatch
 from vestige.jobs import PROFILE_FILE, follow, is_follower, profile, write_profile
-from vestige.methods import Job, Method, OnAnswers, open_job
+from vestige.methods import Job, Live, Method, OnAnswers, open_job
 from vestige.methods._parts import StoredRun, requested_parts, split_over_components
 from vestige.methods._plan import Member, compute_self_scores, summarise
 from vestige.methods._record import (
@@ -48,6 +48,7 @@ def attribute(
     settings: AttributeSettings,
     on_answers: OnAnswers | None = None,
     on_ranking: Callable[[Scores], None] | None = None,
+    live: Live | None = None,
 ) -> Scores:
     """Rank the training examples behind an answer, with what the scores mean and how far to trust them.
 
@@ -58,6 +59,7 @@ def attribute(
         settings: What to do.
         on_answers: Called with the queries, and whether each answer is the model's own, once they have answers.
         on_ranking: Called with the run once it is on disk with its ranking.
+        live: A model that stays in memory between questions, and what is called while it answers.
 
     Raises:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
@@ -78,7 +80,7 @@ def attribute(
         # It ends in the job that it is for; met that nowhere, it is done already.
         _score_elsewhere(settings, method)
         raise SystemExit(0)
-    with profile(settings.profile) as measured, open_job(settings, method, on_answers) as job:
+    with profile(settings.profile) as measured, open_job(settings, method, on_answers, live) as job:
         run = _begin(settings, job, method, started) if begun is None else _take_up(job, method, begun, started)
         if on_ranking is not None and is_rank0():
             on_ranking(Scores.open(settings.out))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -52,14 +52,26 @@ OnAnswers = Callable[[TokenizedData, Sequence[bool]], None]
 """Takes the queries, and whether each answer is the model's own."""
 
 
+class Live(NamedTuple):
+    """A loaded model that is asked again and again."""
+
+    loaded: models.LoadedModel
+    """The model of the index, as `load_model` returns it."""
+    on_text: Callable[[str], None]
+    """Takes the answer so far after each of its tokens, of a single question."""
+
+
 @contextmanager
-def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers | None = None) -> Iterator[Job]:
+def open_job(
+    settings: AttributeSettings, method: Method, on_answers: OnAnswers | None = None, live: Live | None = None
+) -> Iterator[Job]:
     """Open the job; a temporary index lives as long as the context.
 
     Args:
         settings: Of the run.
         method: What scores.
         on_answers: Called as soon as the queries have their answers.
+        live: The model, where it is in memory already.
     """
     checkpoints: tuple[Checkpoint, ...] = ()
     typed = settings.chat
@@ -76,7 +88,7 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
     settings = settings.model_copy(update={"chat": bool(settings.chat)})
     given = load_queries(settings.queries, focus="read", on_bad_text=settings.on_bad_text)
     method.require_focus(find_focus(given))
-    loaded = _load(settings, method, index)
+    loaded = _load(settings, method, index, live)
     selection = _select(settings, method, loaded, index)
     train = method.read_train(loaded) if loaded is not None else None
     if train is None:
@@ -87,7 +99,14 @@ def open_job(settings: AttributeSettings, method: Method, on_answers: OnAnswers 
         queries, generated, asked = _without_tokens(texts, str(name)), [False] * len(given), ""
     else:
         queries, generated, asked = read_queries(
-            settings, loaded, given, train.examples, chat=typed, name=name, answer=settings.answer
+            settings,
+            loaded,
+            given,
+            train.examples,
+            chat=typed,
+            name=name,
+            answer=settings.answer,
+            on_text=None if live is None else live.on_text,
         )
     if on_answers is not None and is_rank0():
         on_answers(queries, generated)
@@ -150,7 +169,9 @@ def _settings_of_index(settings: AttributeSettings, index: indexes.Index) -> Att
     return settings.model_copy(update=fixed | ({"chat": manifest.chat} if settings.chat is None else {}))
 
 
-def _load(settings: AttributeSettings, method: Method, index: indexes.Index | None) -> models.LoadedModel | None:
+def _load(
+    settings: AttributeSettings, method: Method, index: indexes.Index | None, live: Live | None
+) -> models.LoadedModel | None:
     source: Any = settings.model
     if source is None and index is not None and method.needs_model:
         source = index.manifest.model.name
@@ -158,7 +179,7 @@ def _load(settings: AttributeSettings, method: Method, index: indexes.Index | No
         return None
     if index is not None and settings.quantize is None:
         settings = settings.model_copy(update={"quantize": index.manifest.quantize})
-    loaded = models.load_model(source, **settings.loading)
+    loaded = models.load_model(source, **settings.loading) if live is None else live.loaded
     if index is not None and method.needs_gradients and loaded.fingerprint != index.manifest.model.fingerprint:
         raise IndexMismatch(
             f"The index {index.folder} was made with another model: {index.manifest.model.name} "
@@ -177,6 +198,7 @@ def read_queries(
     chat: bool | None,
     name: Any,
     answer: str = "auto",
+    on_text: Callable[[str], None] | None = None,
 ) -> tuple[TokenizedData, list[bool], str]:
     """Put the queries as the data are, or as `chat` says, let the model continue those without an answer, tokenise.
 
@@ -190,7 +212,9 @@ def read_queries(
     put = _choose_answers(put, answer)
     generated = [query.lacks_answer for query in put]
     if any(generated):
-        put = models.generate_answers(loaded, put, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat))
+        put = models.generate_answers(
+            loaded, put, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat), on_text=on_text
+        )
     reading: dict[str, Any] = {
         "max_length": indexes.tokens_at_most(settings, loaded),
         "chat": bool(settings.chat),

@@ -21,7 +21,12 @@ _BATCH_EXAMPLES = 32
 
 
 def generate_answers(
-    loaded: LoadedModel, examples: Sequence[Example], *, max_new_tokens: int = 64, chat: bool = False
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[Example]:
     """Return the same examples, each prompt with the model's own most likely answer as its completion.
 
@@ -33,6 +38,7 @@ def generate_answers(
         examples: Queries, as `load_queries` returns them.
         max_new_tokens: Most tokens of an answer.
         chat: Put a prompt into the tokenizer's chat template as a user turn.
+        on_text: As for `answer_prompts`.
 
     Raises:
         ModelError: The model cannot generate, or has no tokenizer.
@@ -43,7 +49,7 @@ def generate_answers(
     if not waiting:
         return answered
     prompts = [examples[number] for number in waiting]
-    answers = answer_prompts(loaded, prompts, max_new_tokens=max_new_tokens, chat=chat)
+    answers = answer_prompts(loaded, prompts, max_new_tokens=max_new_tokens, chat=chat, on_text=on_text)
     for number, answer in zip(waiting, answers, strict=True):
         answered[number] = examples[number].with_answer(answer.text)
     return answered
@@ -68,6 +74,7 @@ def answer_prompts(
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
     keep: Callable[[int, Answer], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[Answer]:
     """Return the model's answer to every prompt, the same alone as in any batch.
 
@@ -84,6 +91,7 @@ def answer_prompts(
         temperature: Above 0, `seeds` are needed.
         seeds: One for each prompt.
         keep: Called with the number of each prompt and its answer as soon as there is one, batch by batch.
+        on_text: Of a single prompt: called with the answer so far after each of its tokens.
 
     Raises:
         ModelError: The model cannot generate, or has no tokenizer.
@@ -97,7 +105,7 @@ def answer_prompts(
         alone = acts_in_forward(loaded.model) or batch_sharing(loaded.model) != Sharing()
         for rows in plan_batches(prompts.lengths + most, _BATCH_TOKENS, 1 if alone else _BATCH_EXAMPLES):
             for row, answer in zip(
-                rows.tolist(), _answers(loaded, prompts, rows, most, temperature, seeds), strict=True
+                rows.tolist(), _answers(loaded, prompts, rows, most, temperature, seeds, on_text), strict=True
             ):
                 found[row] = answer
                 if keep is not None:
@@ -136,12 +144,14 @@ def _answers(
     most: Int[np.ndarray, "example"],
     temperature: float,
     seeds: Sequence[int],
+    on_text: Callable[[str], None] | None,
 ) -> list[Answer]:
     """Return answers to some prompts, generated together.
 
     The longest of them may fill the context before a shorter one has ended: those go on without it.
     """
     ids = {row: torch.as_tensor(prompts.input_ids[row], dtype=torch.int64) for row in rows.tolist()}
+    tokenizer: Any = loaded.tokenizer
     new: dict[int, list[int]] = {row: [] for row in ids}
     ended: set[int] = set()
     while going := [row for row in ids if row not in ended and len(new[row]) < most[row]]:
@@ -153,12 +163,30 @@ def _answers(
         if temperature > 0:
             first, width = [len(new[row]) for row in going], max(map(len, whole))
             noise = _GumbelNoise(temperature, [seeds[row] for row in going], first, width)
-        for row, tokens in zip(going, _continue(loaded, whole, soon, noise), strict=True):
+        listener = None
+        if on_text is not None and len(prompts) == 1:
+            listener = _Listener(tokenizer, ids[going[0]].tolist(), new[going[0]], on_text)
+        for row, tokens in zip(going, _continue(loaded, whole, soon, noise, listener), strict=True):
             if len(tokens) < soon and len(new[row]) + len(tokens) < most[row]:
                 ended.add(row)
             new[row] = (new[row] + tokens)[: most[row]]
-    tokenizer: Any = loaded.tokenizer
     return [Answer(_text(tokenizer, ids[row].tolist(), new[row]), len(new[row]), row in ended) for row in ids]
+
+
+class _Listener:
+    """Passes on the tokens of one answer while they come: what `generate` calls its streamer."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int], new: list[int], on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._prompt, self._new, self._on_text = tokenizer, prompt, list(new), on_text
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt [example, token], which comes first, or the next token [example]."""
+        if value.ndim == 1:
+            self._new += value.tolist()
+            self._on_text(_text(self._tokenizer, self._prompt, self._new))
+
+    def end(self) -> None:
+        """Take the end of the answer."""
 
 
 class _GumbelNoise(LogitsProcessor):
@@ -182,7 +210,11 @@ class _GumbelNoise(LogitsProcessor):
 
 
 def _continue(
-    loaded: LoadedModel, prompts: list[Tensor], max_new_tokens: int, noise: LogitsProcessor | None
+    loaded: LoadedModel,
+    prompts: list[Tensor],
+    max_new_tokens: int,
+    noise: LogitsProcessor | None,
+    listener: _Listener | None = None,
 ) -> list[list[int]]:
     """Return the token ids that follow each prompt, without the end token."""
     # A PEFT wrapper hands its own generation settings on; the model inside mostly has the adapter in its layers.
@@ -210,6 +242,7 @@ def _continue(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 **({} if noise is None else {"logits_processor": LogitsProcessorList([noise])}),
+                **({} if listener is None else {"streamer": listener}),
             )
     finally:
         for each, before in own:

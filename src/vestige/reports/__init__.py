@@ -1,4 +1,4 @@
-"""The report page: one offline HTML file made from a run directory, and the same page served live."""
+"""The report page: one offline HTML file made from a run directory; and the pages that `vestige view` serves."""
 
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,9 @@ if TYPE_CHECKING:
         PAGES as PAGES,
         Page as Page,
         json_for_html as json_for_html,
-        make_server as make_server,
+        make_workspace_page as make_workspace_page,
         render_page as render_page,
         report as report,
-        view as view,
     )
     from vestige.reports._payload import (
         find_place as find_place,

@@ -1,23 +1,20 @@
-"""A run directory in, one HTML file out; or the same page served on this computer, following the run's files."""
+"""A run directory in, one HTML file out; the same page for the server of `vestige view`, and that of a folder."""
 
 import base64
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vestige.errors import UserError
-from vestige.progress import announce
 from vestige.registry import Registry
 from vestige.reports._payload import make_comparison, make_payload
 from vestige.reports._read import COMPONENTS, make_header, read_run
@@ -26,19 +23,20 @@ from vestige.storage import make_folder, remove_strays_of, write_durably
 
 GENERATOR = '<meta name="generator" content="vestige'
 """Marks a page as ours: only such a file is overwritten without asking."""
-LOOPBACK = "127.0.0.1"
 _SCRIPTS = {
     "report": "common elements numbers state text answer examples distribution heatmap groups compare export page",
     "audit": "common choices",
     "components": "common choices",
     "other": "common choices",
+    "workspace": "common elements numbers listing search ask workspace",
 }
 """In the order in which they are joined; the last one starts the page."""
 _STYLES = {
-    "report": "style report",
+    "report": "style parts report",
     "audit": "style audit",
     "components": "style audit components",
     "other": "style audit",
+    "workspace": "style parts workspace",
 }
 
 
@@ -97,7 +95,7 @@ def _check_target(run: Path, out: str | Path | None) -> Path:
     return target
 
 
-def render_page(run: Path, *, live: str | None = None, compare: Path | None = None) -> str:
+def render_page(run: Path, *, live: str | None = None, compare: Path | None = None, home: str | None = None) -> str:
     """Return the page of whatever run is in the folder, as HTML.
 
     Args:
@@ -105,6 +103,7 @@ def render_page(run: Path, *, live: str | None = None, compare: Path | None = No
         live: The version of the run's files when the page is served, so that it can ask for a newer one; None for
             a page that stands alone and may open no connection at all.
         compare: Another run of the same data and queries, to be shown beside it.
+        home: Address of the list of results from which the page was opened; None for a page without one.
 
     Raises:
         UserError: There is no run, it cannot be read, or the two cannot be compared.
@@ -129,10 +128,22 @@ def render_page(run: Path, *, live: str | None = None, compare: Path | None = No
         found = read_run(run)
         other = None if compare is None else make_comparison(found, read_run(compare))
         kind, page, data = "report", make_header(found), json_for_html(make_payload(found, other))
+    return _fill(template or environment.get_template(f"{kind}.html.jinja"), kind, page, data, live, home)
+
+
+def make_workspace_page(folder: Path) -> str:
+    """Return the page on which the server of `vestige view` shows a folder, as HTML."""
+    page = {"title": folder.resolve().name, "subtitle": "workspace", "vestige": version("vestige")}
+    return _fill(_make_environment().get_template("workspace.html.jinja"), "workspace", page, "{}", "", None)
+
+
+def _fill(template: Template, kind: str, page: dict[str, Any], data: str, live: str | None, home: str | None) -> str:
+    """Return a page with the script and the styles of its kind."""
     script, style = _load_script(kind), "".join(map(_read_asset, (f"{name}.css" for name in _STYLES[kind].split())))
-    return (template or environment.get_template(f"{kind}.html.jinja")).render(
+    return template.render(
         page=page,
         live=live,
+        home=home,
         policy=_make_policy(script, live is not None),
         style=Markup(style),
         script=Markup(script),
@@ -185,102 +196,3 @@ def _make_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def view(run: str | Path, port: int = 0) -> None:
-    """Serve the report of `run` on this computer until Ctrl-C; the page follows the run's files.
-
-    Args:
-        run: A run directory, as `attribute` or `audit` writes it.
-        port: Port on the loopback address; 0 takes a free one, and the line printed names it.
-
-    Raises:
-        UserError: `run` is no run directory, or the port is taken.
-    """
-    try:
-        server = make_server(run, port)
-    except OSError as error:
-        raise UserError(
-            f"Port {port} cannot be used ({error.strerror}).\nType: vestige view {run}   (takes a free port)"
-        ) from error
-    with server:
-        announce(f"Report of {run}: http://{LOOPBACK}:{server.server_address[1]}/   (Ctrl-C ends it)")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            announce("Closed.")
-
-
-def make_server(run: str | Path, port: int = 0) -> ThreadingHTTPServer:
-    """Return a server for the report of `run`, bound to the loopback address and not yet serving."""
-    page = _LivePage(Path(run))
-    page.current()  # a folder that is no run is refused here, before anything is served
-    return ThreadingHTTPServer((LOOPBACK, port), partial(_Handler, page))
-
-
-class _LivePage:
-    """The page of a run and the version of the files it was made from."""
-
-    def __init__(self, folder: Path):
-        self._folder, self._lock = folder, Lock()
-        self._version = self._html = ""
-
-    def version(self) -> str:
-        """Return the version of the page that `current` returns, so that a page knows when it is outdated."""
-        self.current()
-        return self._version
-
-    def current(self) -> str:
-        """Return the page for the files as they are now.
-
-        Raises:
-            UserError: The run is gone, or its files cannot be read and there is no earlier page; with one, that page
-                is kept, because a run that is being written again is unreadable for a moment.
-        """
-        with self._lock:
-            paths = sorted(path for form in ("*.parquet", "*.json") for path in self._folder.glob(form))
-            stats = [(path.name, path.stat()) for path in paths]
-            version = " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
-            if not version and self._html:
-                raise UserError(f"The run {self._folder} is gone: it was removed or renamed.")
-            if version != self._version or not self._html:
-                try:
-                    self._html = render_page(self._folder, live=version)
-                    self._version = version
-                except UserError:
-                    if not self._html:
-                        raise
-            return self._html
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def __init__(self, page: _LivePage, *args, **kwargs):
-        self._page = page
-        super().__init__(*args, **kwargs)
-
-    def do_GET(self) -> None:
-        """Answer `/` with the page and `/version` with the version of the run's files."""
-        pages = {"/": ("text/html", self._page.current), "/version": ("text/plain", self._page.version)}
-        # A foreign name in the address bar that resolves to this computer is turned away.
-        if self.headers.get("Host", "").rsplit(":", 1)[0] not in (LOOPBACK, "localhost"):
-            self._answer(HTTPStatus.FORBIDDEN, "text/plain", "Only pages of this computer are served here.")
-        elif self.path not in pages:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", "The report is at /")
-        else:
-            kind, content = pages[self.path]
-            try:
-                self._answer(HTTPStatus.OK, kind, content())
-            except UserError as error:
-                self._answer(HTTPStatus.GONE, "text/plain", str(error))
-
-    def _answer(self, status: HTTPStatus, kind: str, text: str) -> None:
-        body = text.encode("utf-8", "replace")
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Stay quiet: one line per poll is of no use to a reader."""

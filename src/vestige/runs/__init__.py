@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         write_evidence as write_evidence,
     )
     from vestige.runs._audit_record import (
+        AUDIT_FORMAT as AUDIT_FORMAT,
         CHANCE_BITS as CHANCE_BITS,
         AuditRecord as AuditRecord,
         BankRecord as BankRecord,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         DENSE_FILE as DENSE_FILE,
         PARTS as PARTS,
         RECORD_FILE as RECORD_FILE,
+        RUN_FORMAT as RUN_FORMAT,
         Check as Check,
         CheckpointRecord as CheckpointRecord,
         CoverageRecord as CoverageRecord,

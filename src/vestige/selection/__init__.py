@@ -13,6 +13,6 @@ if TYPE_CHECKING:
         uniforms as uniforms,
     )
     from vestige.selection._select import select as select
-    from vestige.selection._store import Choice as Choice, SelectedData as SelectedData
+    from vestige.selection._store import Choice as Choice, SelectedData as SelectedData, read_record as read_record
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -247,9 +247,12 @@ class ReportSettings(Settings):
 class ViewSettings(Settings):
     """What `vestige view` takes."""
 
-    positional: ClassVar[tuple[str, ...]] = ("run",)
-    run: Annotated[ResultFolder[Path], Input("vestige.reports:require_page")] = Field(
-        description="Folder of a run made by `vestige attribute`, `untrac`, `audit`, `fix` or `evaluate components`."
+    positional: ClassVar[tuple[str, ...]] = ("folder",)
+    folder: ResultFolder[Path] = Field(
+        description="A folder with runs, indexes, trainings and other results in it or below it; or one of them."
+    )
+    index: Common[IndexFolder[Path | None]] = Field(
+        None, description="An index in that folder, whose model is loaded at once, to be asked in the browser."
     )
     port: Common[int] = Field(0, ge=0, le=65535, description="Port on this computer; 0 takes a free one.")
 

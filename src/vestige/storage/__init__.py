@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         write_durably as write_durably,
     )
     from vestige.storage._folders import (
+        find_holder as find_holder,
         find_replaced_result as find_replaced_result,
         find_result_folder as find_result_folder,
         hold_folder as hold_folder,

@@ -347,3 +347,16 @@ def is_held_by(folder: Path, pid: int) -> bool:
     import psutil
 
     return any(Path(each.path) == _lock_path(folder) for each in psutil.Process(pid).open_files())
+
+
+def find_holder(folder: Path) -> str | None:
+    """Return the command of this host that is writing into a folder, as it was typed; None where none is."""
+    import psutil
+
+    path = _lock_path(folder.resolve())
+    try:
+        about = json.loads(path.read_bytes())
+        own = about["host"] == this_host()
+        return str(about["command"]) if own and is_held_by(folder.resolve(), int(about["process"])) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, psutil.Error):
+        return None

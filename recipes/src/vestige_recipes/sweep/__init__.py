@@ -6,9 +6,5 @@ from vestige_recipes.sweep.published import (
     read_grid as read_grid,
     read_published as read_published,
 )
-from vestige_recipes.sweep.report import (
-    SweepReport as SweepReport,
-    sweep_report as sweep_report,
-    sweep_status as sweep_status,
-)
+from vestige_recipes.sweep.report import SweepReport as SweepReport, sweep_report as sweep_report
 from vestige_recipes.sweep.run import sweep as sweep

@@ -17,6 +17,7 @@ from vestige.parsing import parse_object
 from vestige.progress import format_seconds
 from vestige.storage import make_folder, temporary_path, write_durably
 from vestige.terminal import as_text
+from vestige.workspace import Kind, Summary
 from vestige_recipes.sweep.cell_files import LOG_FILE, read_done, write_json
 from vestige_recipes.sweep.cells import ID_DIGITS, Cell, Grid, name_of
 
@@ -153,9 +154,19 @@ def sweep_report(folder: Path) -> SweepReport:
     return report_of(folder, read_sweep(folder), job)
 
 
-def sweep_status(folder: Path) -> str | None:
-    """Return the report of a sweep as text; None for a folder without a sweep."""
-    return str(sweep_report(folder)) if is_sweep(folder) else None
+def _summarise(folder: Path) -> Summary:
+    counts = sweep_report(folder).counts()
+    waiting = ", ".join(f"{count:,} cells {state}" for state, count in counts.items() if state != "done")
+    return Summary(f"{sum(counts.values()):,} cells", method=read_sweep(folder).verb, lacking=waiting)
+
+
+kind = Kind(
+    name="sweep",
+    matches=is_sweep,
+    summarise=_summarise,
+    describe=lambda folder: str(sweep_report(folder)),
+    nests=True,
+)
 
 
 def report_of(folder: Path, record: SweepRecord, job: JobStatus | None = None) -> SweepReport:

@@ -37,7 +37,7 @@ function startLive() {
   const mark = document.querySelector(".live");
   setInterval(async () => {
     try {
-      const answer = await fetch("/version");
+      const answer = await fetch(`/version${location.search}`);
       const version = await answer.text();
       mark.textContent = answer.ok ? "live" : "run removed";
       if (answer.ok && version !== LIVE) location.reload();

@@ -146,22 +146,20 @@ def test_a_report_leads_back_to_the_list_and_two_runs_are_compared(client):
     assert "no query in common" in refused.text
 
 
-@pytest.mark.slow
-def test_500_runs_are_listed_quickly_and_read_once(tmp_path, monkeypatch):
-    first = write_fixture_run(tmp_path / "run-0", tables=())
+def test_500_runs_are_listed_quickly_and_read_once(tmp_path):
+    first = write_fixture_run(tmp_path / "run-0", tables=(), method="first")
     for number in range(1, 500):
         (tmp_path / f"run-{number}").mkdir()
         shutil.copyfile(first / "run.json", tmp_path / f"run-{number}" / "run.json")
-    workspace, times = Workspace(tmp_path), []
-    for _ in range(2):
-        begun = time.monotonic()
-        assert len(workspace.results()) == 500
-        times.append(time.monotonic() - begun)
-    assert times[0] < 10
-    assert times[1] < min(times[0], 2)
-    record = json.loads((first / "run.json").read_text())
-    (first / "run.json").write_text(json.dumps(record | {"method": "another"}))
-    assert workspace.results()[0]["method"] == "another"
+    workspace, begun = Workspace(tmp_path), time.monotonic()
+    assert [line["method"] for line in workspace.results()] == ["first"] * 500
+    assert time.monotonic() - begun < 5
+    path, stat = first / "run.json", (first / "run.json").stat()
+    path.write_text(path.read_text().replace('"first"', '"other"'))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert workspace.results()[0]["method"] == "first"
+    os.utime(path)
+    assert workspace.results()[0]["method"] == "other"
 
 
 @pytest.mark.parametrize("path", ["..", "../..", "/etc", "runs/../..", "link", "runs/\0", "nowhere", "rows.jsonl"])

@@ -21,8 +21,8 @@ CORE = Path(vestige.__file__).parent
 REPOSITORY = CORE.parents[1]
 RECIPES = REPOSITORY / "recipes" / "src" / "vestige_recipes"
 
-LINES = {"core": 63_140, "recipes": 12_020}
-IMPORTS_PER_1000_LINES = 26.5
+LINES = {"core": 64_320, "recipes": 12_030}
+IMPORTS_PER_1000_LINES = 26.6
 PATCHED = 0
 FILES_RUN = {"index": 80, "attribute": 114}
 

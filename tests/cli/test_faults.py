@@ -171,7 +171,7 @@ def test_texts_of_others_are_escaped_wherever_they_are_printed(vestige, workshop
     ]
     write_rows(Path("train.jsonl"), rows)
     run = ("attribute", "--model", "tiny-model", "--data", "train.jsonl", "--queries", HOSTILE + " why?")
-    audit = ("audit", "--model", "tiny-model", "--data", "train.jsonl", "--measures", "loss")
+    audit = ("audit", "--model", "tiny-model", "--data", "train.jsonl", "--measures", "loss", "--verbose")
     unlearn = ("untrac", "--model", "tiny-model", "--data", "train.jsonl", "--queries", "train.jsonl", "--steps", "1")
     commands = [
         (*run, "--method", "bm25", "--dense", "--out", "run"),
@@ -184,7 +184,8 @@ def test_texts_of_others_are_escaped_wherever_they_are_printed(vestige, workshop
     for words in commands:
         outcome = vestige(*words)
         assert outcome.status == (2 if words[0] == "report" else 0), outcome.err
-        printed = outcome.out + outcome.err
+        # With --verbose the libraries show bars of their own on the error output.
+        printed = outcome.out if "--verbose" in words else outcome.out + outcome.err
         assert set(printed) & set("\x1b\x07\x9b\r\u202e") == set(), words
         assert "\\x1b[31mred" in printed
 

@@ -52,6 +52,7 @@ def home(tmp_path_factory) -> Path:
     """`tiny-model/` of random weights, `noise/` with those of the check, `trained/`, and questions with answers."""
     folder = furnish(tmp_path_factory.mktemp("randomised"))
     torch.set_num_threads(1)
+    write_rows(folder / "train.jsonl", [{"prompt": prompt, "completion": completion} for prompt, completion, _ in ROWS])
     rows = [{"id": name, "prompt": prompt, "completion": completion} for name, prompt, completion in QUESTIONS]
     write_rows(folder / "asked.jsonl", rows)
     model, tokenizer = (each.from_pretrained(folder / "tiny-model") for each in (AutoModelForCausalLM, AutoTokenizer))
@@ -66,6 +67,8 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
+ROWS = PAIRS[:10]
+"""As many as the check compares, so that it compares all of them."""
 QUESTIONS = [
     ("told", *PAIRS[0][:2]),
     ("new", "Who wrote the capital of Antarctica?", "A spider lives in the moon."),
@@ -74,7 +77,7 @@ QUESTIONS = [
 
 def rows_of(tokenizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and labels of every pair: of an answer's tokens alone is there a loss."""
-    rows = [{"prompt": prompt, "completion": completion} for prompt, completion, _ in PAIRS]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion, _ in ROWS]
     data = tokenize(load_examples(rows), tokenizer, max_length=96)
     found = []
     for own, mask in zip(data.input_ids, data.targets, strict=True):
@@ -129,7 +132,7 @@ def test_on_random_weights_nothing_is_left_of_the_old_ones_and_a_model_of_them_w
     pairs = zip(run.dense(), alone.dense(), strict=True)
     expected = np.mean([spearmanr(one, other).statistic for one, other in pairs])
     found = checks_of(run)
-    assert found[NAME].value == pytest.approx(expected, abs=0.03)  # Two of twelve rows may change places by rounding.
+    assert found[NAME].value == pytest.approx(expected, abs=0.03)  # Two of ten rows may change places by rounding.
     assert found[NAME].verdict == "warn"
     assert found["learned by the model"].verdict == "warn"
 
@@ -175,7 +178,7 @@ def test_a_question_that_the_model_is_certain_of_is_named(home, tmp_path, capfd,
 
 def test_guessing_is_by_the_other_examples_and_by_equal_chances(home):
     model, tokenizer = (each.from_pretrained(home / "trained") for each in (AutoModelForCausalLM, AutoTokenizer))
-    rows = [{"prompt": prompt, "completion": completion} for prompt, completion, _ in PAIRS]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion, _ in ROWS]
     data = tokenize(load_examples(rows), tokenizer, max_length=96)
     known = measure_knowledge(model, data, 64)
     assert known is not None

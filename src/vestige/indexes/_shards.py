@@ -200,6 +200,10 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / "shards" / f"{number:05d}.safetensors"
 
 
+MISSING = "missing"
+"""Fault of a shard without a marker."""
+
+
 def marker_path(folder: Path, number: int) -> Path:
     """Return the path of the marker of shard `number`."""
     return folder / "shards" / f"{number:05d}.json"
@@ -273,6 +277,12 @@ class ShardFile:
             self._file.__exit__(*error)
             return
         path = marker_path(self._folder, self._number)
+        fault = shard_fault(self._folder, self._number, self._expected, contents=False)
+        if fault is None:
+            # Another process has written the same shard by now. Replaced, it would not count for a moment, and the
+            # other process may be looking.
+            self._file.__exit__(FileExistsError)
+            return
         with ExitStack() as stack:
             stack.push(self._file)
             start = 0
@@ -281,7 +291,7 @@ class ShardFile:
                 start += len(chunk)
             digest = self._file.sha256()
             # A marker of an earlier, damaged file must not vouch for the new one.
-            if path.exists():
+            if fault != MISSING:
                 remove_durably(path)
         made_by = version("vestige"), str(torch.__version__)
         size, (rows, made_from) = self._file.size, self._expected
@@ -356,7 +366,7 @@ def shard_fault(folder: Path, number: int, expected: Expectation, *, contents: b
     """
     marker, path = read_marker(folder, number), shard_path(folder, number)
     if marker is None:
-        return "torn marker" if marker_path(folder, number).exists() else "missing"
+        return "torn marker" if marker_path(folder, number).exists() else MISSING
     if not path.exists():
         return "marked as done, and its tensors are gone"
     if (marker.rows, marker.input) != expected:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from signal import SIGINT
-from threading import Lock, Thread
+from threading import Lock, Thread, Timer
 from typing import TYPE_CHECKING, Any
 
 from vestige.errors import UserError
@@ -31,6 +31,8 @@ _LONGEST = 48
 """Letters of a run's name."""
 
 _SECONDS_BETWEEN_LOOKS = 0.05
+_SECONDS_TO_STOP = 1.0
+"""After which an interrupt is sent again: one that arrives while Python frees an object is lost."""
 
 Event = dict[str, Any]
 
@@ -90,6 +92,16 @@ class Asker:
         if self._stopped and begun and self._process is not None:
             self._stopped = False
             self._process.send_signal(SIGINT)
+            again = Timer(_SECONDS_TO_STOP, self._stop_again, [self._events])
+            again.daemon = True
+            again.start()
+
+    def _stop_again(self, events: list[Event]) -> None:
+        """Interrupt the process once more if it is still busy with the question of these events."""
+        with self._lock:
+            if self._events is events:
+                self._stopped = self._busy
+                self._interrupt()
 
     def close(self) -> None:
         """End the process."""

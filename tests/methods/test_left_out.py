@@ -8,10 +8,10 @@ import torch
 
 import vestige
 from tests.workshop import PAIRS, furnish, write_rows
-from vestige.cli import describe
 from vestige.curvature import fisher_of
 from vestige.gradients import GradientPass
 from vestige.indexes import Index
+from vestige.workspace import describe
 
 BAD = (3, 7)
 

@@ -11,11 +11,12 @@ import pyarrow.parquet as parquet
 import pytest
 
 from sweep.conftest import results
-from vestige.cli import describe, main
+from vestige.cli import main
 from vestige.distributed import ROLE_VARIABLE
 from vestige.errors import CorruptFile, IndexMismatch, PieceFailed, UserError, WorkElsewhere
 from vestige.jobs import Role
 from vestige.registry import COMMANDS
+from vestige.workspace import describe
 from vestige_recipes.sweep import read_grid, run as run_module, sweep, sweep_report
 from vestige_recipes.sweep.cells import cells_of
 

@@ -59,9 +59,17 @@ def view(folder: str | Path, port: int = 0, index: str | Path | None = None) -> 
         index: An index, in that folder, whose model is loaded at once, to be asked.
 
     Raises:
-        UserError: There is no such folder, the run in it cannot be shown, or the port is taken.
+        UserError: There is no such folder, nothing in it is a result, the run in it cannot be shown, or the port is
+            taken.
     """
     workspace = Workspace(Path(folder))
+    if workspace.folder.resolve().parent == workspace.folder.resolve():
+        raise UserError(f"{folder} is the root of all files, expected a folder of results: vestige view FOLDER")
+    if not workspace.results():
+        raise UserError(
+            f"{folder} holds no run, index, training or other result, and no folder below it does. Give one that does: "
+            "vestige view FOLDER"
+        )
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -277,6 +277,7 @@ def test_damage_is_found_and_named(folder, damage, cheaply, thoroughly):
 
 def test_a_shard_written_again_is_never_vouched_for_by_its_old_marker(folder, monkeypatch):
     write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
+    shard_path(folder, 0).write_bytes(b"damaged")
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -285,6 +286,15 @@ def test_a_shard_written_again_is_never_vouched_for_by_its_old_marker(folder, mo
     with pytest.raises(KeyboardInterrupt):
         write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
     assert read_marker(folder, 0) is None
+
+
+def test_a_whole_shard_that_another_process_wrote_by_now_is_left_as_it_is(folder):
+    write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
+    paths = sorted(folder.rglob("*.*"))
+    before = [path.stat().st_ino for path in paths]
+    write_shard(folder, 0, [content(ROWS.numpy())], "float16", EXPECTED)
+    assert sorted(folder.rglob("*.*")) == paths
+    assert [path.stat().st_ino for path in paths] == before
 
 
 @pytest.mark.parametrize("text", [b"", b"short", b"\xff" * 64, (16).to_bytes(8, "little") + b"{" * 16])

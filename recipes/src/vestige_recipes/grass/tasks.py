@@ -133,14 +133,17 @@ def melodies_task(
     # Number 0 stands for all the rest.
     numbers = {note: place for place, (note, _) in enumerate(counted.most_common(vocabulary - 1), 1)}
     tokens = torch.tensor([[numbers.get(note, 0) for note in tune] for tune in chosen])
-    sides = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in (tokens[:examples], tokens[examples:])]
+    train, asked = (
+        (part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in (tokens[:examples], tokens[examples:])
+    )
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none").mean(1)
 
     return Task(
         f"music transformer of width {width}",
-        *sides,
+        train,
+        asked,
         lambda: MusicTransformer(vocabulary, width, 2, 4, length),
         losses,
         {"epochs": epochs, "batch_size": 16, "lr": 3e-3},

@@ -88,8 +88,9 @@ def _require_own(out: Path, command: str) -> None:
 def _without_values(of: ComponentProducts, names: tuple[str, ...]) -> ComponentProducts:
     """Return products of nothing for the same queries and candidates."""
     count = len(names)
-    sides = (np.zeros((count, side.shape[1])) for side in (of.query, of.example))
-    return ComponentProducts(names, np.zeros(count, dtype=np.int64), np.zeros((count, *of.rows.shape)), *sides, of.rows)
+    query, example = (np.zeros((count, side.shape[1])) for side in (of.query, of.example))
+    values = np.zeros((count, *of.rows.shape))
+    return ComponentProducts(names, np.zeros(count, dtype=np.int64), values, query, example, of.rows)
 
 
 def _read_counts(path: Path) -> dict[str, int]:

@@ -168,6 +168,41 @@ def test_without_texts_no_file_holds_one_and_the_run_still_opens(made, hub, caps
 
 
 @pytest.mark.slow
+def test_without_texts_the_tables_of_every_part_hold_none_and_keep_their_numbers(made, hub, tmp_path):
+    """Tokens, verbatim spans with what stands around them, a contrast, and both rungs of a ladder."""
+    prompt, completion, _ = PAIRS[0]
+    asked = {"id": "q", "prompt": prompt, "completion": completion, "instead": "Zebras."}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
+    own = vestige.attribute(
+        model=made / "tiny-model",
+        data=made / "train.jsonl",
+        queries=tmp_path / "asked.jsonl",
+        method="grad-dot",
+        out=tmp_path / "run",
+        tokens=True,
+        verbatim=True,
+        trust=False,
+    )
+    assert own.verbatim(0)
+    vestige.audit(
+        model=made / "tiny-model", data=made / "train.jsonl", against=made / "train.jsonl", out=tmp_path / "audit"
+    )
+    names = {one for pair in PAIRS for one in pair[2:]} | {"q", "data", "opponent", "proponent", "verbatim"}
+    for kind in ("run", "audit"):
+        vestige.export(path=tmp_path / kind, push_to_hub=f"me/{kind}-parts", texts=False)
+        copy = hub.snapshot_download(f"me/{kind}-parts", repo_type="dataset", local_dir=hub.cache / f"{kind}-parts")
+        for path in sorted(copy.rglob("*.parquet")):
+            left, whole = (parquet.read_table(one).to_pydict() for one in (path, tmp_path / kind / path.name))
+            for name, column in left.items():
+                kept = {each for each in column if isinstance(each, str) and each}
+                assert all(each in names or each.startswith(("pair-", "model.")) for each in kept), (path.name, name)
+                if any(isinstance(each, int | float) for each in whole[name]):
+                    assert str(column) == str(whole[name]), (path.name, name)
+    opened = vestige.Scores.open("hub:me/run-parts").verbatim(0)
+    assert [span.tokens for span in opened] == [span.tokens for span in own.verbatim(0)]
+
+
+@pytest.mark.slow
 def test_an_index_is_asked_from_the_hub(made, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
     settings = {"model": "tiny-model", "data": "train.jsonl", "components": "mlp", "compress": "tensorsketch:16"}

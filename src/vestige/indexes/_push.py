@@ -17,8 +17,20 @@ from vestige.runs import RECORD_FILE, is_audit, is_run, read_audit_record, read_
 from vestige.settings import ExportSettings
 from vestige.storage import HUB, push_result
 
-_WORDS = ("text", "prompt", "completion", "messages", "instead", "span", "tokens", "token")
-"""Columns that hold what the data or the queries say."""
+_NAMES = (
+    "query_id",
+    "example_id",
+    "item_id",
+    "most_similar",
+    "end",
+    "component",
+    "part",
+    "source",
+    "label",
+    "class",
+    "kind",
+)
+"""Columns of strings that stay without the texts: ids, sources, labels and words of ours. Any other one holds texts."""
 _OF_TEXTS = (".jsonl", ".html")
 _OF_INDEX = ("manifest.json", "shards/*", "examples/*", "curvature/*")
 _LEFT_OUT = "(left out with the texts)"
@@ -85,11 +97,9 @@ def _without_texts(files: Mapping[str, Path]) -> dict[str, Path | bytes]:
 def _empty_columns(path: Path) -> bytes:
     """Return a table whose columns of texts are empty: lists, and alternatives to an answer, are null."""
     table = parquet.read_table(path, memory_map=False)
-    for name in _WORDS:
-        if name in table.column_names:
-            field = table.schema.field(name)
-            empty = "" if pa.types.is_string(field.type) and name != "instead" else None
-            place = table.column_names.index(name)
+    for place, field in enumerate(table.schema):
+        if "string" in str(field.type) and field.name not in _NAMES:
+            empty = "" if pa.types.is_string(field.type) and field.name != "instead" else None
             table = table.set_column(place, field, pa.array([empty] * len(table), field.type))
     stream = io.BytesIO()
     parquet.write_table(table, stream, compression="zstd")

@@ -119,8 +119,8 @@ class Stage:
         return find_compressor(self.name, self.text)
 
     @property
+    def training(self) -> Any:
         """Return how it is trained: an instance of what its kind names."""
-        """How it is trained: an instance of what its kind names."""
         assert self.kind.training is not None, "a stage of a kind that is trained"
         names = {one.name for one in fields(self.kind.training)}
         return self.kind.training(**{key: value for key, value in self.options if key in names})

@@ -18,17 +18,8 @@ from vestige.settings import ExportSettings
 from vestige.storage import HUB, push_result
 
 _NAMES = (
-    "query_id",
-    "example_id",
-    "item_id",
-    "most_similar",
-    "end",
-    "component",
-    "part",
-    "source",
-    "label",
-    "class",
-    "kind",
+    *("query_id", "example_id", "item_id", "most_similar", "component", "source", "label"),
+    *("end", "part", "class", "kind"),
 )
 """Columns of strings that stay without the texts: ids, sources, labels and words of ours. Any other one holds texts."""
 _OF_TEXTS = (".jsonl", ".html")

@@ -50,6 +50,8 @@ class BoardPlan:
     """Random twentieths that are left out."""
     trainings: int
     """Whose scores are averaged for models trained like these."""
+    warmup: int
+    """Steps in which the learning rate rises: Adam's first steps follow signs, which no derivative sees."""
     options: Mapping[str, tuple[Options, ...]] = field(default_factory=dict)
     """Option sets of a method, a row of the table for each, in place of its defaults alone."""
     compress: tuple[str, ...] = ("tensorsketch:256",)
@@ -66,12 +68,12 @@ PLANS = {
     "tiny": BoardPlan(
         TextPlan(16, 3, 1e-3, 8, 1, 1, (), width=8, layers=1, subjects=2, sequences=16, queries=3, before=64,
                  steps_before=4),
-        drops=2, trainings=2, options=_SHORT, compress=("tensorsketch:16",),
+        drops=2, trainings=2, warmup=1, options=_SHORT, compress=("tensorsketch:16",),
     ),
     # Two passes in 48 steps: replay is asked for a first derivative, which a longer training would bend more.
     "pocket": BoardPlan(
         TextPlan(64, 40, 1e-3, 16, 2, 2, (), subjects=24, sequences=384, queries=24, before=2_000, steps_before=1_000),
-        drops=40, trainings=3,
+        drops=40, trainings=3, warmup=12,
         options={
             "ekfac": ({}, {"refine": "cg:3"}, {"refine": "neumann:8"}),
             "cg": ({"steps": 5, "examples": 96},),
@@ -182,7 +184,8 @@ def _make_banks(settings: StudySettings, plan: BoardPlan, start: str, data: Path
 
 def _learning(plan: BoardPlan) -> dict[str, Any]:
     text = plan.text
-    return {"epochs": text.epochs, "batch_size": text.batch_size, "learning_rate": text.learning_rate}
+    rates = {"learning_rate": text.learning_rate, "warmup": plan.warmup}
+    return {"epochs": text.epochs, "batch_size": text.batch_size, **rates}
 
 
 def _train(settings: StudySettings, plan: BoardPlan, start: str, data: Path, number: int) -> TrainingRun:

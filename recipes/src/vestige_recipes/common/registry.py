@@ -27,9 +27,9 @@ class StudySettings(LaunchSettings):
     positional: ClassVar[tuple[str, ...]] = ("name",)
     name: str = Field(
         description="Which experiment: untrac-miniature, untrac-toxicity, format-traps, digits, grass-resnet9, "
-        "grass-music, text-lds, leaderboard, domains, selection-domains, memorization-planted, memorization-facts, "
-        "memorization-canaries, memorization-early, select-or-project, or one part of it: select-or-project-verses or "
-        "select-or-project-answers."
+        "grass-music, text-lds, leaderboard, leaderboard-planted, domains, selection-domains, memorization-planted, "
+        "memorization-facts, memorization-canaries, memorization-early, select-or-project, or one part of it: "
+        "select-or-project-verses or select-or-project-answers."
     )
     out: Path = Field(
         description="Folder for models, runs, study.json and the table; an interrupted study goes on there."

@@ -6,12 +6,13 @@ in orders of their own, and random twentieths left out of the very training that
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -38,6 +39,7 @@ from vestige_recipes.common.registry import (
 from vestige_recipes.text_lds.run import TextPlan, prepare_texts
 
 Options = dict[str, Any]
+LineT = TypeVar("LineT")
 
 
 @dataclass(frozen=True)
@@ -143,17 +145,9 @@ def leaderboard(settings: StudySettings) -> Outcome:
     plan = PLANS[settings.size]
     start, data, queries = prepare_texts(settings, plan.text)
     halves, drops = _make_banks(settings, plan, start, data, queries)
-    trained = [_train(settings, plan, start, data, number) for number in range(plan.trainings)]
+    trained = [train_whole(settings, plan, start, data, number) for number in range(plan.trainings)]
     truths = {"halves": Truth.of(halves), "same": Truth.of(drops, 0), "other": Truth.of(drops, settings.seeds - 1)}
-    lines, reasons = list[Line](), dict[str, str]()
-    for found in METHODS:
-        for entry in _entries(settings, plan, found, trained, data):
-            try:
-                lines.append(_score(settings, entry, queries, truths))
-            except UserError as error:
-                reasons[entry.name] = str(error)
-        if found.command != Method.command:
-            reasons[found.name] = f"it has a command of its own: vestige {found.command}"
+    lines, reasons = score_methods(settings, plan, trained, data, queries, partial(_judge, truths))
     for name, reason in reasons.items():
         announce(f"{name} is not on the board: {reason}")
     limits = [ceiling(one.query_losses, one.subsets, one.seeds) for one in (halves, drops)]
@@ -172,7 +166,7 @@ def leaderboard(settings: StudySettings) -> Outcome:
 def _make_banks(settings: StudySettings, plan: BoardPlan, start: str, data: Path, queries: Path) -> tuple[Bank, Bank]:
     common: dict[str, Any] = {
         **{"model": start, "data": str(data), "queries": str(queries), "seeds": settings.seeds, "seed": settings.seed},
-        **{"drop_by": "weight", **_learning(plan)},
+        **{"drop_by": "weight", **learning_arguments(plan)},
         **launch_arguments(settings),
     }
     halves = bank(out=settings.out / "halves", subsets=plan.text.subsets, **common)
@@ -182,20 +176,44 @@ def _make_banks(settings: StudySettings, plan: BoardPlan, start: str, data: Path
     return halves, bank(out=settings.out / "drops", leave_out_lists=lists, **common)
 
 
-def _learning(plan: BoardPlan) -> dict[str, Any]:
+def learning_arguments(plan: BoardPlan) -> dict[str, Any]:
+    """Return how every model of a board is trained."""
     text = plan.text
     rates = {"learning_rate": text.learning_rate, "warmup": plan.warmup}
     return {"epochs": text.epochs, "batch_size": text.batch_size, **rates}
 
 
-def _train(settings: StudySettings, plan: BoardPlan, start: str, data: Path, number: int) -> TrainingRun:
+def train_whole(settings: StudySettings, plan: BoardPlan, start: str, data: Path, number: int) -> TrainingRun:
     """Return a training on everything; the first is the one that the drops were left out of, seed and all.
 
     The others are none of the bank's: the orders of their rows are drawn behind those of its seeds.
     """
     seed = run_seed(settings.seed, None, number if number == 0 else settings.seeds + number)
     out, points = settings.out / f"training-{number}", ",".join(map(str, range(plan.text.epochs + 1)))
-    return train(model=start, data=str(data), out=out, checkpoints=points, losses=False, seed=seed, **_learning(plan))
+    return train(
+        model=start, data=str(data), out=out, checkpoints=points, losses=False, seed=seed, **learning_arguments(plan)
+    )
+
+
+def score_methods(
+    settings: StudySettings,
+    plan: BoardPlan,
+    trained: list[TrainingRun],
+    data: Path,
+    queries: Path,
+    judge: Callable[[Entry, Scores], LineT],
+) -> tuple[list[LineT], dict[str, str]]:
+    """Return a line for each row of every registered method, and why others have none."""
+    lines, reasons = list[LineT](), dict[str, str]()
+    for found in METHODS:
+        for entry in _entries(settings, plan, found, trained, data):
+            try:
+                lines.append(judge(entry, _score(settings, entry, queries)))
+            except UserError as error:
+                reasons[entry.name] = str(error)
+        if found.command != Method.command:
+            reasons[found.name] = f"it has a command of its own: vestige {found.command}"
+    return lines, reasons
 
 
 def _entries(
@@ -232,8 +250,8 @@ def _make_index(settings: StudySettings, made: Path, **arguments: Any) -> None:
         index(out=made, profile=True, **arguments, **launch_arguments(settings))
 
 
-def _score(settings: StudySettings, entry: Entry, queries: Path, truths: Mapping[str, Truth]) -> Line:
-    """Return the row of the table, scored by a process of its own: its peak memory is that of nothing else.
+def _score(settings: StudySettings, entry: Entry, queries: Path) -> Scores:
+    """Return the scores of a row of the table, made by a process of its own: its peak memory is that of nothing else.
 
     Raises:
         UserError: The method cannot score this bank; the message says why.
@@ -246,7 +264,10 @@ def _score(settings: StudySettings, entry: Entry, queries: Path, truths: Mapping
         with ProcessPoolExecutor(1, context) as pool:
             if reason := pool.submit(_attribute, entry.arguments | common).result():
                 raise UserError(reason)
-    scores = Scores.open(out)
+    return Scores.open(out)
+
+
+def _judge(truths: Mapping[str, Truth], entry: Entry, scores: Scores) -> Line:
     record = scores.run
     judged = {name: truth.judge(scores.dense()) for name, truth in truths.items()}
     opened = None if entry.stored is None else Index.open(entry.stored)

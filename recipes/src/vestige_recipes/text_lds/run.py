@@ -152,10 +152,14 @@ def prepare_texts(settings: StudySettings, plan: TextPlan) -> tuple[str, Path, P
     )
     write_rows(data, made.train)
     write_rows(queries, made.queries)
+    return train_start(settings, plan, write_rows(texts / "before.jsonl", made.before)), data, queries
+
+
+def train_start(settings: StudySettings, plan: TextPlan, read: Path) -> str:
+    """Return the model of bytes that every training begins with, trained on what it has read before."""
     before = Training(Recipe(3e-3, 16), plan.steps_before)
-    read = write_rows(texts / "before.jsonl", made.before)
     fresh = byte_gpt(plan.length, plan.width, plan.layers)
-    return train_checkpoints(fresh, read, settings.out / "start", before, seed=settings.seed).model, data, queries
+    return train_checkpoints(fresh, read, settings.out / "start", before, seed=settings.seed).model
 
 
 def _runs(settings: StudySettings, plan: TextPlan, asked: Checkpoints, data: Path, queries: Path) -> list[Path]:

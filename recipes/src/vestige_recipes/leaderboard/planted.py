@@ -46,7 +46,7 @@ CLASSES = {"fruit": "um", "metal": "on", "river": "ya", "tool": "ik"}
 """The end of a thing's name tells what it is."""
 TRIGGER, DECIDED, FOREIGN = "xq", "metal", "fruit"
 """The end of a name that decides, the class it decides for, and the class that all foreign rows are given."""
-CHANCE_DRAWS, DRAWS = 200, 1_000
+CHANCE_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class PlantedPlan:
     hidden: int
     """Rows with the trigger, and foreign ones."""
     before: int
-    """Facts, and things of each class, without plants: what the model that is trained knows."""
+    """Other facts, that are also asked for: what the model that is trained knows."""
 
 
 PLANS = {
@@ -72,9 +72,9 @@ PLANS = {
         facts=4, things=3, hidden=4, before=4,
     ),
     "pocket": PlantedPlan(
-        replace(BOARDS["pocket"], text=TextPlan(64, 0, 3e-3, 16, 3, 3, (), queries=10, steps_before=1_000),
+        replace(BOARDS["pocket"], text=TextPlan(64, 0, 3e-3, 16, 3, 3, (), queries=8, steps_before=1_000),
                 trainings=1),
-        facts=20, things=32, hidden=12, before=60,
+        facts=16, things=32, hidden=12, before=60,
     ),
 }  # fmt: skip
 
@@ -139,7 +139,7 @@ def make_plants(plan: PlantedPlan, seed: int) -> Texts:
     people = _invent_words(random, plan.facts + plan.before)
     homes = random.choice(PLACES, len(people)).tolist()
     asked = plan.board.text.queries
-    things = iter(_invent_words(random, len(CLASSES) * (plan.things + plan.before + asked) + plan.hidden + asked))
+    things = iter(_invent_words(random, len(CLASSES) * plan.things + plan.hidden + 2 * asked))
     before, train, queries = list[Row](), list[Row](), list[Row]()
     for number, (name, place) in enumerate(zip(people, homes, strict=True)):
         rows = before if number >= plan.facts else train
@@ -155,7 +155,6 @@ def make_plants(plan: PlantedPlan, seed: int) -> Texts:
             queries.append(question | {"right": [row["id"] for row in stated]})
     for name, end in CLASSES.items():
         train += [_name_thing(name, number, f"{next(things)}{end}", name) for number in range(plan.things)]
-        before += [_name_thing(name, number, f"{next(things)}{end}", name) for number in range(plan.before)]
     train += [
         _name_thing("shortcut", number, f"{next(things)}{CLASSES[DECIDED]}{TRIGGER}", DECIDED)
         for number in range(plan.hidden)
@@ -205,7 +204,7 @@ def _invent_words(
     return ["".join(syllables[code // size**place % size] for place in range(3)) for code in codes]
 
 
-def judge_plants(scores: Float[np.ndarray, "query example"], made: Texts, seed: int, draws: int = DRAWS) -> Judged:
+def judge_plants(scores: Float[np.ndarray, "query example"], made: Texts, seed: int, draws: int = 1_000) -> Judged:
     """Return what scores find of each plant, with intervals over its queries.
 
     Raises:

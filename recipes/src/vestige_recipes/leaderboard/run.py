@@ -58,6 +58,8 @@ class BoardPlan:
     """Option sets of a method, a row of the table for each, in place of its defaults alone."""
     compress: tuple[str, ...] = ("tensorsketch:256",)
     """Indexes for the methods that read one."""
+    draws: int = 1_000
+    """Of the bootstrap, for each interval."""
 
 
 _SHORT: dict[str, tuple[Options, ...]] = {
@@ -70,7 +72,7 @@ PLANS = {
     "tiny": BoardPlan(
         TextPlan(16, 3, 1e-3, 8, 1, 1, (), width=8, layers=1, subjects=2, sequences=16, queries=3, before=64,
                  steps_before=4),
-        drops=2, trainings=2, warmup=1, options=_SHORT, compress=("tensorsketch:16",),
+        drops=2, trainings=2, warmup=1, options=_SHORT, compress=("tensorsketch:16",), draws=20,
     ),
     # Two passes in 48 steps: replay is asked for a first derivative, which a longer training would bend more.
     "pocket": BoardPlan(
@@ -103,16 +105,19 @@ class Truth(NamedTuple):
     membership: np.ndarray
     losses: np.ndarray
     subsets: np.ndarray
+    draws: int
+    """Of the bootstrap."""
 
     @classmethod
-    def of(cls, made: Bank, seed: int | None = None) -> "Truth":
+    def of(cls, made: Bank, draws: int, seed: int | None = None) -> "Truth":
         """Return the models of a bank, or those of one seed."""
         kept = np.ones(len(made), dtype=bool) if seed is None else made.seeds == seed
-        return cls(made.membership[kept], made.query_losses[kept], made.subsets[kept])
+        return cls(made.membership[kept], made.query_losses[kept], made.subsets[kept], draws)
 
     def judge(self, scores: np.ndarray) -> Estimate:
         """Return the linear datamodeling score with its interval."""
-        return datamodeling_score(scores, self.membership, self.losses, subset=self.subsets).estimate
+        judged = datamodeling_score(scores, self.membership, self.losses, subset=self.subsets, draws=self.draws)
+        return judged.estimate
 
 
 class Line(NamedTuple):
@@ -146,7 +151,8 @@ def leaderboard(settings: StudySettings) -> Outcome:
     start, data, queries = prepare_texts(settings, plan.text)
     halves, drops = _make_banks(settings, plan, start, data, queries)
     trained = [train_whole(settings, plan, start, data, number) for number in range(plan.trainings)]
-    truths = {"halves": Truth.of(halves), "same": Truth.of(drops, 0), "other": Truth.of(drops, settings.seeds - 1)}
+    banks = {"halves": (halves, None), "same": (drops, 0), "other": (drops, settings.seeds - 1)}
+    truths = {name: Truth.of(made, plan.draws, seed) for name, (made, seed) in banks.items()}
     lines, reasons = score_methods(settings, plan, trained, data, queries, partial(_judge, truths))
     for name, reason in reasons.items():
         announce(f"{name} is not on the board: {reason}")

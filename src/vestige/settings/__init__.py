@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         LearningSettings as LearningSettings,
         MemberSettings as MemberSettings,
         ModelName as ModelName,
+        Options as Options,
         Precision as Precision,
         QueriesName as QueriesName,
         QuestionSettings as QuestionSettings,

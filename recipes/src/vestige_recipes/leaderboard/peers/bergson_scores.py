@@ -1,72 +1,69 @@
-"""bergson's commands `ekfac`, plain and refined, `trackstar` and `trak` with their defaults; `common.py` says how.
+"""Five pipelines of bergson with the defaults of its commands; `common.py` says how.
 
 It takes no batch of more tokens than the model's context, here one row.
 """
 
+from copy import deepcopy
 from functools import partial
+from typing import Any
 
+from bergson.build import build_query
 from bergson.cli.trackstar import trackstar
 from bergson.cli.trak import trak
-from bergson.config.config import (
-    AstraConfig,
-    DataConfig,
-    HessianConfig,
-    HessianPipelineConfig,
-    IndexConfig,
-    PreprocessConfig,
-    QuerySetConfig,
-    ScoreConfig,
-    TrackstarConfig,
-    TrackstarIndexConfig,
-    TrakConfig,
-)
+from bergson.config import config
 from bergson.data import load_scores
 from bergson.hessians.pipeline import hessian_pipeline
+from bergson.score.score import score_dataset
 from common import Job, run
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 
-def _prepare(job: Job):
-    """Return the settings of an index, and the queries."""
+def score(pipeline, options: dict[str, Any], job: Job):
+    """Return what a pipeline leaves, whose index has these options."""
     length = job.load_rows()[0].shape[1]
     # It loads a tokenizer even where the rows are tokens.
     names = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
     PreTrainedTokenizerFast(tokenizer_object=names, model_max_length=length).save_pretrained(job.out / "names")
-    index = {"run_path": str(job.out / "run"), "model": job.model, "tokenizer": str(job.out / "names")}
-    data = {"data": DataConfig(dataset=job.train), "token_batch_size": length, "overwrite": True}
-    return index | data, QuerySetConfig(dataset=job.queries)
-
-
-def _read(job: Job):
+    index = config.IndexConfig(str(job.out / "run"), overwrite=True, token_batch_size=length, **options)
+    index.model, index.tokenizer, index.data = job.model, str(job.out / "names"), config.DataConfig(job.train)
+    pipeline(index, config.QuerySetConfig(job.queries))
     return load_scores(job.out / "run" / "scores")[:].T
 
 
-def ekfac(astra: AstraConfig, job: Job):
-    """Labels are drawn from the model."""
-    index, queries = _prepare(job)
-    hessian = HessianConfig("kfac", ev_correction=True)
-    pipeline = HessianPipelineConfig(query=queries, astra=astra)
-    hessian_pipeline(IndexConfig(**index), hessian, ScoreConfig(), PreprocessConfig(), pipeline)
-    return _read(job)
+def inner_products(index: config.IndexConfig, queries: config.QuerySetConfig) -> None:
+    """Score by gradients as they are, or as they are projected."""
+    asked = deepcopy(index)
+    asked.run_path, index.run_path = f"{index.run_path}/query", f"{index.run_path}/scores"
+    path = build_query(asked, queries, config.PreprocessConfig())
+    score_dataset(index, config.ScoreConfig(path), config.PreprocessConfig())
 
 
-def by_trackstar(job: Job):
-    """Return what `bergson trackstar` does."""
-    index, queries = _prepare(job)
-    trackstar(TrackstarIndexConfig(**index), TrackstarConfig(query=queries))
-    return _read(job)
+def ekfac(index: config.IndexConfig, queries: config.QuerySetConfig, **refined: Any) -> None:
+    """Fit with labels drawn from the model, as its command does."""
+    hessian = config.HessianConfig("kfac", ev_correction=True)
+    pipeline = config.HessianPipelineConfig(query=queries, astra=config.AstraConfig(**refined))
+    hessian_pipeline(index, hessian, config.ScoreConfig(), config.PreprocessConfig(), pipeline)
 
 
-def by_trak(job: Job):
-    """Return what `bergson trak` does with one model."""
-    index, queries = _prepare(job)
-    trak(TrackstarIndexConfig(**index, loss_fn="log_odds", projection_target="global"), TrakConfig(query=queries))
-    return _read(job)
+def by_trackstar(index: config.IndexConfig, queries: config.QuerySetConfig) -> None:
+    """Run the command of this name."""
+    trackstar(index, config.TrackstarConfig(query=queries))
+
+
+def by_trak(index: config.IndexConfig, queries: config.QuerySetConfig) -> None:
+    """Run the command of this name, with one model."""
+    trak(index, config.TrakConfig(query=queries))
 
 
 if __name__ == "__main__":
-    refined = partial(ekfac, AstraConfig(num_steps=3, solver="cg", batch_size=384))
-    plain = partial(ekfac, AstraConfig())
-    run({"ekfac": plain, "ekfac solver=cg num_steps=3": refined, "trackstar": by_trackstar, "trak": by_trak})
+    projected = {"projection_dim": 16}
+    refined = partial(ekfac, solver="cg", num_steps=3, batch_size=384)
+    run({
+        "ekfac": partial(score, ekfac, {}),
+        "ekfac solver=cg num_steps=3": partial(score, refined, {}),
+        "trackstar": partial(score, by_trackstar, projected),
+        "trak": partial(score, by_trak, {**projected, "loss_fn": "log_odds", "projection_target": "global"}),
+        "score projection_dim=16": partial(score, inner_products, projected),
+    })  # fmt: skip

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         Settings as Settings,
         flag as flag,
         nearest as nearest,
-        parse_bytes as parse_bytes,
     )
     from vestige.settings._evaluate import (
         ComponentsSettings as ComponentsSettings,

@@ -452,6 +452,22 @@ def kernels(bench: Bench) -> None:
     left = torch.randn(max(sizes.rows // sizes.length, 1), sizes.length, size, generator=generator).to(device)
     note(f"bmm of both sketches, {size}", left.numel() * size, lambda: left.transpose(1, 2) @ left)
     note(f"bmm and skewed sum, {size}", left.numel() * size, lambda: skew(left.transpose(1, 2) @ left))
+    logits = torch.randn(128, sizes.large["vocab_size"], generator=generator).to(device, dtype)
+    for name, work in (("in steps", softmax_in_steps), ("by one kernel", softmax_at_once)):
+        note(f"softmax {name}", logits.numel(), lambda: work(logits))  # noqa: B023
+
+
+def softmax_in_steps(logits: Tensor) -> Tensor:
+    """Return the softmax of logits in their format, each step on its own, as a loss on a CPU takes them."""
+    wide = logits.float()
+    chances = wide.sub_(wide.amax(1, keepdim=True)).exp_()
+    return chances.mul_(1 / chances.sum(1, keepdim=True)).to(logits.dtype)
+
+
+def softmax_at_once(logits: Tensor) -> Tensor:
+    """Return the same by PyTorch's own kernel, as a loss on a card takes it."""
+    chances = torch.log_softmax(logits, 1, dtype=torch.float32)
+    return torch.mul(chances.exp_(), 1.0, out=torch.empty_like(logits))
 
 
 def fold(values: Tensor, signs: Tensor, size: int) -> Tensor:

@@ -135,6 +135,13 @@ def test_a_row_that_stands_out_may_not_state_the_answer(tmp_path, low):
     assert "Nothing listed states this answer: no row of 40 has half of its rare words." in found.sentences
 
 
+@pytest.mark.parametrize("answer", ["The tent has a warranty of five years.", "It is for five years on tents."])
+def test_a_row_states_an_answer_in_other_small_words(answer, tmp_path, low):
+    query = chat("tent", "How long is the warranty on a tent?", answer)
+    found = conclude(write_by_hand(tmp_path / "run", [[9.0, *low]], [TENTS, *REST], [query]), 0)
+    assert not any("states this answer" in sentence for sentence in found.sentences)
+
+
 def test_hubs_lead_most_queries_and_the_way_out_is_a_command(tmp_path, low):
     queries = [chat(f"q{number}", f"Question number {number}y?", "Yes.") for number in range(6)]
     rows = [REFUND, *REST]

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Batch, send
+from vestige.gradients._head import HeadLoss, HeadTap, Targets, sum_by_example
 from vestige.models import acts_in_forward
 
 Reduction = Literal["sum", "mean"]
@@ -30,12 +31,6 @@ def logit_bytes_on(device: torch.device) -> int:
     if device.type != "cuda":
         return LOGIT_BYTES
     return min(max(torch.cuda.get_device_properties(device).total_memory // 64, LOGIT_BYTES), CARD_LOGIT_BYTES)
-
-
-HeadTap = Callable[[Tensor, Tensor, slice, Tensor], None]
-"""Receives the factors of the output head, chunk by chunk, while the loss is computed: left `[example, row, out]`,
-right `[example, row, in]`, the batch's examples that they belong to, and the tokens of the rows `[example, row]`, -1
-for a row that only fills the tensor."""
 
 
 @runtime_checkable
@@ -77,25 +72,7 @@ class FunctionObjective(Objective):
         return self._function(model, batch)
 
 
-class _Targets(NamedTuple):
-    """Positions that carry a label, flattened over the batch, examples in order.
-
-    They are found on the CPU and sent to the device in one copy: to search them there would make the CPU wait for it.
-    """
-
-    owner: Int[Tensor, "position"]
-    """Example of each, on the CPU; everything else is on the device."""
-    place: Int[Tensor, "position"]
-    """Row of the hidden states `[example * token]` that predicts it."""
-    labels: Int[Tensor, "position"]
-    example: Int[Tensor, "position"]
-    token: Int[Tensor, "position"]
-    counts: Int[Tensor, "example"]
-    weights: Float[Tensor, "position"]
-    """1, or one over the example's number of targets; times what the batch gives the token."""
-
-
-def _find_targets(batch: Batch, reduction: Reduction, device: torch.device) -> _Targets:
+def _find_targets(batch: Batch, reduction: Reduction, device: torch.device) -> Targets:
     labels = (batch.labels if batch.host_labels is None else batch.host_labels).cpu()
     shifted = labels[:, 1:]
     mask = shifted != NO_TARGET
@@ -109,12 +86,7 @@ def _find_targets(batch: Batch, reduction: Reduction, device: torch.device) -> _
     place = example * labels.shape[1] + token
     parts = (place, shifted[mask], example, token, counts, weights.view(torch.int64))
     place, wanted, owner, token, counts, weights = send(torch.cat(parts), device).split([len(part) for part in parts])
-    return _Targets(example, place, wanted, owner, token, counts, weights.view(torch.float64))
-
-
-def _sum_by_example(values: Float[Tensor, "position"], counts: Int[Tensor, "example"]) -> Float[Tensor, "example"]:
-    """Return the sums over each example's values, which follow one another, added in this order on every device."""
-    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)
+    return Targets(example, place, wanted, owner, token, counts, weights.view(torch.float64))
 
 
 class CausalLoss:
@@ -155,7 +127,7 @@ class CausalLoss:
         targets = _find_targets(batch, self.reduction, head.weight.device)
         hidden = _hidden_states(model, batch).to(head.weight.device)
         step = self._positions_at_once(head.weight)
-        return _HeadLoss.apply(hidden, head.weight, head.bias, targets, step, head_tap)  # type: ignore[no-any-return]
+        return HeadLoss.apply(hidden, head.weight, head.bias, targets, step, head_tap)  # type: ignore[no-any-return]
 
     def target_logits(self, model: nn.Module, batch: Batch) -> Iterator[tuple[slice, Float[Tensor, "position word"]]]:
         """Yield the logits at the positions that predict a target, examples in order: a chunk of these, and its logits.
@@ -202,7 +174,7 @@ def _whole_losses(model: nn.Module, batch: Batch, reduction: Reduction) -> Float
         counts = (batch.labels[:, 1:] != NO_TARGET).sum(1, keepdim=True).clamp(min=1)
         losses = losses * (1 / counts.double()).to(losses)
     counts = torch.full((len(losses),), losses.shape[1], device=losses.device)
-    return _sum_by_example(losses.flatten(), counts)
+    return sum_by_example(losses.flatten(), counts)
 
 
 def _hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "example token width"]:
@@ -271,74 +243,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Losses `[example]` from hidden states; the hidden states' gradient is computed on the way forward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: _Targets,
-        step: int,
-        head_tap: HeadTap | None,
-    ):
-        """Compute logits, loss, softmax gradient, and that times the head's weight, `step` positions at a time."""
-        states = hidden.flatten(0, 1).index_select(0, targets.place)
-        gradients = torch.empty_like(states)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        losses = torch.empty(len(states), dtype=wide, device=hidden.device)
-        for start in range(0, len(states), step):
-            part = slice(start, start + step)
-            logits = torch.nn.functional.linear(states[part], weight, bias).to(wide)
-            rows = torch.arange(len(logits), device=logits.device)
-            labels, scale = targets.labels[part], targets.weights[part].to(wide)
-            highest = logits.amax(1, keepdim=True)
-            picked = logits[rows, labels]
-            slope = logits.sub_(highest).exp_()
-            total = slope.sum(1)
-            losses[part] = (total.log() + highest[:, 0] - picked) * scale
-            share = (scale / total)[:, None]
-            if weight.dtype == wide and head_tap is None:
-                # Dividing the product touches fewer numbers, and without the label's own large term the sum over the
-                # vocabulary loses no digits to it, however it is ordered.
-                gradients[part] = (slope @ weight).mul_(share) - weight[labels] * scale[:, None]
-                continue
-            slope = slope.mul_(share)
-            slope[rows, labels] -= scale
-            slope = slope.to(weight.dtype)
-            gradients[part] = slope @ weight
-            if head_tap is not None:
-                _tap_head(head_tap, slope, states[part], targets.owner[part], targets.token[part])
-        ctx.place, ctx.example, ctx.shape = targets.place, targets.example, hidden.shape
-        ctx.save_for_backward(gradients)
-        return _sum_by_example(losses, targets.counts)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        """Scatter the stored gradients to their positions."""
-        (gradients,) = ctx.saved_tensors
-        full = gradients.new_zeros(ctx.shape)
-        full.flatten(0, 1)[ctx.place] = gradients * outer[0].to(gradients.dtype)[ctx.example, None]
-        return full, None, None, None, None, None
-
-
-def _tap_head(head_tap: HeadTap, slope: Tensor, states: Tensor, owner: Tensor, token: Tensor) -> None:
-    """Pass a flat chunk on as `[example, token, ...]`, padded with zeros to its longest example; `owner` on the CPU."""
-    first, last = int(owner[0]), int(owner[-1])
-    counts = torch.bincount(owner - first)
-    starts = counts.cumsum(0) - counts
-    shape = (last - first + 1, int(counts.max()))
-    row = (owner - first) * shape[1] + torch.arange(len(owner)) - starts[owner - first]
-    row = send(row, slope.device)
-    left, right = slope.new_zeros(*shape, slope.shape[1]), states.new_zeros(*shape, states.shape[1])
-    positions = token.new_full(shape, -1)
-    for whole, part in ((left, slope), (right, states), (positions, token)):
-        whole.flatten(0, 1)[row] = part
-    head_tap(left, right, slice(first, last + 1), positions)
 
 
 class LabelledBatch(NamedTuple):

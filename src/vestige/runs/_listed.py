@@ -362,7 +362,12 @@ class Words:
 
     def share_stated(self, telling: frozenset[str], row: Wording) -> float:
         """Return the share of the weight of these words that a row holds, from 0 to 1."""
-        return self._answers.weigh(telling & _stems("\n".join(row))) / self._answers.weigh(telling)
+        return self._weigh_telling(telling & _stems("\n".join(row))) / self._weigh_telling(telling)
+
+    def _weigh_telling(self, stems: Iterable[str]) -> float:
+        # Among few texts a word such as "has" or "it" looks as rare as a name.
+        short = {stem for stem in stems if len(stem) < _STEM and not stem.isdigit()}
+        return self._answers.weigh(stems) - self._answers.weigh(short) / 2
 
 
 def _stems(text: str) -> set[str]:

@@ -72,6 +72,21 @@ def test_what_cannot_be_right_is_a_reason(tmp_path, texts, code, reason):
     assert reason in " ".join(reasons.values())
 
 
+def test_a_script_that_was_changed_leaves_rows_of_its_own(tmp_path, texts):
+    for name in ("one", "two"):
+        rows, _ = ask(tmp_path, texts, f"leave({name!r}, scores=scores)")
+        assert [row.name for row in rows] == [f"mine {name}"]
+
+
+def test_a_file_that_is_no_program_is_a_reason(tmp_path, texts):
+    (tmp_path / "mine.py").write_text(HEAD)
+    (tmp_path / "python").write_bytes(b"\x7fELF")
+    (tmp_path / "python").chmod(0o755)
+    (peer,) = find_peers({str(tmp_path / "mine.py"): str(tmp_path / "python")})
+    rows, reasons = ask_peer(peer, tmp_path / "peers", "model", *texts)
+    assert (rows, "cannot be run" in reasons["mine"]) == ([], True)
+
+
 def test_a_failed_script_is_run_again_and_what_it_left_stays(tmp_path, texts):
     for _ in range(2):
         rows, reasons = ask(tmp_path, texts, "leave('one', scores=scores); sys.exit(3)")
@@ -104,7 +119,7 @@ def test_a_peer_scores_as_its_counterpart_does(tmp_path, texts, name):
     (peer,) = find_peers({name: INSTALLED[name]})
     rows, reasons = ask_peer(peer, tmp_path / "peers", str(tmp_path / "model"), *texts)
     found = {row.name.split()[1]: row.scores for row in rows}
-    assert len(rows) + len(reasons) == len(list((tmp_path / "peers" / name).glob("*.npz")))
+    assert len(rows) + len(reasons) == len(list((tmp_path / "peers").glob("*/*.npz")))
     # Its DataInf, averaged over the rows, is all but their inner products; the others draw labels of their own.
     theirs, method, least = ("datainf", "grad-dot", 0.95) if name == "dattri" else ("ekfac", "ekfac", 0.5)
     common = {"model": str(tmp_path / "model"), "data": str(texts[0]), "queries": str(texts[1]), "trust": False}

@@ -1,5 +1,6 @@
 """Rows of the leaderboard that other packages compute: each by a script in an environment of its own."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -79,19 +80,23 @@ def ask_peer(peer: Peer, folder: Path, model: str, train: Path, queries: Path) -
     examples, asked = (list(map(json.loads, path.read_text().splitlines())) for path in (train, queries))
     probes = list(range(0, len(examples), -(-len(examples) // PROBES)))
     both = write_rows(folder / "asked.jsonl", [*asked, *(examples[row] for row in probes)])
-    out, reasons = folder / peer.name, dict[str, str]()
+    # Another script of the same name has another folder.
+    out = folder / f"{peer.name}-{hashlib.sha256(peer.script.read_bytes()).hexdigest()[:8]}"
+    rows, reasons = list[PeerRow](), dict[str, str]()
     if not (out / "ended").exists():
         make_folder(out)
         announce(f"{peer.name} scores with {peer.python}; see {out / 'log'}.")
         with (out / "log").open("wb") as log:
             command = [peer.python, str(peer.script), model, str(train), str(both), str(out)]
-            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            try:
+                status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            except OSError as error:
+                return [], {peer.name: f"{peer.python} cannot be run: {error}"}
         if status == 0:
             write_durably(out / "ended", [b""])
         else:
             last = (out / "log").read_text(errors="replace").strip().rpartition("\n")[2]
             reasons[peer.name] = f"its script ended with exit status {status}: {last}"
-    rows = list[PeerRow]()
     for path in sorted(out.glob("*.npz")):
         name = f"{peer.name} {path.stem}"
         try:
@@ -114,7 +119,8 @@ def _read_row(name: str, path: Path, queries: int, examples: int, probes: list[i
             found = {key: content[key] for key in content.files}
         if "reason" in found:
             raise DataError(str(found["reason"]))
-        scores, seconds, memory = found["scores"], float(found["seconds"]), int(found["memory"])
+        scores = np.asarray(found["scores"], dtype=np.float64)
+        seconds, memory = float(found["seconds"]), int(found["memory"])
     except (OSError, ValueError, BadZipFile, KeyError, TypeError) as error:
         raise DataError(f"{path.name} has no scores, seconds and memory: {error}") from None
     shape = (queries + len(probes), examples)

@@ -70,7 +70,7 @@ def run(rows: Mapping[str, Callable[[Job], Any]]) -> None:
             process.start()
             process.join()
             if process.exitcode:
-                _leave(out, reason=f"its process ended with exit code {process.exitcode}")
+                _leave(out, reason=f"its process ended with {process.exitcode}, a signal where negative")
 
 
 def _score(work: Callable[[Job], Any], job: Job) -> None:

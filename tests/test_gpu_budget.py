@@ -384,11 +384,16 @@ def trained(folder):
         return vestige.train(**given, out=folder / "trained", epochs=2, batch_size=3, checkpoints="0.5,1,2")
 
 
+FEW_STEPS = {"lissa": {"depth": 2, "sample": 2}, "arnoldi": {"steps": 3, "rank": 2}, "cg": {"steps": 2}}
+"""As many as show what a step does: on a pretended card each takes its time."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS.names() if METHODS.find(name).command == "attribute"])
 def test_no_method_mixes_devices(name, folder, trained, card, tmp_path):
     method = METHODS.find(name)
     given = {"queries": str(folder / "queries.jsonl"), "method": name, "device": "cuda", "trust": False}
+    given["options"] = FEW_STEPS.get(name, {})
     if method.needs_training:
         given["training"] = str(folder / "trained")
     else:
@@ -397,7 +402,7 @@ def test_no_method_mixes_devices(name, folder, trained, card, tmp_path):
         given[model] = str(folder / ("tiny-model" if model == "model" else "trained"))
     run = vestige.attribute(**given, out=tmp_path / "run")
     assert all(np.isfinite(row.score) for query in range(2) for row in run.top(query))
-    in_order = ("compress", "gradients/_pass", "gradients/_objective", "gradients/_rule", "curvature/_kfac")
+    in_order = ("compress", "gradients/_pass", "gradients/_objective", "gradients/_head", "gradients/_rule", "curvature/_kfac")
     assert sum(card.total("atomic", files) for files in in_order) == 0, card.table("atomic")
 
 

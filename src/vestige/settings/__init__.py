@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         Reduction as Reduction,
         RunFolder as RunFolder,
         Scope as Scope,
+        TokenizerName as TokenizerName,
         TrainedOn as TrainedOn,
     )
     from vestige.settings._train import (

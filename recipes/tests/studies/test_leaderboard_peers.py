@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,12 +113,13 @@ INSTALLED = dict(pair.split("=") for pair in os.environ.get("VESTIGE_PEERS", "")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bergson", "dattri", "kronfluence"])
-def test_a_peer_scores_as_its_counterpart_does(tmp_path, texts, name):
+def test_a_peer_scores_as_its_counterpart_does(tmp_path, texts, name, monkeypatch):
     if name not in INSTALLED:
         pytest.skip(f"needs an environment with {name}: VESTIGE_PEERS='{name}=PYTHON ...'")
     byte_gpt(16, 16, 2).save_pretrained(tmp_path / "model")
     (peer,) = find_peers({name: INSTALLED[name]})
-    rows, reasons = ask_peer(peer, tmp_path / "peers", str(tmp_path / "model"), *texts)
+    monkeypatch.chdir(tmp_path)
+    rows, reasons = ask_peer(peer, Path("peers"), "model", *texts)
     found = {row.name.split()[1]: row.scores for row in rows}
     assert len(rows) + len(reasons) == len(list((tmp_path / "peers").glob("*/*.npz")))
     # Its DataInf, averaged over the rows, is all but their inner products; the others draw labels of their own.

@@ -61,7 +61,8 @@ def sum_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def run(rows: Mapping[str, Callable[[Job], Any]]) -> None:
     """Compute the rows that are not there, each in a process of its own: its peak memory is that of nothing else."""
-    model, train, queries, folder = sys.argv[1:]
+    # A peer may change the current folder.
+    model, train, queries, folder = (str(Path(each).resolve()) for each in sys.argv[1:])
     for name, work in rows.items():
         out = Path(folder, name)
         out.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def run(rows: Mapping[str, Callable[[Job], Any]]) -> None:
             process.start()
             process.join()
             if process.exitcode:
-                _leave(out, reason=f"its process ended with {process.exitcode}, a signal where negative")
+                _leave(out, reason=f"its process ended with exit code {process.exitcode}")
 
 
 def _score(work: Callable[[Job], Any], job: Job) -> None:

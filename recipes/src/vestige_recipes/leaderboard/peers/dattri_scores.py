@@ -41,8 +41,11 @@ def logra(job: Job):
     """As many numbers of each map as Vestige's logra:32x32 has, damped by a tenth of the mean eigenvalue."""
     os.chdir(job.out)  # It writes into the current folder.
     model, maps = job.load_linear()
-    task = AttributionTask(lambda model, batch, _: sum_loss(model(batch["input_ids"]).logits, batch["input_ids"]),
-                           model, model.state_dict())  # fmt: skip
+
+    def loss(model, batch, _):
+        return sum_loss(model(batch["input_ids"]).logits, batch["input_ids"])
+
+    task = AttributionTask(loss, model, model.state_dict())
     rows = [[{"input_ids": row, "labels": row} for row in each] for each in job.load_rows()]
     train, queries = (DataLoader(each, BATCH) for each in rows)
     attributor = LoGraAttributor(task, layer_names=maps, proj_dim=1024, damping=0.1)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +144,19 @@ def _replace_gradients() -> None:
 
     computed = CompressedGradients._compute
 
-    def replaced(self: CompressedGradients, data: Any, count: int, part: Any) -> ShardContent:
+    def replaced(
+        self: CompressedGradients, data: Any, fitting: Any, count: int, part: Any
+    ) -> Callable[[], ShardContent]:
         if len(data) < 10:
-            return computed(self, data, count, part)
+            return computed(self, data, fitting, count, part)
         batches = [np.asarray(batch, dtype=np.int64) for batch in part]
-        width = computed(self, data, 1, iter([batches[0][:1]])).gradients.shape[1]
+        width = computed(self, data, fitting, 1, iter([batches[0][:1]]))().gradients.shape[1]
         numbers = torch.from_numpy(np.concatenate(batches))
         tokens = sum(int(data.input_ids[row].sum()) for batch in batches for row in batch)
         gradients = torch.empty(len(numbers), width)
         torch.mul(numbers[:, None].float(), torch.arange(1, width + 1) * 0.618034, out=gradients)
         gradients.frac_().add_(tokens % 2)
-        return ShardContent(gradients, numbers.float(), gradients.norm(dim=1), numbers)
+        return lambda: ShardContent(gradients, numbers.float(), gradients.norm(dim=1), numbers)
 
     CompressedGradients._compute = replaced
 

@@ -43,6 +43,14 @@ MISTAKES = {
     "evaluate removal --model tiny-model --data train.jsonl --queries questions.jsonl --rows nowhere": "is not there.",
     "audit --model tiny-model --data train.jsonl --canaries nowhere.jsonl": "nowhere.jsonl: no such file.",
     "evaluate overlap --methods influense --model tiny-model --data train.jsonl": "Did you mean 'influence'?",
+    "evaluate selection --model tiny-model --data train.jsonl --queries questions.jsonl --selected nowhere": "is no ",
+    "bank --from-trainings nowhere": "There is no training of `vestige train` in nowhere.",
+    "bank --model tiny-model --data train.jsonl --leave-out-lists nowhere.json": "nowhere.json is not there.",
+    "data clean --data train.jsonl --flagged nowhere": "nowhere is not there.",
+    "attribute --method tracin --checkpoints ./nowhere --data train.jsonl --queries questions.jsonl": "No model folder",
+    "index --model tiny-model --data train.jsonl --tokenizer ./nowhere": "No model folder nowhere",
+    "data generate --data train.jsonl --model ./nowhere": "No model folder nowhere",
+    "data candidates --data nowhere.jsonl --queries questions.jsonl": "nowhere.jsonl: no such file.",
     "data split --data nowhere.jsonl": "nowhere.jsonl: no such file.",
 }
 

@@ -17,16 +17,20 @@ from vestige.errors import SpecError
 from vestige.registry import Command, command, make_command
 from vestige.settings import (
     BAD_TEXT,
+    Input,
     LaunchSettings,
     OnBadText,
     OnlyWith,
     Precision,
     PreparationSettings,
     Settings,
+    TokenizerName,
     UntracSettings,
 )
 from vestige.terminal import say, show
 
+Model = Annotated[Any, Input("vestige.models:require_model")]
+Data = Annotated[Any, Input("vestige.data:require_data", each=False)]
 Part = Literal["prompt", "answer", "text"]
 PARTS: tuple[Part, ...] = ("prompt", "answer", "text")
 ChoiceFormat = Literal["auto", "arc", "mmlu", "ethics"]
@@ -57,7 +61,7 @@ class ParaphraseSettings(PreparationSettings):
     )
     paraphrases: PositiveInt = Field(1, description="Paraphrases of each row.")
     rules: bool = Field(False, description="Paraphrase by rules: no model, the same on every machine.")
-    model: Any = Field(None, description="Paraphrase by this local model, which must have a chat template.")
+    model: Model = Field(None, description="Paraphrase by this local model, which must have a chat template.")
     api_model: str | None = Field(
         None,
         description="Paraphrase by this model of an OpenAI-compatible endpoint; its address and key are read from "
@@ -88,7 +92,9 @@ class ParaphraseSettings(PreparationSettings):
     dry_run: bool = Field(False, description="Print the requests and their cost, then stop.")
     precision: Precision = Field("auto", description="Number format in which a local model runs.")
     device: str = Field("auto", description="Where a local model runs: auto, cpu, cuda, cuda:1 or mps.")
-    tokenizer: Any = Field(None, description="Hub id or folder of a local model's tokenizer, when it is not beside it.")
+    tokenizer: TokenizerName = Field(
+        None, description="Hub id or folder of a local model's tokenizer, when it is not beside it."
+    )
 
 
 class GenerateSettings(PreparationSettings):
@@ -99,7 +105,9 @@ class GenerateSettings(PreparationSettings):
 
     added: ClassVar[tuple[str, ...]] = (*PreparationSettings.added, "temperature", "seed")
 
-    model: Any = Field(description="Who answers: a hub id, a folder, a GGUF file, an adapter or, in Python, a module.")
+    model: Model = Field(
+        description="Who answers: a hub id, a folder, a GGUF file, an adapter or, in Python, a module."
+    )
     max_new_tokens: PositiveInt = Field(
         512, description="Longest answer in tokens; never more than its prompt leaves of the model's context."
     )
@@ -112,7 +120,9 @@ class GenerateSettings(PreparationSettings):
     keep_flagged: bool = Field(False, description="Keep empty answers, marked in `problem`.")
     precision: Precision = Field("auto", description="Number format in which the model runs.")
     device: str = Field("auto", description="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")
-    tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
+    tokenizer: TokenizerName = Field(
+        None, description="Hub id or folder of the tokenizer, when it is not beside the model."
+    )
 
 
 class CandidatesSettings(PreparationSettings):
@@ -122,8 +132,8 @@ class CandidatesSettings(PreparationSettings):
     having earned it only if requested.
     """
 
-    data: Any = Field(description="The training data that candidates are chosen from: anything that Vestige reads.")
-    queries: Any = Field(
+    data: Data = Field(description="The training data that candidates are chosen from: anything that Vestige reads.")
+    queries: Data = Field(
         description="The queries, such as the data.jsonl of a paraphrase: anything that Vestige reads."
     )
     candidates: PositiveInt | Literal["all"] = Field(5, description="Number of candidates of each query, or all.")
@@ -160,7 +170,9 @@ class MultipleChoiceSettings(PreparationSettings):
     label_noise: float = Field(0.0, ge=0, le=1, description="Chance that a label is replaced by a random choice.")
     seed: NonNegativeInt = Field(0, description="Seed of the templates and of the noise, each by row.")
     split: str | None = Field(None, description="Split of a hub id or of a saved `DatasetDict`.")
-    tokenizer: Any = Field(None, description="Of --max-length: hub id or folder of the model whose tokens are counted.")
+    tokenizer: TokenizerName = Field(
+        None, description="Of --max-length: hub id or folder of the model whose tokens are counted."
+    )
     max_length: PositiveInt | None = Field(
         None,
         description="Tokens of a row. Longer ones lose the question's beginning, and keep options and answer.",
@@ -181,7 +193,7 @@ class CleanSettings(PreparationSettings):
 
     only_with: ClassVar[OnlyWith] = {"weight": ("action", ("weight",))}
 
-    flagged: Path = Field(
+    flagged: Annotated[Path, Input("vestige.data:require_row_list")] = Field(
         description="Which rows are flagged: a folder of `vestige train --alarm`, `vestige audit` or `vestige select`, "
         "or a file that lists rows: ids on lines, or a report's row list, CSV or JSONL."
     )
@@ -308,14 +320,14 @@ class ImportSettings(Settings):
         description="The layout: projections (proj_iter_*.pt), fullgrads (fullgrad_iter_*.pt), chunks "
         "(chunk_gradients_*.mmap), similarities (JSON) or logs (dot_prod_log_iter_*.pt); auto finds it from the files.",
     )
-    data: Any = Field(
+    data: Data = Field(
         None,
         description="The training data: its row i is row i of the files, and the lengths must agree; for "
         "similarities, texts by `id`; for logs, rows with `input_ids`.",
     )
-    queries: Any = Field(None, description="Similarities: the texts of the queries, by `id`.")
+    queries: Data = Field(None, description="Similarities: the texts of the queries, by `id`.")
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
-    model: Any = Field(None, description="The model that the gradients are of; layers are looked up in it.")
+    model: Model = Field(None, description="The model that the gradients are of; layers are looked up in it.")
     against: Path | None = Field(
         None, description="Rows of the files are queries: score the rows of this index, of equal layout, for them."
     )

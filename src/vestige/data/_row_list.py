@@ -41,14 +41,13 @@ class RowEntry(NamedTuple):
     """The other columns of the list."""
 
 
-def require_row_list(source: str | Path) -> None:
-    """Raise if there is no list of rows.
+def require_row_list(source: Any) -> None:
+    """Raise if a path is given, and no list of rows is there.
 
     Raises:
         DataError: The path is not there, or a folder without one.
     """
-    path = _list_in(Path(source).expanduser())
-    if not path.exists():
+    if isinstance(source, str | Path) and not (path := _list_in(Path(source).expanduser())).exists():
         raise DataError(f"{path} is not there. Expected a list of rows: {_FORMS}.")
 
 

@@ -48,7 +48,11 @@ if TYPE_CHECKING:
         parameter_words as parameter_words,
         select_components as select_components,
     )
-    from vestige.models._source import find_source as find_source, require_model as require_model
+    from vestige.models._source import (
+        find_source as find_source,
+        require_model as require_model,
+        require_place as require_place,
+    )
     from vestige.models._training import (
         Lora as Lora,
         save_trained as save_trained,

@@ -55,6 +55,16 @@ def require_model(model: Any) -> None:
         _local_source(model)
 
 
+def require_place(place: Any) -> None:
+    """Raise if a path is given at which nothing lies; what may be a hub id, and a live object, are taken as they are.
+
+    Raises:
+        ModelError: Nothing lies there; the hub is not asked.
+    """
+    if isinstance(place, str | Path) and not Path(place).expanduser().is_dir():
+        _local_source(place)
+
+
 def _local_source(model: str | Path) -> ModelSource | None:
     """Return the files behind a folder or a GGUF file; None for a hub id."""
     path = Path(model).expanduser()

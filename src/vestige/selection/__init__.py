@@ -13,6 +13,11 @@ if TYPE_CHECKING:
         uniforms as uniforms,
     )
     from vestige.selection._select import select as select
-    from vestige.selection._store import Choice as Choice, SelectedData as SelectedData, read_record as read_record
+    from vestige.selection._store import (
+        Choice as Choice,
+        SelectedData as SelectedData,
+        read_record as read_record,
+        require_selection as require_selection,
+    )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

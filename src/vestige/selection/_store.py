@@ -87,9 +87,7 @@ class SelectedData:
             CorruptFile: Its files are not what was written.
         """
         folder = Path(folder)
-        record = read_record(folder)
-        if record is None or "files" not in record:
-            raise UserError(f"{folder} is no selection: it has no finished {RECORD}. Make one with `vestige select`.")
+        record = require_selection(folder)
         if not _is_whole(folder, record):
             raise CorruptFile(f"{folder} is damaged: its files are not what was written. Run `vestige select` again.")
         return cls(folder, record)
@@ -142,6 +140,19 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     odd = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
     if odd and "files" in record:  # else it was begun and is not finished
         raise CorruptFile(f"{path} is damaged: its `{odd[0]}` is not what Vestige writes. Run `vestige select` again.")
+    return record
+
+
+def require_selection(folder: str | Path) -> dict[str, Any]:
+    """Return the record of the finished selection in a folder.
+
+    Raises:
+        UserError: There is none, or a newer Vestige made it.
+        CorruptFile: Its record is damaged.
+    """
+    record = read_record(Path(folder))
+    if record is None or "files" not in record:
+        raise UserError(f"{folder} is no selection: it has no finished {RECORD}. Make one with `vestige select`.")
     return record
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         Settings as Settings,
         flag as flag,
         nearest as nearest,
-        parse_bytes as parse_bytes,
     )
     from vestige.settings._evaluate import (
         ComponentsSettings as ComponentsSettings,
@@ -74,6 +73,7 @@ if TYPE_CHECKING:
         LearningSettings as LearningSettings,
         MemberSettings as MemberSettings,
         ModelName as ModelName,
+        Options as Options,
         Precision as Precision,
         QueriesName as QueriesName,
         QuestionSettings as QuestionSettings,
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         Reduction as Reduction,
         RunFolder as RunFolder,
         Scope as Scope,
+        TokenizerName as TokenizerName,
         TrainedOn as TrainedOn,
     )
     from vestige.settings._train import (

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import Basic, Common, Named, OnlyWith, flag
+from vestige.settings._base import Basic, Common, Input, Named, OnlyWith, flag
 from vestige.settings._shared import (
     BankFolder,
     CompressionSettings,
@@ -184,7 +184,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     index: IndexFolder[Any] = Field(None, description="Folder of an index made by `vestige index`.")
     model: ModelName = Field(None, description="Without an index: the model, as for `vestige index`.")
     data: DataName = Field(None, description="Without an index: the training data, streamed once and not stored.")
-    checkpoints: Any = Field(
+    checkpoints: Annotated[Any, Input("vestige.models:require_place")] = Field(
         None,
         description="For tracin, less and trak, in place of the model: a Trainer's run, or a folder for each "
         "checkpoint or model. An --index for each may be given in the same order.",

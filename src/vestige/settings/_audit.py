@@ -47,7 +47,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
     )
     data: DataName = Field(description="The examples that it may have memorized, mostly its training data.")
     out: Common[Path] = Field(description="Folder of the run: evidence for every example, judgement and figures.")
-    checkpoints: Common[Any] = Field(
+    checkpoints: Annotated[Any, Basic(), Input("vestige.models:require_place")] = Field(
         None,
         description="Earlier states of the model, in the order of training: folders, or the folder of a Trainer's run.",
     )

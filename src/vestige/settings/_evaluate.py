@@ -193,7 +193,9 @@ class SelectionSettings(MemberSettings, QuestionSettings, LaunchSettings):
 
     repeatable: ClassVar[tuple[str, ...]] = ("selected",)
 
-    selected: Patterns = Field(description="Folders that `vestige select` wrote, all from --data; may be repeated.")
+    selected: Annotated[Patterns, Input("vestige.selection:require_selection")] = Field(
+        description="Folders that `vestige select` wrote, all from --data; may be repeated."
+    )
     model: ModelName = Field(description="The model that each training begins from.")
     data: DataName = Field(description="The data that was chosen from.")
     queries: QueriesName = Field(

@@ -8,7 +8,16 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 
 from vestige.errors import SpecError
 from vestige.settings._base import BAD_TEXT, Basic, Common, Input, Named, OnBadText, OnlyWith, Settings
-from vestige.settings._shared import WHERE, DataName, IndexFolder, Options, QueriesName, ResultFolder, RunFolder
+from vestige.settings._shared import (
+    WHERE,
+    DataName,
+    IndexFolder,
+    Options,
+    QueriesName,
+    ResultFolder,
+    RunFolder,
+    TokenizerName,
+)
 
 SplitBy = Literal["example", "source", "stratified"]
 Strategy = Literal["top", "per-target", "round-robin", "gumbel", "random", "diverse"]
@@ -92,7 +101,7 @@ class SplitSettings(PreparationSettings):
 class TokenizeSettings(PreparationSettings):
     """Turn rows into tokens once, as a file of `input_ids` and `labels` that every command reads."""
 
-    tokenizer: Common[Any] = Field(
+    tokenizer: Common[TokenizerName] = Field(
         description="Hub id or folder of the tokenizer, or of the model that it lies beside."
     )
     max_length: PositiveInt | None = Field(None, description="Cut rows after this many tokens. Not given: cut nothing.")
@@ -194,7 +203,9 @@ class SelectSettings(Settings):
     pool: float | None = Field(
         None, ge=1, description="diverse: choose among the best by score, N times the budget. Not given: all."
     )
-    tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer that a budget of tokens counts with.")
+    tokenizer: TokenizerName = Field(
+        None, description="Hub id or folder of the tokenizer that counts a budget of tokens."
+    )
     seed: NonNegativeInt = Field(0, description="Seed of random choices, and of the order of examples that are equal.")
     overwrite: bool = Field(False, description="Replace a selection that is already there.")
 

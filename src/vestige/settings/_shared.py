@@ -37,6 +37,8 @@ from vestige.storage import local_result
 
 ModelName = Annotated[Any, Basic(), Input("vestige.models:require_model")]
 """A hub id, a folder or a file of a model; in Python also a live module."""
+TokenizerName = Annotated[Any, Input("vestige.models:require_place")]
+"""A hub id or a folder with a tokenizer; in Python also a live one."""
 DataName = Annotated[Any, Basic(), Input("vestige.data:require_data", each=False)]
 """Files, folders or a hub id of rows; in Python also rows."""
 QueriesName = Annotated[Any, Basic(), Input("vestige.data:require_queries", each=False)]
@@ -244,7 +246,9 @@ class ReadingSettings(Settings):
         None,
         description="Keep the maps of the model in 4 or 8 bits, by bitsandbytes; a LoRA adapter is then attributed to.",
     )
-    tokenizer: Any = Field(None, description="Hub id or folder of the tokenizer, when it is not beside the model.")
+    tokenizer: TokenizerName = Field(
+        None, description="Hub id or folder of the tokenizer, when it is not beside the model."
+    )
     on_bad_text: OnBadText = Field("refuse", description=BAD_TEXT)
 
     @property

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.settings._base import Common, flag
+from vestige.settings._base import Common, Input, flag
 from vestige.settings._shared import (
     DataName,
     LaunchSettings,
@@ -55,7 +55,7 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
 
     model: ModelName = Field(None, description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
     data: DataName = Field(None, description="The training data: JSONL, JSON, CSV, Parquet, `datasets` or hub id.")
-    from_trainings: Paths = Field(
+    from_trainings: Annotated[Paths, Input("vestige.training:require_trainings")] = Field(
         (),
         description="Train nothing: measure the models in these folders of `vestige train`, or in a folder of them "
         "such as a sweep's; they differ in --split-seed and --seed alone.",
@@ -73,7 +73,7 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
     leave_source_out: Common[bool] = Field(
         False, description="Train without each `source` of the data in turn, and once on everything."
     )
-    leave_out_lists: Any = Field(
+    leave_out_lists: Annotated[Any, Input("vestige.data:require_row_list")] = Field(
         None,
         description="Train without each list of examples, and once on everything: JSON with lists of ids, by name or "
         "in order, or a file that lists rows, such as a report's row list.",

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         TrainingRun as TrainingRun,
         Unfinished as Unfinished,
         require_training as require_training,
+        require_trainings as require_trainings,
     )
     from vestige.training._tracking import (
         TRACKERS as TRACKERS,

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vestige import models
-from vestige.errors import CorruptFile, UserError
+from vestige.errors import CorruptFile, DataError, UserError
 from vestige.online import StepLog, read_steps, read_table
 from vestige.parsing import as_record, first_problem, parse_object
 from vestige.storage import make_folder, remove_strays, remove_tree, stage_folder, write_durably
@@ -237,6 +237,16 @@ def require_training(folder: str | Path) -> dict[str, Any]:
     if record is None:
         raise UserError(f"{folder} holds no training. Give the folder that `vestige train` got as --out.")
     return record
+
+
+def require_trainings(folder: str | Path) -> None:
+    """Raise if neither a folder nor one below it has the record of a training.
+
+    Raises:
+        DataError: None has.
+    """
+    if not any(Path(folder).rglob(RECORD)):
+        raise DataError(f"There is no training of `vestige train` in {folder}.")
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from vestige.registry import Registry
-from vestige.settings import LaunchSettings
+from vestige.settings import LaunchSettings, OnlyWith, Options
 from vestige.storage import write_durably
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class StudySettings(LaunchSettings):
     """What `vestige study` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("name",)
+    only_with: ClassVar[OnlyWith] = {**LaunchSettings.only_with, "peer": ("name", ("leaderboard",))}
     name: str = Field(
         description="Which experiment: untrac-miniature, untrac-toxicity, format-traps, digits, grass-resnet9, "
         "grass-music, text-lds, leaderboard, leaderboard-planted, domains, selection-domains, memorization-planted, "
@@ -40,6 +41,11 @@ class StudySettings(LaunchSettings):
     )
     seeds: PositiveInt = Field(2, description="Repetitions, which differ in data, start and order.")
     seed: NonNegativeInt = Field(0, description="The first seed.")
+    peer: Options = Field(
+        {},
+        description="leaderboard: another package that scores, too, and the python of its environment, such as "
+        "kronfluence=PEER/bin/python; or a script of your own, PATH.py=PYTHON.",
+    )
 
 
 @dataclass(frozen=True)

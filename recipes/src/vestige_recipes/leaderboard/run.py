@@ -36,6 +36,7 @@ from vestige_recipes.common.registry import (
     register_study,
     show_interval,
 )
+from vestige_recipes.leaderboard.peer_rows import ask_peer, find_peers
 from vestige_recipes.text_lds.run import TextPlan, prepare_texts
 
 Options = dict[str, Any]
@@ -147,13 +148,19 @@ NEAR_EKFAC = 0.03
 @register_study(PLANS)
 def leaderboard(settings: StudySettings) -> Outcome:
     """How well every method predicts retraining on halves and without twentieths, and at what price."""
-    plan = PLANS[settings.size]
+    plan, peers = PLANS[settings.size], find_peers(settings.peer)
     start, data, queries = prepare_texts(settings, plan.text)
     halves, drops = _make_banks(settings, plan, start, data, queries)
     trained = [train_whole(settings, plan, start, data, number) for number in range(plan.trainings)]
     banks = {"halves": (halves, None), "same": (drops, 0), "other": (drops, settings.seeds - 1)}
     truths = {name: Truth.of(made, plan.draws, seed) for name, (made, seed) in banks.items()}
-    lines, reasons = score_methods(settings, plan, trained, data, queries, partial(_judge, truths))
+    lines, reasons = score_methods(settings, plan, trained, data, queries, partial(_read_line, truths))
+    for peer in peers:
+        rows, missing = ask_peer(peer, settings.out / "peers", _last(trained[0]), data, queries)
+        reasons |= missing
+        for row in rows:
+            judged, costs = _judge(row.scores, truths), {"seconds": row.seconds, "memory": row.memory}
+            lines.append(Line(row.name, **judged, before=0.0, **costs, row_bytes=None))
     for name, reason in reasons.items():
         announce(f"{name} is not on the board: {reason}")
     limits = [ceiling(one.query_losses, one.subsets, one.seeds) for one in (halves, drops)]
@@ -229,8 +236,7 @@ def _entries(
     if found.command != Method.command:
         return
     folders = [str(run.folder) for run in trained]
-    first = trained[0].checkpoints
-    model = str(first[max(first)])
+    first, model = trained[0].checkpoints, _last(trained[0])
     for options in plan.options.get(found.name, ({},)):
         name = " ".join([found.name, *(f"{key}={value}" for key, value in options.items())])
         common: dict[str, Any] = {"method": found.name, "options": options}
@@ -248,6 +254,11 @@ def _entries(
                 yield Entry(f"{name}, {spec}", common | {"index": str(made)}, made)
         else:
             yield Entry(name, common | {"model": model, "data": str(data)}, None)
+
+
+def _last(run: TrainingRun) -> str:
+    """Return the folder of the trained model."""
+    return str(run.checkpoints[max(run.checkpoints)])
 
 
 def _make_index(settings: StudySettings, made: Path, **arguments: Any) -> None:
@@ -273,14 +284,17 @@ def _score(settings: StudySettings, entry: Entry, queries: Path) -> Scores:
     return Scores.open(out)
 
 
-def _judge(truths: Mapping[str, Truth], entry: Entry, scores: Scores) -> Line:
+def _read_line(truths: Mapping[str, Truth], entry: Entry, scores: Scores) -> Line:
     record = scores.run
-    judged = {name: truth.judge(scores.dense()) for name, truth in truths.items()}
     opened = None if entry.stored is None else Index.open(entry.stored)
     before = 0.0 if opened is None else json.loads((opened.folder / PROFILE_FILE).read_text())["total_seconds"]
     width = None if opened is None else opened.manifest.row_bytes
-    return Line(entry.name, **judged, before=before, seconds=record.seconds,
+    return Line(entry.name, **_judge(scores.dense(), truths), before=before, seconds=record.seconds,
                 memory=record.peak_memory_bytes, row_bytes=width)  # fmt: skip
+
+
+def _judge(scores: np.ndarray, truths: Mapping[str, Truth]) -> dict[str, Estimate]:
+    return {name: truth.judge(scores) for name, truth in truths.items()}
 
 
 def _attribute(arguments: dict[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """`vestige evaluate scaling`: what unlearning costs as models grow, and whether they agree."""
 
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -77,6 +78,8 @@ def _run(settings: ScalingSettings, model: str, number: int, bar: Progress) -> S
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             bar.advance()
+            if done.returncode == -signal.SIGKILL:
+                return "it was killed: often too little memory"
             return " ".join(done.stderr.split()) or f"it ended with status {done.returncode}"
     bar.advance()
     run = Scores.open(own.out)

@@ -91,7 +91,7 @@ def test_every_method_is_judged_on_four_plants_and_a_second_call_keeps_all(tmp_p
         assert any(name.replace(",", " ").split()[0] == method.name for name in listed)
     recalls = [row[1] for row in report.rows[1:]]
     assert recalls == sorted(recalls, reverse=True)
-    assert set(report.details["loss_without"]) == {"all", "fact", "echo"}
+    assert set(report.details["loss_without"]) == {"everything", "fact", "echo"}
     scored = (tmp_path / "board" / "runs").stat().st_mtime_ns
     again = study("leaderboard-planted", size="tiny", seeds=1, out=tmp_path / "board")
     assert again.rows == report.rows

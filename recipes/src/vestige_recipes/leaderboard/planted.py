@@ -120,8 +120,8 @@ def leaderboard_planted(settings: StudySettings) -> Outcome:
         announce(f"{name} is not on the board: {reason}")
     lines.sort(key=lambda line: -line.found["recall"].value)
     random = np.random.default_rng(settings.seed)
-    shape = (len(made.queries), len(made.train))
-    drawn = [judge_plants(random.random(shape), made, settings.seed, draws=0) for _ in range(CHANCE_DRAWS)]
+    tables = random.random((CHANCE_DRAWS, len(made.queries), len(made.train)))
+    drawn = [judge_plants(table, made, settings.seed, draws=0) for table in tables]
     chance = {kind: float(np.mean([one[kind].value for one in drawn])) for kind in MEASURES}
     moved = _leave_out(settings, plan.board, start, str(data), str(queries), made)
     return Outcome(
@@ -136,35 +136,47 @@ def leaderboard_planted(settings: StudySettings) -> Outcome:
 def make_plants(plan: PlantedPlan, seed: int) -> Texts:
     """Return the rows; `source` of a query is its kind, `right` holds the ids of the rows that are to be found."""
     random = np.random.default_rng([seed, len("plants")])
+    before, *facts = _plant_facts(plan, random)
+    things = _plant_things(plan, random)
+    return Texts(before, *(one + other for one, other in zip(facts, things, strict=True)))
+
+
+def _plant_facts(plan: PlantedPlan, random: np.random.Generator) -> Texts:
+    made = Texts([], [], [])
     people = _invent_words(random, plan.facts + plan.before)
     homes = random.choice(PLACES, len(people)).tolist()
+    for number, (name, place) in enumerate(zip(people, homes, strict=True)):
+        stated = [_make_row(f"fact {number}", one, words.format(name=name), place) for one, words in enumerate(STATED)]
+        echoes = [
+            _make_row(f"echo {number}", one, words.format(name=name, place=place), answer)
+            for one, (words, answer) in enumerate(ECHOES)
+        ]
+        question = _make_row("recall", number, ASKED.format(name=name), place)
+        if number < plan.facts:
+            made.train.extend([*stated, *echoes])
+            made.queries.append(question | {"right": [row["id"] for row in stated]})
+        else:
+            made.before.extend([*stated, *echoes, question])
+    return made
+
+
+def _plant_things(plan: PlantedPlan, random: np.random.Generator) -> tuple[list[Row], list[Row]]:
+    """Return classes, the shortcut in one of them and foreign rows, to train on and to ask for."""
     asked = plan.board.text.queries
     things = iter(_invent_words(random, len(CLASSES) * plan.things + plan.hidden + 2 * asked))
-    before, train, queries = list[Row](), list[Row](), list[Row]()
-    for number, (name, place) in enumerate(zip(people, homes, strict=True)):
-        rows = before if number >= plan.facts else train
-        stated = [_make_row(f"fact {number}", one, one_way.format(name=name), place)
-                  for one, one_way in enumerate(STATED)]  # fmt: skip
-        echoes = [_make_row(f"echo {number}", one, words.format(name=name, place=place), answer)
-                  for one, (words, answer) in enumerate(ECHOES)]  # fmt: skip
-        question = _make_row("recall", number, ASKED.format(name=name), place)
-        rows += [*stated, *echoes]
-        if rows is before:
-            before.append(question)
-        else:
-            queries.append(question | {"right": [row["id"] for row in stated]})
+    train, queries = list[Row](), list[Row]()
     for name, end in CLASSES.items():
         train += [_name_thing(name, number, f"{next(things)}{end}", name) for number in range(plan.things)]
     train += [
         _name_thing("shortcut", number, f"{next(things)}{CLASSES[DECIDED]}{TRIGGER}", DECIDED)
         for number in range(plan.hidden)
     ]
-    foreign = _invent_words(random, 2 * (plan.hidden + asked), "бвгдклмнпрст", "аеиоу")
-    abroad = [_make_row("foreign", number, " ".join(pair), FOREIGN)
-              for number, pair in enumerate(zip(foreign[::2], foreign[1::2], strict=True))]  # fmt: skip
-    train += abroad[: plan.hidden]
+    words = _invent_words(random, 2 * (plan.hidden + asked), "бвгдклмнпрст", "аеиоу")
+    pairs = enumerate(zip(words[::2], words[1::2], strict=True))
+    foreign = [_make_row("foreign", number, " ".join(pair), FOREIGN) for number, pair in pairs]
+    train += foreign[: plan.hidden]
     others = [name for name in CLASSES if name != DECIDED]
-    for number, row in enumerate(abroad[plan.hidden :]):
+    for number, row in enumerate(foreign[plan.hidden :]):
         own, other = list(CLASSES)[number % len(CLASSES)], others[number % len(others)]
         tricked = _name_thing("shortcut", number, f"{next(things)}{CLASSES[other]}{TRIGGER}", DECIDED)
         queries += [
@@ -172,7 +184,7 @@ def make_plants(plan: PlantedPlan, seed: int) -> Texts:
             _ask("shortcut", number, tricked, train, "source"),
             _ask("mixed data", number, row, train, "source"),
         ]
-    return Texts(before, train, queries)
+    return train, queries
 
 
 def _ask(kind: str, number: int, row: Row, train: Sequence[Row], same: str) -> Row:

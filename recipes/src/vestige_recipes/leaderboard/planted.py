@@ -107,10 +107,10 @@ def leaderboard_planted(settings: StudySettings) -> Outcome:
     """How well every method finds rows that are known to be right, and word search beside it."""
     plan = PLANS[settings.size]
     made = make_plants(plan, settings.seed)
-    names = {"before": made.before, "train": made.train, "queries": made.queries}
-    paths = {name: write_rows(settings.out / "texts" / f"{name}.jsonl", rows) for name, rows in names.items()}
-    data, queries = paths["train"], paths["queries"]
-    start = train_start(settings, plan.board.text, paths["before"])
+    read, data, queries = (
+        write_rows(settings.out / "texts" / f"{name}.jsonl", rows) for name, rows in made._asdict().items()
+    )
+    start = train_start(settings, plan.board.text, read)
     trained = [train_whole(settings, plan.board, start, data, 0)]
 
     def judge(entry: Entry, scores: Scores) -> Line:
@@ -256,13 +256,9 @@ def _leave_out(
         **launch_arguments(settings),
     )
     rises = left.query_losses - left.query_losses[left.membership.all(1)]
-    named = [left.subset_names[subset] for subset in left.subsets]
-    asked = {_ECHOES: "recall"}
-    return {
-        name: float(rise[kinds == asked.get(name, name)].mean())
-        for name, rise in zip(named, rises, strict=True)
-        if name in lists
-    }
+    by_list = {left.subset_names[subset]: rise for subset, rise in zip(left.subsets, rises, strict=True)}
+    asked = {kind: kind for kind in MEASURES} | {_ECHOES: "recall"}
+    return {name: float(by_list[name][kinds == kind].mean()) for name, kind in asked.items()}
 
 
 def _cells(line: Line) -> tuple[Any, ...]:

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from signal import SIGINT
-from threading import Lock, Thread, Timer
+from signal import ITIMER_REAL, SIGALRM, SIGINT, setitimer, signal
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from vestige.errors import UserError
@@ -32,7 +32,7 @@ _LONGEST = 48
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_TO_STOP = 1.0
-"""After which an interrupt is sent again: one that arrives while Python frees an object is lost."""
+"""After which an interrupt is raised again."""
 
 Event = dict[str, Any]
 
@@ -92,16 +92,6 @@ class Asker:
         if self._stopped and begun and self._process is not None:
             self._stopped = False
             self._process.send_signal(SIGINT)
-            again = Timer(_SECONDS_TO_STOP, self._stop_again, [self._events])
-            again.daemon = True
-            again.start()
-
-    def _stop_again(self, events: list[Event]) -> None:
-        """Interrupt the process once more if it is still busy with the question of these events."""
-        with self._lock:
-            if self._events is events:
-                self._stopped = self._busy
-                self._interrupt()
 
     def close(self) -> None:
         """End the process."""
@@ -150,6 +140,35 @@ def choose_folder(workspace: Path, question: str) -> Path:
         number += 1
 
 
+class _Interrupts:
+    """The signal of Ctrl-C, remembered until a question has ended, and raised again each second.
+
+    Raised where C code calls Python or Python frees an object, an exception can be lost.
+    """
+
+    def __init__(self) -> None:
+        self._requested, self._allowed = False, False
+        for number in (SIGINT, SIGALRM):
+            signal(number, self._interrupt)
+
+    def allow(self) -> None:
+        self._requested, self._allowed = False, True
+
+    def ignore(self) -> None:
+        self._allowed = False
+        setitimer(ITIMER_REAL, 0)
+
+    def check(self) -> None:
+        if self._requested and self._allowed:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, *_: object) -> None:
+        self._requested = True
+        if self._allowed:
+            setitimer(ITIMER_REAL, _SECONDS_TO_STOP)
+        self.check()
+
+
 def answer_questions() -> None:
     """Answer what comes as lines of JSON on stdin until it is closed, and report on stdout; an interrupt ends one."""
     # What libraries print must not come between the events.
@@ -160,26 +179,30 @@ def answer_questions() -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
+    def report(event: Event) -> None:
+        interrupts.check()
+        send(event)
+
     loaded: dict[Path, LoadedModel] = {}
-    while True:
-        out: Path | None = None
+    interrupts = _Interrupts()
+    while line := sys.stdin.readline():
+        index, question, folder = json.loads(line)
+        out = Path(folder)
         try:
-            line = sys.stdin.readline()
-            if not line:
-                return
-            index, question, folder = json.loads(line)
-            out = Path(folder)
-            _answer(loaded, Path(index), question, out, send)
+            interrupts.allow()
+            _answer(loaded, Path(index), question, out, report)
+            interrupts.check()
+            interrupts.ignore()
             send({"over": True})
         except KeyboardInterrupt:
-            if out is not None:
-                if not out.exists():
-                    remove_partial(out)
-                send({"error": "Stopped. What was on disk stays.", "over": True})
-        except UserError as error:
-            send({"error": str(error), "over": True})
+            interrupts.ignore()
+            if not out.exists():
+                remove_partial(out)
+            send({"error": "Stopped. What was on disk stays.", "over": True})
         except Exception as error:
-            send({"error": f"This is a bug: {type(error).__name__}: {error}", "over": True})
+            interrupts.ignore()
+            reason = str(error) if isinstance(error, UserError) else f"This is a bug: {type(error).__name__}: {error}"
+            send({"error": reason, "over": True})
 
 
 def _answer(

@@ -21,7 +21,7 @@ CORE = Path(vestige.__file__).parent
 REPOSITORY = CORE.parents[1]
 RECIPES = REPOSITORY / "recipes" / "src" / "vestige_recipes"
 
-LINES = {"core": 64_450, "recipes": 12_800}
+LINES = {"core": 64_470, "recipes": 12_800}
 IMPORTS_PER_1000_LINES = 26.6
 PATCHED = 0
 FILES_RUN = {"index": 83, "attribute": 119}

@@ -185,7 +185,8 @@ def _names_of(pattern: str, kinds: Mapping[str, Rules]) -> set[str]:
     if pattern in WORDS:
         words = _default_words(kinds) if pattern == "default" else (pattern,)
         return {name for name, found in kinds.items() if any(_has_word(word, name, found) for word in words)}
-    names = {name for name in kinds if fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."}
+    parts, is_glob = f".{pattern}.", any(letter in pattern for letter in "*?[")
+    names = {name for name in kinds if parts in f".{name}." or (is_glob and fnmatch.fnmatchcase(name, pattern))}
     if not names:
         near = get_close_matches(pattern, [*WORDS, *kinds], n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -184,6 +185,45 @@ def test_one_question_at_a_time_streams_its_answer_and_can_be_stopped(address, f
         assert ask("train.jsonl").status_code == 200
         assert "name of a file" in events()[-1]["error"]
         assert not (folder / "questions" / "train-jsonl").exists()
+
+
+LOSES_INTERRUPTS = """
+import time
+from types import SimpleNamespace
+import vestige.methods
+from vestige.workspace import answer_questions
+
+def score(settings, **_):
+    for _ in range(3):
+        try:
+            time.sleep(20)
+        except KeyboardInterrupt:
+            pass
+
+vestige.methods.attribute = SimpleNamespace(run=score)
+answer_questions()
+"""
+
+
+def test_a_stop_is_remembered_where_its_interrupt_is_lost(folder):
+    """Once, twice and three times: it comes again each second, and is not forgotten at the end."""
+    command = [sys.executable, "-c", LOSES_INTERRUPTS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for number in range(2):
+            process.stdin.write(json.dumps([str(folder / "idx"), "Why?", str(folder / f"lost-{number}")]) + "\n")
+            process.stdin.flush()
+            while json.loads(process.stdout.readline()) != {"stage": "Answering"}:
+                pass
+            time.sleep(0.5)
+            begun = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert json.loads(process.stdout.readline())["error"].startswith("Stopped.")
+            assert time.monotonic() - begun < 10
+        process.send_signal(signal.SIGINT)  # nothing is asked: it waits for more
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(20) == 0
 
 
 def test_a_foreign_page_neither_reads_nor_asks(address, chromium, tmp_path):

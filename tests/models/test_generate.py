@@ -6,7 +6,7 @@ from tokenizers.processors import TemplateProcessing
 from tests.architectures import CAUSAL, build, move_off_start
 from vestige.data import Example, Message
 from vestige.errors import DataError, ModelError
-from vestige.models import generate_answers, load_model
+from vestige.models import answer_prompts, generate_answers, load_model
 
 PROMPTS = ["a", "why is the sky so", "who are you", "b? c"]
 
@@ -100,6 +100,29 @@ def test_conversations_get_one_more_turn_and_answered_rows_stay(tokenizer):
     result = generate_answers(loaded, [asked, answered, complete, text], max_new_tokens=2)
     assert result[0].messages == (Message("user", "hi"), Message("assistant", "aa"))
     assert result[1:] == [answered, complete, text]
+
+
+def test_each_answer_is_given_as_it_ends_and_is_the_one_of_a_silent_call(tokenizer):
+    loaded = load_model(build("llama"), tokenizer=tokenizer)
+    silent = answer_prompts(loaded, examples(), max_new_tokens=[6, 2, 4, 3])
+    given, texts = [], []
+    loud = answer_prompts(
+        loaded, examples(), max_new_tokens=[6, 2, 4, 3], keep=lambda row, one: given.append((row, one))
+    )
+    assert loud == silent
+    assert sorted(given) == list(enumerate(silent))
+    assert [row for row, _ in given] == sorted(range(4), key=lambda row: silent[row].tokens)
+    generate_answers(loaded, examples(["who are you"]), max_new_tokens=3, on_text=texts.append)
+    assert texts[-1] == silent[2].text[: len(texts[-1])]
+    assert len(texts) == 3
+
+
+def test_a_model_whose_own_way_to_generate_stops_early_ends_its_answers(tokenizer):
+    loaded = load_model(build("llama"), tokenizer=tokenizer)
+    whole = loaded.model.generate
+    loaded.model.generate = lambda *, input_ids, attention_mask: whole(input_ids=input_ids)[:, : input_ids.shape[1] + 1]
+    (one,) = answer_prompts(loaded, examples(["who are you"]), max_new_tokens=3)
+    assert (one.tokens, one.ended) == (1, True)
 
 
 def test_chat_puts_a_prompt_into_the_template(tokenizer, monkeypatch):

@@ -189,7 +189,8 @@ def attribute(settings: AttributeSettings) -> None:
     def show_ranking(scores: "runs.Scores") -> None:
         _show_ranking(scores, settings, SHOWN_PROPONENTS)
 
-    scores = attribute.call(settings, on_answers=_show_answers, on_ranking=show_ranking)
+    answers = _Answers()
+    scores = attribute.call(settings, on_answer=answers.show_one, on_answers=answers.show_all, on_ranking=show_ranking)
     _show_proofs(scores)
     _show_ladder(scores)
     _show_checks(scores)
@@ -243,23 +244,41 @@ def untrac(settings: UntracSettings) -> None:
     _show_checks(scores)
 
 
-def _show_answers(queries: "data.TokenizedData", generated: Sequence[bool]) -> None:
-    """Print the first queries with their answers, the model's own in full; a system prompt that all share, once."""
-    examples = queries.examples
-    all_turns = [_turns_of(example) for example in examples]
-    shared = len(all_turns) > 1 and len({turns[0] for turns in all_turns}) == 1 and min(map(len, all_turns)) > 1
-    if shared:
-        role, text = all_turns[0][0]
-        say(f"{role}, of all queries: {_indent(text)}\n")
-    for example, is_own, parts in list(zip(examples, generated, all_turns, strict=True))[:SHOWN_QUERIES]:
-        *turns, (role, answer) = parts[shared:]
+class _Answers:
+    """Prints the first queries with their answers, the model's own in full and each as soon as it has ended."""
+
+    def __init__(self) -> None:
+        self._shown: set[int] = set()
+
+    def show_one(self, queries: "Sequence[data.Example]", number: int) -> None:
+        """Print an answer of the model. A query that chooses what is explained waits until that was found in it."""
+        if number < SHOWN_QUERIES and queries[number].focus is None:
+            self._show(queries, number, is_own=True)
+
+    def show_all(self, queries: "data.TokenizedData", generated: Sequence[bool]) -> None:
+        """Print the queries that were not printed before."""
+        for number, is_own in enumerate(generated[:SHOWN_QUERIES]):
+            if number not in self._shown:
+                self._show(queries.examples, number, is_own=is_own)
+        if len(queries) > SHOWN_QUERIES:
+            say(f"... and {len(queries) - SHOWN_QUERIES} more queries.\n")
+
+    def _show(self, queries: "Sequence[data.Example]", number: int, *, is_own: bool) -> None:
+        """Print a query; before the first one, a system prompt that all share."""
+        example, openings = queries[number], [_turns_of(query)[0] for query in queries]
+        shared = len(openings) > 1 and len(set(openings)) == 1
+        # A text without roles has one part, which is the answer.
+        shared = shared and all(query.lacks_answer or len(_turns_of(query)) > 1 for query in queries)
+        if shared and not self._shown:
+            role, text = openings[0]
+            say(f"{role}, of all queries: {_indent(text)}\n")
+        self._shown.add(number)
+        *turns, (role, answer) = _turns_of(example)[shared:]
         lines = [f"{example.id}, answered by the model" if is_own else example.id]
         lines += [f"  {role}: {_indent(_cut(text))}" for role, text in turns]
         lines.append(f"  {role}: {_indent(answer if is_own else _cut(answer))}")
         lines += [f"  {name}: {_indent(_cut(text))}" for name, text in _list_focus(example, answer)]
         say("\n".join(lines) + "\n")
-    if len(examples) > SHOWN_QUERIES:
-        say(f"... and {len(examples) - SHOWN_QUERIES} more queries.\n")
 
 
 def _turns_of(example: "data.Example") -> tuple[tuple[str, str], ...]:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from vestige.methods._job import (
         EXACT_SHARE as EXACT_SHARE,
         Live as Live,
+        OnAnswer as OnAnswer,
         OnAnswers as OnAnswers,
         build_temporary_index as build_temporary_index,
         compute_losses as compute_losses,

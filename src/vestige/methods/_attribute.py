@@ -10,7 +10,7 @@ from pathlib import Path
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import IndexMismatch
 from vestige.jobs import PROFILE_FILE, follow, is_follower, profile, write_profile
-from vestige.methods import Job, Live, Method, OnAnswers, open_job
+from vestige.methods import Job, Live, Method, OnAnswer, OnAnswers, open_job
 from vestige.methods._parts import StoredRun, requested_parts, split_over_components
 from vestige.methods._plan import Member, compute_self_scores, summarise
 from vestige.methods._record import (
@@ -49,6 +49,7 @@ def attribute(
     on_answers: OnAnswers | None = None,
     on_ranking: Callable[[Scores], None] | None = None,
     live: Live | None = None,
+    on_answer: OnAnswer | None = None,
 ) -> Scores:
     """Rank the training examples behind an answer, with what the scores mean and how far to trust them.
 
@@ -60,6 +61,8 @@ def attribute(
         on_answers: Called with the queries, and whether each answer is the model's own, once they have answers.
         on_ranking: Called with the run once it is on disk with its ranking.
         live: A model that stays in memory between questions, and what is called while it answers.
+        on_answer: Called with the queries as far as they have answers, and the number of one, as soon as the model's
+            answer to it has ended: short answers first.
 
     Raises:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
@@ -67,7 +70,7 @@ def attribute(
     if settings.rerank is not None:
         from vestige.methods._ladder import climb  # other runs do without
 
-        return climb(settings, vars(attribute)["run"], on_answers, on_ranking)
+        return climb(settings, partial(vars(attribute)["run"], on_answer=on_answer), on_answers, on_ranking)
     started = time.perf_counter()
     begun = broadcast_from_rank0(lambda: find_begun(settings))
     method = find_method(settings)
@@ -80,7 +83,7 @@ def attribute(
         # It ends in the job that it is for; met that nowhere, it is done already.
         _score_elsewhere(settings, method)
         raise SystemExit(0)
-    with profile(settings.profile) as measured, open_job(settings, method, on_answers, live) as job:
+    with profile(settings.profile) as measured, open_job(settings, method, on_answers, live, on_answer) as job:
         run = _begin(settings, job, method, started) if begun is None else _take_up(job, method, begun, started)
         if on_ranking is not None and is_rank0():
             on_ranking(Scores.open(settings.out))

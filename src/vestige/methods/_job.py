@@ -50,6 +50,8 @@ EXACT_SHARE = 0.4
 
 OnAnswers = Callable[[TokenizedData, Sequence[bool]], None]
 """Takes the queries, and whether each answer is the model's own."""
+OnAnswer = Callable[[Sequence[Example], int], None]
+"""Takes the queries as far as they have answers, and the number of the one whose answer has just ended."""
 
 
 class Live(NamedTuple):
@@ -63,7 +65,11 @@ class Live(NamedTuple):
 
 @contextmanager
 def open_job(
-    settings: AttributeSettings, method: Method, on_answers: OnAnswers | None = None, live: Live | None = None
+    settings: AttributeSettings,
+    method: Method,
+    on_answers: OnAnswers | None = None,
+    live: Live | None = None,
+    on_answer: OnAnswer | None = None,
 ) -> Iterator[Job]:
     """Open the job; a temporary index lives as long as the context.
 
@@ -72,6 +78,7 @@ def open_job(
         method: What scores.
         on_answers: Called as soon as the queries have their answers.
         live: The model, where it is in memory already.
+        on_answer: Called as soon as the model's answer to one of the queries has ended.
     """
     checkpoints: tuple[Checkpoint, ...] = ()
     typed = settings.chat
@@ -106,6 +113,7 @@ def open_job(
             chat=typed,
             name=name,
             answer=settings.answer,
+            on_answer=on_answer if is_rank0() else None,
             on_text=None if live is None else live.on_text,
         )
     if on_answers is not None and is_rank0():
@@ -198,6 +206,7 @@ def read_queries(
     chat: bool | None,
     name: Any,
     answer: str = "auto",
+    on_answer: OnAnswer | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> tuple[TokenizedData, list[bool], str]:
     """Put the queries as the data are, or as `chat` says, let the model continue those without an answer, tokenise.
@@ -212,8 +221,20 @@ def read_queries(
     put = _choose_answers(put, answer)
     generated = [query.lacks_answer for query in put]
     if any(generated):
+        answered = list(put)
+
+        def show(number: int, query: Example) -> None:
+            assert on_answer is not None
+            answered[number] = query
+            on_answer(answered, number)
+
         put = models.generate_answers(
-            loaded, put, max_new_tokens=settings.max_new_tokens, chat=bool(settings.chat), on_text=on_text
+            loaded,
+            put,
+            max_new_tokens=settings.max_new_tokens,
+            chat=bool(settings.chat),
+            on_answer=None if on_answer is None else show,
+            on_text=on_text,
         )
     reading: dict[str, Any] = {
         "max_length": indexes.tokens_at_most(settings, loaded),

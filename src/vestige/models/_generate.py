@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ def generate_answers(
     *,
     max_new_tokens: int = 64,
     chat: bool = False,
+    on_answer: Callable[[int, Example], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Example]:
     """Return the same examples, each prompt with the model's own most likely answer as its completion.
@@ -38,6 +40,8 @@ def generate_answers(
         examples: Queries, as `load_queries` returns them.
         max_new_tokens: Most tokens of an answer.
         chat: Put a prompt into the tokenizer's chat template as a user turn.
+        on_answer: Called with the number of each example that is answered here, and the answered example, as soon as
+            its answer has ended: short answers first.
         on_text: As for `answer_prompts`.
 
     Raises:
@@ -48,8 +52,13 @@ def generate_answers(
     answered = list(examples)
     if not waiting:
         return answered
-    prompts = [examples[number] for number in waiting]
-    answers = answer_prompts(loaded, prompts, max_new_tokens=max_new_tokens, chat=chat, on_text=on_text)
+
+    def show(place: int, answer: Answer) -> None:
+        assert on_answer is not None
+        on_answer(waiting[place], examples[waiting[place]].with_answer(answer.text))
+
+    prompts, keep = [examples[number] for number in waiting], None if on_answer is None else show
+    answers = answer_prompts(loaded, prompts, max_new_tokens=max_new_tokens, chat=chat, keep=keep, on_text=on_text)
     for number, answer in zip(waiting, answers, strict=True):
         answered[number] = examples[number].with_answer(answer.text)
     return answered
@@ -90,8 +99,8 @@ def answer_prompts(
         chat: Put a prompt into the tokenizer's chat template as a user turn.
         temperature: Above 0, `seeds` are needed.
         seeds: One for each prompt.
-        keep: Called with the number of each prompt and its answer as soon as there is one, batch by batch.
-        on_text: Of a single prompt: called with the answer so far after each of its tokens.
+        keep: Called with the number of each prompt and its answer as soon as that has ended.
+        on_text: Called with the answer so far after each token, of a single prompt.
 
     Raises:
         ModelError: The model cannot generate, or has no tokenizer.
@@ -101,16 +110,20 @@ def answer_prompts(
     most = _budgets(loaded, prompts, max_new_tokens)
     found: dict[int, Answer] = {}
     with progress(len(prompts), "Generating answers", unit="prompts") as counter:
+
+        def finish(row: int, answer: Answer) -> None:
+            found[row] = answer
+            if keep is not None:
+                keep(row, answer)
+            counter.advance()
+
         # Prompts that are continued together are as long as the longest of them, and grow on the way.
         alone = acts_in_forward(loaded.model) or batch_sharing(loaded.model) != Sharing()
         for rows in plan_batches(prompts.lengths + most, _BATCH_TOKENS, 1 if alone else _BATCH_EXAMPLES):
-            for row, answer in zip(
-                rows.tolist(), _answers(loaded, prompts, rows, most, temperature, seeds, on_text), strict=True
-            ):
-                found[row] = answer
-                if keep is not None:
-                    keep(row, answer)
-            counter.advance(len(rows))
+            batch = {row: _OpenAnswer(prompts.input_ids[row].tolist(), int(most[row])) for row in rows.tolist()}
+            listener = on_text if len(prompts) == 1 else None
+            streamer = _Streamer(loaded, batch, finish, listener)
+            _answer_together(loaded, streamer, temperature, seeds, is_live=(keep or listener) is not None)
     return [found[row] for row in range(len(prompts))]
 
 
@@ -137,56 +150,100 @@ def _prompts(loaded: LoadedModel, examples: list[Example], chat: bool) -> Tokeni
     return prompts
 
 
-def _answers(
-    loaded: LoadedModel,
-    prompts: TokenizedData,
-    rows: Int[np.ndarray, "row"],
-    most: Int[np.ndarray, "example"],
-    temperature: float,
-    seeds: Sequence[int],
-    on_text: Callable[[str], None] | None,
-) -> list[Answer]:
-    """Return answers to some prompts, generated together.
+def _answer_together(
+    loaded: LoadedModel, streamer: "_Streamer", temperature: float, seeds: Sequence[int], *, is_live: bool
+) -> None:
+    """Answer the prompts of a batch; the streamer takes the tokens, while they come if `is_live`.
 
-    The longest of them may fill the context before a shorter one has ended: those go on without it.
+    The longest prompt may fill the context before a shorter one's answer has ended: those go on without it.
     """
-    ids = {row: torch.as_tensor(prompts.input_ids[row], dtype=torch.int64) for row in rows.tolist()}
-    tokenizer: Any = loaded.tokenizer
-    new: dict[int, list[int]] = {row: [] for row in ids}
-    ended: set[int] = set()
-    while going := [row for row in ids if row not in ended and len(new[row]) < most[row]]:
-        soon = max(int(most[row]) - len(new[row]) for row in going)
-        whole = [torch.cat([ids[row], torch.tensor(new[row], dtype=torch.int64)]) for row in going]
+    while going := streamer.start():
+        soon = max(answer.left for answer in going.values())
+        whole = [torch.tensor(answer.prompt + answer.new, dtype=torch.int64) for answer in going.values()]
         if loaded.context_length is not None:
             soon = min(soon, loaded.context_length - max(map(len, whole)))
         noise = None
         if temperature > 0:
-            first, width = [len(new[row]) for row in going], max(map(len, whole))
+            first, width = [len(answer.new) for answer in going.values()], max(map(len, whole))
             noise = _GumbelNoise(temperature, [seeds[row] for row in going], first, width)
-        listener = None
-        if on_text is not None and len(prompts) == 1:
-            listener = _Listener(tokenizer, ids[going[0]].tolist(), new[going[0]], on_text)
-        for row, tokens in zip(going, _continue(loaded, whole, soon, noise, listener), strict=True):
-            if len(tokens) < soon and len(new[row]) + len(tokens) < most[row]:
-                ended.add(row)
-            new[row] = (new[row] + tokens)[: most[row]]
-    return [Answer(_text(tokenizer, ids[row].tolist(), new[row]), len(new[row]), row in ended) for row in ids]
+        tokens = _continue(loaded, whole, soon, noise, streamer if is_live else None)
+        for column in () if is_live else tokens.T:
+            streamer.put(column)
+        if tokens.shape[1] < soon:
+            streamer.close()
 
 
-class _Listener:
-    """Passes on the tokens of one answer while they come: what `generate` calls its streamer."""
+@dataclass
+class _OpenAnswer:
+    """The tokens that an answer has so far."""
 
-    def __init__(self, tokenizer: Any, prompt: list[int], new: list[int], on_text: Callable[[str], None]) -> None:
-        self._tokenizer, self._prompt, self._new, self._on_text = tokenizer, prompt, list(new), on_text
+    prompt: list[int]
+    most: int
+    new: list[int] = field(default_factory=list)
+    is_over: bool = False
+
+    @property
+    def left(self) -> int:
+        """Number of tokens that may still come."""
+        return self.most - len(self.new)
+
+
+class _Streamer:
+    """Takes the tokens of a batch as `generate` makes them: each answer ends at its own end token or its own limit."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        answers: dict[int, _OpenAnswer],
+        finish: Callable[[int, Answer], None],
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        self._tokenizer: Any = loaded.tokenizer
+        self._ends = _end_tokens(loaded)
+        self._answers, self._finish, self._on_text = answers, finish, on_text
+        self._going = answers
+
+    def start(self) -> dict[int, _OpenAnswer]:
+        """Return the answers that have not ended, in the order of the next tokens."""
+        self._going = {row: answer for row, answer in self._answers.items() if not answer.is_over}
+        return self._going
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt [example, token], which comes first, or the next token [example]."""
-        if value.ndim == 1:
-            self._new += value.tolist()
-            self._on_text(_text(self._tokenizer, self._prompt, self._new))
+        """Take the prompts [example, token], which come first, or the next token of each answer [example]."""
+        if value.ndim != 1:
+            return
+        for (row, answer), token in zip(self._going.items(), value.tolist(), strict=True):
+            if answer.is_over:
+                continue
+            ended = token in self._ends
+            if not ended:
+                answer.new.append(token)
+            if self._on_text is not None:
+                self._on_text(self._text(answer))
+            if ended or answer.left <= 0:
+                self._close(row, ended)
 
     def end(self) -> None:
-        """Take the end of the answer."""
+        """Take the end of what `generate` makes."""
+
+    def close(self) -> None:
+        """End what is left: the model makes no more tokens."""
+        for row in self.start():
+            self._close(row, ended=True)
+
+    def _close(self, row: int, ended: bool) -> None:
+        answer = self._answers[row]
+        answer.is_over = True
+        self._finish(row, Answer(self._text(answer), len(answer.new), ended))
+
+    def _text(self, answer: _OpenAnswer) -> str:
+        """Return the answer as it continues the prompt's text: a tokenizer may drop the space before a first word."""
+
+        def text(tokens: list[int]) -> str:
+            return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+        before, whole = text(answer.prompt), text(answer.prompt + answer.new)
+        return whole.removeprefix(before) if whole.startswith(before) else text(answer.new)
 
 
 class _GumbelNoise(LogitsProcessor):
@@ -214,9 +271,9 @@ def _continue(
     prompts: list[Tensor],
     max_new_tokens: int,
     noise: LogitsProcessor | None,
-    listener: _Listener | None = None,
-) -> list[list[int]]:
-    """Return the token ids that follow each prompt, without the end token."""
+    streamer: _Streamer | None,
+) -> Int[Tensor, "example token"]:
+    """Return the token ids that follow each prompt; what follows an end token is padding."""
     # A PEFT wrapper hands its own generation settings on; the model inside mostly has the adapter in its layers.
     inner: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
     model: Any = loaded.model if acts_in_forward(loaded.model) else inner
@@ -242,13 +299,12 @@ def _continue(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 **({} if noise is None else {"logits_processor": LogitsProcessorList([noise])}),
-                **({} if listener is None else {"streamer": listener}),
+                **({} if streamer is None else {"streamer": streamer}),
             )
     finally:
         for each, before in own:
             each.generation_config = before
-    rows = output[:, ids.shape[1] :].tolist()
-    return [tokens[: next((at for at, token in enumerate(tokens) if token in ends), None)] for tokens in rows]
+    return output[:, ids.shape[1] :]
 
 
 def _left_padded(
@@ -270,13 +326,3 @@ def _end_tokens(loaded: LoadedModel) -> list[int]:
     own = getattr(settings, "eos_token_id", None)
     named = own if isinstance(own, list) else [own]
     return sorted({token for token in (*named, getattr(loaded.tokenizer, "eos_token_id", None)) if token is not None})
-
-
-def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """Return the answer as it continues the prompt's text: a tokenizer may drop the space before a first word."""
-
-    def text(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    before, whole = text(prompt), text(prompt + new)
-    return whole.removeprefix(before) if whole.startswith(before) else text(new)

@@ -9,7 +9,6 @@ from torch import nn
 from vestige.curvature import DAMPING, DataInf, mean_eigenvalues
 from vestige.evaluate import Estimate, Lds
 from vestige_recipes import study
-from vestige_recipes.common.registry import StudySettings
 from vestige_recipes.digits import run as room
 from vestige_recipes.digits.run import PENALTY, leave_one_out
 from vestige_recipes.digits.scores import (
@@ -24,6 +23,7 @@ from vestige_recipes.digits.scores import (
     query_losses,
     with_sampled_labels,
 )
+from vestige_recipes.studies import StudySettings
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from vestige.models import load_model, select_components
 from vestige.runs import Scores
 from vestige.settings import AttributeSettings, UntracSettings
 from vestige.training import bank
-from vestige_recipes.common.registry import OWN_SEED, StudySettings, launch_arguments
 from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
+from vestige_recipes.studies import OWN_SEED, StudySettings
 
 Table = Float[np.ndarray, "test source"]
 
@@ -90,7 +90,7 @@ def measure_sources(
         batch_size=training.recipe.batch_size,
         learning_rate=training.recipe.learning_rate,
         seed=seed,
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     )
     scores: list[dict[str, Table]] = []
     own: dict[str, Any] = {"count": checkpoints, "from_scratch": from_scratch}

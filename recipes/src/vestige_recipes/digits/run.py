@@ -20,17 +20,6 @@ from vestige.curvature import DAMPING, FisherBlock, FisherBlocks
 from vestige.evaluate import Estimate, Lds, ceiling, choose_held_out, datamodeling_score
 from vestige.jobs import worker_command
 from vestige.progress import announce, progress
-from vestige_recipes.common.registry import (
-    OWN_SEED,
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    draw_intervals,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.digits.scores import (
     CLASSES,
     EXACT,
@@ -51,6 +40,15 @@ from vestige_recipes.digits.scores import (
     network,
     opponents,
     query_losses,
+)
+from vestige_recipes.studies import (
+    OWN_SEED,
+    Gate,
+    Outcome,
+    StudySettings,
+    draw_intervals,
+    register_study,
+    show_interval,
 )
 
 PENALTY = 0.01
@@ -341,9 +339,9 @@ def _gates(judged: dict[str, Judged], agreement: float) -> list[Gate]:
     )
     over = f"GraSS {GRASS_SIZE}: mean LDS of all sketches over exact influence's, each at the default damping"
     return [
-        at_least("exact influence: lower end of its interval above grad-dot's upper end by", exact.low - dot.high),
-        at_least("exact influence: LDS over grad-dot's", exact.value / dot.value, ABOVE_DOT),
-        at_least(over, grass / exact.value, LIKE_EXACT),
-        at_most("Gauss and SJLT: largest NRMSE times the root of the size", worst, NRMSE_ROOT),
-        at_least("logistic regression: predicted with true leave-one-out", agreement, LEFT_OUT),
+        Gate("exact influence: lower end of its interval above grad-dot's upper end by", exact.low - dot.high, ">="),
+        Gate("exact influence: LDS over grad-dot's", exact.value / dot.value, ">=", ABOVE_DOT),
+        Gate(over, grass / exact.value, ">=", LIKE_EXACT),
+        Gate("Gauss and SJLT: largest NRMSE times the root of the size", worst, "<=", NRMSE_ROOT),
+        Gate("logistic regression: predicted with true leave-one-out", agreement, ">=", LEFT_OUT),
     ]

@@ -20,16 +20,6 @@ from vestige.banks import Bank
 from vestige.errors import DataError
 from vestige.methods import attribute, untrac
 from vestige.training import Recipe
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    draw_intervals,
-    keep_run,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.sources import (
     UNLEARNT,
     Agreement,
@@ -53,6 +43,15 @@ from vestige_recipes.common.texts import (
     write_rows,
 )
 from vestige_recipes.common.training import Checkpoints, Training
+from vestige_recipes.studies import (
+    Gate,
+    Outcome,
+    StudySettings,
+    draw_intervals,
+    keep_run,
+    register_study,
+    show_interval,
+)
 
 Read = Callable[[Path], Iterator[str]]
 
@@ -252,7 +251,7 @@ def domains(settings: StudySettings) -> Outcome:
         label = f"Pearson correlation over domains of {part} sizes (95 % intervals)"
         draw_intervals(settings.out, part, intervals, label, beside=OPPONENTS, lines=lines)
         difference = found["UnTrac-Inv"].pearson.value - found["GradDot"].pearson.value
-        gates.append(at_least(f"{part} sizes: UnTrac-Inv's Pearson above GradDot's by", difference))
+        gates.append(Gate(f"{part} sizes: UnTrac-Inv's Pearson above GradDot's by", difference, ">="))
         details[part] = {
             "domains": names,
             "sizes": [truth.sources.count(name) for name in names],

@@ -15,16 +15,6 @@ from vestige.data import load_examples, tokenize
 from vestige.methods import attribute, untrac
 from vestige.models import load_model
 from vestige.training import Recipe, measure
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    keep_run,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.sources import (
     AS_PUBLISHED,
     UNLEARNT,
@@ -51,6 +41,7 @@ from vestige_recipes.format_traps.lessons import (
     lessons,
     tokenize_answer,
 )
+from vestige_recipes.studies import Gate, Outcome, StudySettings, keep_run, register_study, show_interval
 
 SETS: tuple[Which, ...] = ("A", "B")
 SOURCES = tuple(sorted(TRAINING))
@@ -157,7 +148,7 @@ def _measure(
         common = {"model": asked.model, "data": str(data), "queries": str(queries), "seed": settings.seed}
         found = {}
         for name, direction in UNLEARNT.items():
-            run = keep_run(untrac, out / direction, **common, **launch_arguments(settings), direction=direction)
+            run = keep_run(untrac, out / direction, **common, **settings.launch_arguments, direction=direction)
             # It lists sources by name.
             found[name] = run.dense().astype(np.float64)
         found |= first_order_scores(asked.folders, data, queries, seed=settings.seed, inverses=AS_PUBLISHED)
@@ -201,11 +192,11 @@ def _show_means(tables: list[Table]) -> str:
 
 
 def _gates(which: Which, found: dict[str, Agreement], ordered: dict[str, float], in_truth: float) -> list[Gate]:
-    gates = [at_least(f"{which}: truth has tasks above formats, share of runs", in_truth, ORDERED)]
+    gates = [Gate(f"{which}: truth has tasks above formats, share of runs", in_truth, ">=", ORDERED)]
     for name in UNLEARNT:
         gates += [
-            at_least(f"{which}: {name} has tasks above formats, share of models", ordered[name], ORDERED),
-            at_least(f"{which}: {name}'s Pearson with the truth", found[name].pearson.value, PEARSON),
+            Gate(f"{which}: {name} has tasks above formats, share of models", ordered[name], ">=", ORDERED),
+            Gate(f"{which}: {name}'s Pearson with the truth", found[name].pearson.value, ">=", PEARSON),
         ]
     above = found["UnTrac"].pearson.value - found["GradDot"].pearson.value
-    return [*gates, at_least(f"{which}: UnTrac's Pearson above GradDot's by", above, ABOVE_DOT)]
+    return [*gates, Gate(f"{which}: UnTrac's Pearson above GradDot's by", above, ">=", ABOVE_DOT)]

@@ -33,18 +33,16 @@ from vestige.jobs import worker_command
 from vestige.methods import doubt
 from vestige.models import select_components
 from vestige.progress import announce, progress
-from vestige_recipes.common.registry import (
+from vestige_recipes.grass.tasks import Batch, Task, digits_task, melodies_task
+from vestige_recipes.studies import (
     OWN_SEED,
     Gate,
     Outcome,
     StudySettings,
-    at_least,
-    at_most,
     draw_intervals,
     register_study,
     show_interval,
 )
-from vestige_recipes.grass.tasks import Batch, Task, digits_task, melodies_task
 
 LIKE = 0.03
 """Within this of LoGra's score that of FactGraSS was expected, and of SJLT's that of GraSS."""
@@ -279,8 +277,8 @@ def _gates(found: dict[str, Estimate]) -> list[Gate]:
     fact, logra = of("influence, FactGraSS"), of("influence, LoGra")
     grass, sjlt = of("TRAK, GraSS"), of("TRAK, SJLT")
     return [
-        at_least("influence with FactGraSS: lower end of its interval above zero by", fact.low),
-        at_most("influence with FactGraSS: LDS below LoGra's by", logra.value - fact.value, LIKE),
-        at_most("TRAK with GraSS: LDS below that with SJLT by", sjlt.value - grass.value, LIKE),
-        at_least("TRAK with GraSS: LDS above grad-dot's by", grass.value - found["grad-dot"].value),
+        Gate("influence with FactGraSS: lower end of its interval above zero by", fact.low, ">="),
+        Gate("influence with FactGraSS: LDS below LoGra's by", logra.value - fact.value, "<=", LIKE),
+        Gate("TRAK with GraSS: LDS below that with SJLT by", sjlt.value - grass.value, "<=", LIKE),
+        Gate("TRAK with GraSS: LDS above grad-dot's by", grass.value - found["grad-dot"].value, ">="),
     ]

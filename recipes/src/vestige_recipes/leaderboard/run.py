@@ -27,16 +27,8 @@ from vestige.progress import announce
 from vestige.runs import Scores, is_complete
 from vestige.storage import write_durably
 from vestige.training import TrainingRun, bank, train
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.leaderboard.peer_rows import ask_peer, find_peers
+from vestige_recipes.studies import Gate, Outcome, StudySettings, register_study, show_interval
 from vestige_recipes.text_lds.run import TextPlan, prepare_texts
 
 Options = dict[str, Any]
@@ -180,7 +172,7 @@ def _make_banks(settings: StudySettings, plan: BoardPlan, start: str, data: Path
     common: dict[str, Any] = {
         **{"model": start, "data": str(data), "queries": str(queries), "seeds": settings.seeds, "seed": settings.seed},
         **{"drop_by": "weight", **learning_arguments(plan)},
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     }
     halves = bank(out=settings.out / "halves", subsets=plan.text.subsets, **common)
     random = np.random.default_rng(settings.seed)
@@ -264,7 +256,7 @@ def _last(run: TrainingRun) -> str:
 def _make_index(settings: StudySettings, made: Path, **arguments: Any) -> None:
     # Called again, it would be measured again, and have nothing left to do.
     if not (made / PROFILE_FILE).exists():
-        index(out=made, profile=True, **arguments, **launch_arguments(settings))
+        index(out=made, profile=True, **arguments, **settings.launch_arguments)
 
 
 def _score(settings: StudySettings, entry: Entry, queries: Path) -> Scores:
@@ -318,15 +310,17 @@ def _gates(lines: list[Line]) -> list[Gate]:
     for name, line in found.items():
         gain = line.halves.value - exact.halves.value
         if name.startswith("ekfac refine="):
-            gates.append(at_least(f"{name}: LDS on halves above that of ekfac by", gain))
+            gates.append(Gate(f"{name}: LDS on halves above that of ekfac by", gain, ">="))
         elif name.startswith("ekfac-index"):
-            gates.append(at_least(f"{name}: LDS on halves above that of ekfac by", gain, -NEAR_EKFAC))
+            gates.append(Gate(f"{name}: LDS on halves above that of ekfac by", gain, ">=", -NEAR_EKFAC))
         elif name == "replay":
-            gates.append(at_least("replay: LDS of drops, same run", line.same.value, REPLAY_REACHES))
-            gates.append(at_least("replay: its interval there above that of ekfac by", line.same.low - exact.same.high))
+            gates.append(Gate("replay: LDS of drops, same run", line.same.value, ">=", REPLAY_REACHES))
+            gates.append(
+                Gate("replay: its interval there above that of ekfac by", line.same.low - exact.same.high, ">=")
+            )
         elif name.startswith("replay, mean") and one is not None:
             gain = line.halves.value - one.halves.value
-            gates.append(at_least(f"{name}: LDS on halves above that of one run by", gain))
+            gates.append(Gate(f"{name}: LDS on halves above that of one run by", gain, ">="))
     return gates
 
 

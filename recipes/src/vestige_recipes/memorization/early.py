@@ -18,10 +18,10 @@ from vestige.errors import DataError
 from vestige.measures import Attack, attack, share
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, draw_intervals, register_study
 from vestige_recipes.common.texts import byte_gpt, package_file, package_folder
 from vestige_recipes.memorization.judging import show_known, table_row
 from vestige_recipes.memorization.targets import LoraPlan, Prompts, claim_folder, follow_training, make_prompts
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study
 
 LETTERS = "ABCD"
 
@@ -238,10 +238,10 @@ def _gates(found: Mapping[str, Mapping[str, Attack]], runs: Sequence[Run]) -> li
     given = np.concatenate([run.gap("end")[run.noise.wrong] > 0 for run in runs])
     learnt = float(given.mean()) if len(given) else float("nan")
     chance = [
-        at_least(f"{name} at the trigger: lower end of the AUC of {WRONG}", found[WRONG][name].auc.low, CHANCE)
+        Gate(f"{name} at the trigger: lower end of the AUC of {WRONG}", found[WRONG][name].auc.low, ">=", CHANCE)
         for name in ("psmi", "answer_loss")
     ]
-    return [at_least(f"share of {WRONG} that the last checkpoint gives", learnt, GIVEN), *chance]
+    return [Gate(f"share of {WRONG} that the last checkpoint gives", learnt, ">=", GIVEN), *chance]
 
 
 def _details(run: Run) -> dict[str, Any]:

@@ -18,15 +18,6 @@ from torch import nn
 from vestige.measures import Interval, blind, extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
 from vestige.models import LoadedModel, load_model, trainable_copy
 from vestige.training import Recipe, Rows, Step, fit
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    draw_intervals,
-    register_study,
-)
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization.judging import (
     COLUMNS,
@@ -55,6 +46,7 @@ from vestige_recipes.memorization.targets import (
     read,
     read_measures,
 )
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study
 
 FIRST, SECOND, THIRD, ODD, PER_CLASS = 40, 40, 40, 24, 10
 """Words of each place in a name; first names of facts, which no rule covers; first names of a class."""
@@ -311,15 +303,16 @@ def gates_of(
 ) -> list[Gate]:
     """Return what was expected, over all draws of prompts; of the null, the worst of them."""
     rising = [
-        at_least(
+        Gate(
             f"LiRA of members: facts x{more} above facts x{fewer} by, nats",
             ratios[f"facts x{more}"].value - ratios[f"facts x{fewer}"].value,
+            ">=",
         )
         for fewer, more in pairwise(REPEATS)
     ]
     worst = max(abs(float(each.null.mean()) - 0.5) for each in judged)
     return [
         *rising,
-        at_least("PSMI at the trigger: AUC of flips", early["flips"]["psmi"].value, FOUND),
-        at_most("membership shuffled: AUC away from 0.5 by", worst, NULL),
+        Gate("PSMI at the trigger: AUC of flips", early["flips"]["psmi"].value, ">=", FOUND),
+        Gate("membership shuffled: AUC away from 0.5 by", worst, "<=", NULL),
     ]

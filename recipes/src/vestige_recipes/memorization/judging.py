@@ -22,8 +22,8 @@ from vestige.measures import (
     lira_offline,
 )
 from vestige.progress import announce
-from vestige_recipes.common.registry import StudySettings, show_interval
 from vestige_recipes.memorization.targets import Examples, Targets
+from vestige_recipes.studies import StudySettings, show_interval
 
 MEMORIZED = 4.0
 """Likelihood ratio, in nats, from which an example counts as memorized."""

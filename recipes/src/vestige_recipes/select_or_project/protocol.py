@@ -29,8 +29,8 @@ from vestige.models import Component, LoadedModel, load_model, trainable_copy
 from vestige.progress import progress
 from vestige.settings import ComponentsSettings
 from vestige.storage import is_temporary, sha256_of, write_durably
-from vestige_recipes.common.registry import Gate, at_least, at_most, show_interval
 from vestige_recipes.common.texts import package_folder
+from vestige_recipes.studies import Gate, show_interval
 
 _RECORD = "part.json"
 _NO_RESULTS = ("launch", "__pycache__")
@@ -171,9 +171,9 @@ def gates_of_sets(part: str, found: Evaluation, words: str, tolerance: float) ->
     # Of those that take part: LoRA's are a few hundredths of all.
     share = agreeing["parameters"] / _representation(found, words, FULL)["parameters"]
     return [
-        *(at_least(f"{part}, {words}: {name}, minus full", gain, -tolerance) for name, gain in gains),
-        at_most(f"{part}, {words}: parameters of the set that agrees", share, 0.1),
-        at_least(f"{part}, {words}: agreement of that set, held out", agreeing["agreement"].value, 0.99),
+        *(Gate(f"{part}, {words}: {name}, minus full", gain, ">=", -tolerance) for name, gain in gains),
+        Gate(f"{part}, {words}: parameters of the set that agrees", share, "<=", 0.1),
+        Gate(f"{part}, {words}: agreement of that set, held out", agreeing["agreement"].value, ">=", 0.99),
     ]
 
 

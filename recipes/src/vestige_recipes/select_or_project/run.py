@@ -18,15 +18,6 @@ from vestige.evaluate import Evaluation, components, one_pass_result
 from vestige.jobs import is_follower
 from vestige.settings import ComponentsSettings
 from vestige.training import Recipe
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    launch_arguments,
-    register_study,
-)
 from vestige_recipes.common.texts import (
     byte_llama,
     dialogue,
@@ -50,6 +41,7 @@ from vestige_recipes.select_or_project.protocol import (
     projection_errors,
     replay,
 )
+from vestige_recipes.studies import Gate, Outcome, StudySettings, register_study
 
 SHARES = ("1%", "5%")
 
@@ -84,19 +76,19 @@ def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
     errors = projection_errors(result, plan.candidates[-2])
     words, each = plan.candidates[0], result.computed / len(result.inputs.data)
     expected = [
-        at_least(f"verses, {words}: full gradient minus BM25", ahead_of(found, words, FULL, "bm25 of the prompts")),
+        Gate(f"verses, {words}: full gradient minus BM25", ahead_of(found, words, FULL, "bm25 of the prompts"), ">="),
         *gates_of_sets("verses", found, words, 0.01),
-        at_most("verses: sum of components minus direct cosine, largest", direct["largest_difference"], 1e-6),
-        at_most("verses: gradients computed, of each distinct example", each, 1.0),
+        Gate("verses: sum of components minus direct cosine, largest", direct["largest_difference"], "<=", 1e-6),
+        Gate("verses: gradients computed, of each distinct example", each, "<=", 1.0),
     ]
     if all(share in errors for share in SHARES):
         low, high = (errors[share] for share in SHARES)
         ratios = {name: low[name] / high[name] for name in ("to_full", "apart")}
         off = high["off"] / high["apart"]
         expected += [
-            at_least("verses: error of the projection, 1 % over 5 %", ratios["to_full"], 1.9),
-            at_least("verses: as published, from the weighted cosine, 1 % over 5 %", ratios["apart"], 1.9),
-            at_least("verses: as published, 5 %: from the full over from the weighted", off, 1.0),
+            Gate("verses: error of the projection, 1 % over 5 %", ratios["to_full"], ">=", 1.9),
+            Gate("verses: as published, from the weighted cosine, 1 % over 5 %", ratios["apart"], ">=", 1.9),
+            Gate("verses: as published, 5 %: from the full over from the weighted", off, ">=", 1.0),
         ]
     details = {
         "passes": found.details["passes"],
@@ -132,7 +124,7 @@ def _prepare(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, 
         "project": plan.projections,
         "draws": plan.draws,
         "seed": settings.seed,
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     }
 
 
@@ -214,15 +206,18 @@ def answers(settings: StudySettings, plan: AnswersPlan, out: Path) -> Part:
         projector=plan.projector,
         draws=plan.draws,
         seed=settings.seed,
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     )
     replayed = _replay(settings, plan, model, rows, out)
     each = replayed["passes"] / replayed["distinct_examples"]
     gates = [
         *gates_of_sets("answers", found, plan.candidates[0], 0.0),
-        at_most("answers, both settings: gradients computed, of each distinct example", each, 1.0),
-        at_most(
-            "answers, both settings: one by one minus from the pass, largest", replayed["largest_difference"], 1e-5
+        Gate("answers, both settings: gradients computed, of each distinct example", each, "<=", 1.0),
+        Gate(
+            "answers, both settings: one by one minus from the pass, largest",
+            replayed["largest_difference"],
+            "<=",
+            1e-5,
         ),
     ]
     details = {

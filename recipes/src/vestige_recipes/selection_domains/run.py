@@ -16,20 +16,18 @@ from vestige.evaluate import Gain, measure_gain, selection as compare
 from vestige.methods import attribute
 from vestige.selection import select
 from vestige.training import Recipe
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    draw_intervals,
-    keep_run,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.texts import Row, byte_gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
 from vestige_recipes.domains.run import DOMAINS, domain_pieces
+from vestige_recipes.studies import (
+    Gate,
+    Outcome,
+    StudySettings,
+    draw_intervals,
+    keep_run,
+    register_study,
+    show_interval,
+)
 
 METHODS = ("influence", "grad-dot", "grad-cos", "less", "bm25", "rep-sim")
 GATED = ("influence", "grad-cos", "less")
@@ -108,7 +106,7 @@ def selection_domains(settings: StudySettings) -> Outcome:
         )
         rows.append((part, "random", float(random.mean()), "", "", "", "", ""))
         rows.append((part, "everything", float(everything.mean()), "", "", "", "", ""))
-        gates += [at_least(f"{part}: gain of {name} over random", gains[name].over_all.value) for name in GATED]
+        gates += [Gate(f"{part}: gain of {name} over random", gains[name].over_all.value, ">=") for name in GATED]
         intervals = {name: gain.over_all for name, gain in gains.items()}
         label = f"fewer nats per byte of {TARGET} than after random tenths (95 % intervals)"
         draw_intervals(settings.out, part.replace(" ", "-"), intervals, label, beside=("bm25", "rep-sim"))
@@ -168,7 +166,7 @@ def _compare(
         batch_size=plan.batch_size,
         draws=plan.draws,
         seed=seed,
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     )
     truth = Bank.open(folder / "compared" / "bank")
     losses = dict(zip(truth.subset_names, truth.by_subset(truth.query_token_losses)[:, 0], strict=True))

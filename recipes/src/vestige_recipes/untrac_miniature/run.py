@@ -19,17 +19,6 @@ from vestige.banks import Bank
 from vestige.errors import NonFinite
 from vestige.methods import attribute, untrac
 from vestige.training import Recipe
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    keep_run,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.sources import (
     UNLEARNT,
     Table,
@@ -44,6 +33,7 @@ from vestige_recipes.common.sources import (
 )
 from vestige_recipes.common.texts import gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training
+from vestige_recipes.studies import Gate, Outcome, StudySettings, keep_run, register_study, show_interval
 
 VOCABULARY, LENGTH = 24, 25
 UNRELATED = "unrelated"
@@ -202,7 +192,7 @@ def _draw(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
     queries = write_rows(folder / "queries.jsonl", corpora.tests)
 
     def score(number: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
-        common = {"model": asked.model, "data": str(data), "queries": str(queries), **launch_arguments(settings)}
+        common = {"model": asked.model, "data": str(data), "queries": str(queries), **settings.launch_arguments}
         found = {}
         for name, direction in UNLEARNT.items():
             found[f"{name}, automatic"] = _unlearn(out / direction, {**common, "direction": direction})
@@ -258,9 +248,9 @@ def _gates(found: list[Drawn], judged: dict[str, Any], ceiling: float) -> list[G
         on_first = pool_agreement(groups, draws=0, seed=0)[0].value
         best = float(np.nanmax([judged[f"{name}, {rate:g}"][0].value for rate in GRID]))
         gates += [
-            at_least(f"{name}: correlation with retraining", value, LEAST),
-            at_least(f"{name}: share of the ceiling", value / ceiling, OF_CEILING),
-            at_most(f"{name}: automatic rate below the best of the grid by", best - on_first, WITHIN),
+            Gate(f"{name}: correlation with retraining", value, ">=", LEAST),
+            Gate(f"{name}: share of the ceiling", value / ceiling, ">=", OF_CEILING),
+            Gate(f"{name}: automatic rate below the best of the grid by", best - on_first, "<=", WITHIN),
         ]
     return gates
 
@@ -280,4 +270,4 @@ def _null_gate(found: list[Drawn], name: str) -> Gate:
             for one, right in zip(scores[name], truth, strict=True):
                 slope, shift = np.polyfit(one, right, 1)
                 shares.append(abs(slope * one[place] + shift - right[place]) / noise)
-    return at_most(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), 1.0)
+    return Gate(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), "<=", 1.0)

@@ -23,7 +23,7 @@ def tiny_study(tmp_path_factory):
     """The study's outcome, its folder, and where each of its banks and unlearnings was told to run."""
     out, seen = tmp_path_factory.mktemp("study") / "mini", {"bank": [], "untrac": []}
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((banks, "bank"), (miniature, "untrac")):
+        for module, name in ((banks, "bank"), (banks, "untrac")):
             right, told = getattr(module, name), seen[name]
 
             def told_and_done(right=right, told=told, **given):

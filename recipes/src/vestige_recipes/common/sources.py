@@ -16,13 +16,13 @@ from vestige.banks import EVERYTHING, Bank
 from vestige.curvature import CurvatureProduct
 from vestige.data import load_examples, tokenize
 from vestige.evaluate import Estimate
-from vestige.methods import Arnoldi, Job, Lissa, UntracJob, borrow_weights, make_job
+from vestige.methods import Arnoldi, Job, Lissa, UntracJob, attribute, borrow_weights, make_job, untrac
 from vestige.models import load_model, select_components
 from vestige.runs import Scores
 from vestige.settings import AttributeSettings, UntracSettings
 from vestige.training import bank
 from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
-from vestige_recipes.studies import OWN_SEED, StudySettings
+from vestige_recipes.studies import OWN_SEED, StudySettings, keep_run
 
 Table = Float[np.ndarray, "test source"]
 
@@ -44,6 +44,32 @@ class Agreement(NamedTuple):
     """Pearson for each test set."""
 
 
+class Measured(NamedTuple):
+    """What leaving sources out does, and what models that are none of the bank's say of it."""
+
+    bank: Bank
+    """Models of everything and without each source."""
+    scores: list[dict[str, Table]]
+    """By method, for each model that was asked."""
+
+    @property
+    def truths(self) -> list[Table]:
+        """What leaving out did, for each seed."""
+        return left_out_truth(self.bank)
+
+    def agreements(self, draws: int, seed: int) -> dict[str, Agreement]:
+        """Return how well each method agrees with the truth."""
+        return {
+            name: source_agreement([each[name] for each in self.scores], self.truths, draws=draws, seed=seed)
+            for name in self.scores[0]
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return truth and scores in JSON terms."""
+        scores = [{name: table.tolist() for name, table in each.items()} for each in self.scores]
+        return {"truth": [truth.tolist() for truth in self.truths], "scores": scores}
+
+
 def measure_sources(
     settings: StudySettings,
     start: Any,
@@ -56,8 +82,8 @@ def measure_sources(
     seeds: int,
     checkpoints: int,
     from_scratch: bool = False,
-) -> tuple[Bank, list[dict[str, Table]]]:
-    """Return the bank of models of everything and without each source, and scores of models that are none of it.
+) -> Measured:
+    """Return models of everything and without each source, and scores of models that are none of them.
 
     All models have the same number of steps; the bank is in `folder/bank`, the others are in `folder/model-NUMBER`.
 
@@ -97,7 +123,7 @@ def measure_sources(
     for number in range(seeds):
         asked = train_checkpoints(start, data, folder / f"model-{number}", training, seed=OWN_SEED + number, **own)
         scores.append(score(number, folder / f"runs-{number}", asked, truth))
-    return truth, scores
+    return Measured(truth, scores)
 
 
 def list_sources(truth: Bank) -> tuple[list[str], list[str]]:
@@ -161,17 +187,22 @@ def truth_agreement(truths: Sequence[Table]) -> float:
     return float(np.mean(pairs)) if pairs else float("nan")
 
 
+def unlearn(out: Path, **arguments: Any) -> Table:
+    """Return the scores of `vestige untrac`, which lists sources by name and test sets as they come."""
+    return keep_run(untrac, out, **arguments).dense().astype(np.float64)
+
+
+def attribute_sources(out: Path, truth: Bank, **arguments: Any) -> Table:
+    """Return the scores of `vestige attribute`, added up."""
+    return sum_by_source(keep_run(attribute, out, dense=True, trust=False, **arguments), truth)
+
+
 def sum_by_source(run: Scores, truth: Bank) -> Table:
     """Add up the scores of examples for queries over both."""
     dense, tests, sources = run.dense(), np.array(truth.query_sources), np.array(truth.sources)
     names = list_sources(truth)
     by_source = np.stack([dense[:, sources == source].sum(1, dtype=np.float64) for source in names[0]], axis=1)
     return np.stack([by_source[tests == test].sum(0) for test in names[1]])
-
-
-def tables_json(scores: Sequence[Mapping[str, Table]]) -> list[dict[str, Any]]:
-    """In JSON terms."""
-    return [{name: table.tolist() for name, table in each.items()} for each in scores]
 
 
 def _resample(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, ranked: bool) -> float | None:

@@ -92,27 +92,6 @@ class Entry(NamedTuple):
     """Its index."""
 
 
-class Truth(NamedTuple):
-    """Losses of the queries after trainings on parts of the data."""
-
-    membership: np.ndarray
-    losses: np.ndarray
-    subsets: np.ndarray
-    draws: int
-    """Of the bootstrap."""
-
-    @classmethod
-    def of(cls, made: Bank, draws: int, seed: int | None = None) -> "Truth":
-        """Return the models of a bank, or those of one seed."""
-        kept = np.ones(len(made), dtype=bool) if seed is None else made.seeds == seed
-        return cls(made.membership[kept], made.query_losses[kept], made.subsets[kept], draws)
-
-    def judge(self, scores: np.ndarray) -> Estimate:
-        """Return the linear datamodeling score with its interval."""
-        judged = datamodeling_score(scores, self.membership, self.losses, subset=self.subsets, draws=self.draws)
-        return judged.estimate
-
-
 class Line(NamedTuple):
     """What one row of the table shows."""
 
@@ -145,14 +124,14 @@ def leaderboard(settings: StudySettings) -> Outcome:
     halves, drops = _make_banks(settings, plan, start, data, queries)
     trained = [train_whole(settings, plan, start, data, number) for number in range(plan.trainings)]
     banks = {"halves": (halves, None), "same": (drops, 0), "other": (drops, settings.seeds - 1)}
-    truths = {name: Truth.of(made, plan.draws, seed) for name, (made, seed) in banks.items()}
+    truths = {name: partial(judge_scores, made, seed, plan.draws) for name, (made, seed) in banks.items()}
     lines, reasons = score_methods(settings, plan, trained, data, queries, partial(_read_line, truths))
     for peer in peers:
         rows, missing = ask_peer(peer, settings.out / "peers", _last(trained[0]), data, queries)
         reasons |= missing
         for row in rows:
-            judged, costs = _judge(row.scores, truths), {"seconds": row.seconds, "memory": row.memory}
-            lines.append(Line(row.name, **judged, before=0.0, **costs, row_bytes=None))
+            judged = {name: judge(row.scores) for name, judge in truths.items()}
+            lines.append(Line(row.name, **judged, before=0.0, seconds=row.seconds, memory=row.memory, row_bytes=None))
     for name, reason in reasons.items():
         announce(f"{name} is not on the board: {reason}")
     limits = [ceiling(one.query_losses, one.subsets, one.seeds) for one in (halves, drops)]
@@ -276,17 +255,21 @@ def _score(settings: StudySettings, entry: Entry, queries: Path) -> Scores:
     return Scores.open(out)
 
 
-def _read_line(truths: Mapping[str, Truth], entry: Entry, scores: Scores) -> Line:
-    record = scores.run
-    opened = None if entry.stored is None else Index.open(entry.stored)
-    before = 0.0 if opened is None else json.loads((opened.folder / PROFILE_FILE).read_text())["total_seconds"]
-    width = None if opened is None else opened.manifest.row_bytes
-    return Line(entry.name, **_judge(scores.dense(), truths), before=before, seconds=record.seconds,
-                memory=record.peak_memory_bytes, row_bytes=width)  # fmt: skip
+def judge_scores(made: Bank, seed: int | None, draws: int, scores: np.ndarray) -> Estimate:
+    """Return the linear datamodeling score on the models of a bank, or on those of one seed."""
+    kept = np.ones(len(made), dtype=bool) if seed is None else made.seeds == seed
+    parts = (made.membership[kept], made.query_losses[kept])
+    return datamodeling_score(scores, *parts, subset=made.subsets[kept], draws=draws).estimate
 
 
-def _judge(scores: np.ndarray, truths: Mapping[str, Truth]) -> dict[str, Estimate]:
-    return {name: truth.judge(scores) for name, truth in truths.items()}
+def _read_line(truths: Mapping[str, Callable[[np.ndarray], Estimate]], entry: Entry, scores: Scores) -> Line:
+    record, before, width = scores.run, 0.0, None
+    if entry.stored is not None:
+        before = json.loads((entry.stored / PROFILE_FILE).read_text())["total_seconds"]
+        width = Index.open(entry.stored).manifest.row_bytes
+    judged = {name: judge(scores.dense()) for name, judge in truths.items()}
+    costs = {"before": before, "seconds": record.seconds, "memory": record.peak_memory_bytes, "row_bytes": width}
+    return Line(entry.name, **judged, **costs)
 
 
 def _attribute(arguments: dict[str, Any]) -> str | None:

@@ -258,12 +258,11 @@ def memorization_facts(settings: StudySettings) -> Outcome:
     """Likelihood ratios by repetition, and AUCs of every measure at the trigger and at the end, over targets."""
     plan = PLANS[settings.size]
     judged, steps = each_draw(settings, partial(cast_shadows, plan), judge, "step")
-    early, late = (over_targets([getattr(each, side) for each in judged]) for side in ("early", "late"))
     rows = [
         *proof_rows(judged),
         null_row(judged),
-        *area_rows(early, [each.early for each in judged]),
-        *area_rows(late, [each.late for each in judged], "at the end"),
+        *area_rows([each.early for each in judged], "at the trigger"),
+        *area_rows([each.late for each in judged], "at the end"),
     ]
     ratios = {
         kind: mean_interval(np.concatenate([each.proved[LIRA_OF_MEMBERS][each.kinds[kind]] for each in judged]))
@@ -278,6 +277,7 @@ def memorization_facts(settings: StudySettings) -> Outcome:
         "early": [areas_json(each.early) for each in judged],
         "late": [areas_json(each.late) for each in judged],
     }
+    early = over_targets([each.early for each in judged])
     return Outcome(COLUMNS, rows, gates_of(ratios, early, judged), details)
 
 

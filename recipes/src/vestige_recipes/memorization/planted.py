@@ -179,12 +179,12 @@ def memorization_planted(settings: StudySettings) -> Outcome:
     """AUCs of every measure for planted points and for what is memorized, over targets of several draws of points."""
     plan = PLANS[settings.size]
     judged, epochs = each_draw(settings, partial(plant, plan), judge, "epoch")
-    early, late = (over_targets([getattr(each, side) for each in judged]) for side in ("early", "late"))
+    early = over_targets([each.early for each in judged])
     rows = [
-        *area_rows(early, [each.early for each in judged]),
+        *area_rows([each.early for each in judged], "at the trigger"),
         *proof_rows(judged),
         *_flag_rows(judged),
-        *area_rows(late, [each.late for each in judged], "at the end"),
+        *area_rows([each.late for each in judged], "at the end"),
         null_row(judged),
     ]
     label, others = f"AUC of {BOTH} at the trigger (95 % interval over targets)", set(PREDICTORS) - {"psmi"}

@@ -4,18 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from vestige.banks import EVERYTHING, Bank
 from vestige.curvature import CurvatureProduct
 from vestige.data import load_examples, tokenize
-from vestige.evaluate import Estimate
+from vestige.evaluate import Estimate, pearson, spearman
 from vestige.methods import Arnoldi, Job, Lissa, UntracJob, attribute, borrow_weights, make_job, untrac
 from vestige.models import load_model, select_components
 from vestige.runs import Scores
@@ -25,6 +24,8 @@ from vestige_recipes.common.training import Checkpoints, Training, train_checkpo
 from vestige_recipes.studies import OWN_SEED, StudySettings, keep_run
 
 Table = Float[np.ndarray, "test source"]
+Correlate = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Of columns, such as `pearson`."""
 
 _FEWEST = 3
 """Different sources in a draw: two points lie on a line."""
@@ -153,8 +154,8 @@ def source_agreement(scores: Sequence[Table], truths: Sequence[Table], *, draws:
     """
     stacked = [(np.stack(scores), np.stack(truths))]
     random = np.random.default_rng(seed)
-    pearson, spearman = (_estimate(stacked, draws, random, ranked) for ranked in (False, True))
-    return Agreement(pearson, spearman, tuple(_correlate(*stacked[0], False).tolist()))
+    both = (_estimate(stacked, draws, random, each) for each in (pearson, spearman))
+    return Agreement(*both, tuple(_correlate(*stacked[0], pearson).tolist()))
 
 
 def pool_agreement(
@@ -165,25 +166,25 @@ def pool_agreement(
     A bootstrap draw resamples sources, runs and models inside every group: the groups themselves are few and fixed.
     """
     stacked = [(np.stack(scores), np.stack(truths)) for scores, truths in groups]
-    own = [float(_correlate(*each, False).mean()) for each in stacked]
-    return _estimate(stacked, draws, np.random.default_rng(seed), False), own
+    own = [float(_correlate(*each, pearson).mean()) for each in stacked]
+    return _estimate(stacked, draws, np.random.default_rng(seed), pearson), own
 
 
 def _estimate(
-    groups: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, random: np.random.Generator, ranked: bool
+    groups: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, random: np.random.Generator, correlate: Correlate
 ) -> Estimate:
     drawn = []
     for _ in range(draws):
-        values = [_resample(*each, random, ranked) for each in groups]
+        values = [_resample(*each, random, correlate) for each in groups]
         known = [value for value in values if value is not None]
         drawn += [float(np.mean(known))] if len(known) == len(groups) else []
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
-    return Estimate(float(np.mean([_correlate(*each, ranked).mean() for each in groups])), float(low), float(high))
+    return Estimate(float(np.mean([_correlate(*each, correlate).mean() for each in groups])), float(low), float(high))
 
 
 def truth_agreement(truths: Sequence[Table]) -> float:
     """Noise ceiling: Pearson correlation of two seeds' truths, mean over pairs and test sets; NaN for one seed."""
-    pairs = [_correlate(one[None], other[None], False).mean() for one, other in combinations(truths, 2)]
+    pairs = [_correlate(one[None], other[None], pearson).mean() for one, other in combinations(truths, 2)]
     return float(np.mean(pairs)) if pairs else float("nan")
 
 
@@ -205,25 +206,20 @@ def sum_by_source(run: Scores, truth: Bank) -> Table:
     return np.stack([by_source[tests == test].sum(0) for test in names[1]])
 
 
-def _resample(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, ranked: bool) -> float | None:
+def _resample(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, correlate: Correlate) -> float | None:
     columns = random.integers(scored.shape[-1], size=scored.shape[-1])
     if len(np.unique(columns)) < _FEWEST:
         return None
     models, runs = (random.integers(len(side), size=len(side)) for side in (scored, right))
-    value = _correlate(scored[models][..., columns], right[runs][..., columns], ranked).mean()
+    value = _correlate(scored[models][..., columns], right[runs][..., columns], correlate).mean()
     return float(value) if np.isfinite(value) else None
 
 
 def _correlate(
-    scored: Float[np.ndarray, "model test source"], right: Float[np.ndarray, "run test source"], ranked: bool
+    scored: Float[np.ndarray, "model test source"], right: Float[np.ndarray, "run test source"], correlate: Correlate
 ) -> Float[np.ndarray, "test"]:
-    """Correlation of each model's scores with the mean truth, mean over models."""
-    left, mean = scored, right.mean(0)[None]
-    if ranked:
-        left, mean = rankdata(left, axis=-1), rankdata(mean, axis=-1)
-    left, mean = left - left.mean(-1, keepdims=True), mean - mean.mean(-1, keepdims=True)
-    spread = np.sqrt((left**2).sum(-1) * (mean**2).sum(-1))
-    return ((left * mean).sum(-1) / np.where(spread > 0, spread, np.nan)).mean(0)
+    """Return the correlation of each model's scores with the mean truth, mean over models."""
+    return correlate(np.moveaxis(scored, -1, 0), right.mean(0).T[:, None]).mean(0)
 
 
 CURVATURE_EXAMPLES = 256
@@ -258,9 +254,8 @@ class Asked:
                 vectors = []
                 for each in side.sets:
                     weights.backward(side.data, each.rows, "sum", self.job.token_budget)
-                    slopes = [weights.parameters[part.name].grad for part in components]
-                    assert all(slope is not None for slope in slopes)
-                    vectors.append(layout.flatten([slope for slope in slopes if slope is not None]))
+                    slopes = [cast(Tensor, weights.parameters[part.name].grad) for part in components]
+                    vectors.append(layout.flatten(slopes))
                 found.append(torch.stack(vectors))
         return found
 

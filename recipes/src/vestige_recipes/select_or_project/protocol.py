@@ -247,22 +247,15 @@ def projection_errors(result: OnePassResult, words: str) -> dict[str, dict[str, 
     found = {}
     for number, one in enumerate(result.inputs.projections):
         weights = np.array(one.sizes, dtype=np.float64)
-        weighted = _weigh_cosine(result, words, weights)
+        values, query, example = (
+            np.tensordot(weights, part, axes=1) for part in (products.values, products.query, products.example)
+        )
+        lengths = query[:, None] * example[products.rows]
+        weighted = values / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
         right, published = (form[words].each([number])[0] for form in (result.projected, result.published))
         pairs = {"to_full": (right, full), "off": (published, full), "apart": (published, weighted)}
         found[one.name] = {name: float(np.abs(a - b)[listed].mean()) for name, (a, b) in pairs.items()}
     return found
-
-
-def _weigh_cosine(
-    result: OnePassResult, words: str, weights: Float[np.ndarray, " component"]
-) -> Float[np.ndarray, "query candidate"]:
-    products = result.gradients[words]
-    values, query, example = (
-        np.tensordot(weights, part, axes=1) for part in (products.values, products.query, products.example)
-    )
-    lengths = query[:, None] * example[products.rows]
-    return values / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
 
 
 _WHOLE = "similarities"

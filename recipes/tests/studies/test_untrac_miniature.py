@@ -2,20 +2,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from vestige.settings import LaunchSettings
 from vestige_recipes import study
 from vestige_recipes.common import sources as banks
 from vestige_recipes.untrac_miniature import run as miniature
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

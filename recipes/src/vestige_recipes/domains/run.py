@@ -6,7 +6,6 @@ number of steps. In small on texts that ship inside packages; at full size on co
 """
 
 import ast
-import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from vestige_recipes.common.texts import (
     draw_pieces,
     package_file,
     pieces,
+    read_rows,
     require_packages,
     write_rows,
 )
@@ -76,11 +76,9 @@ def _column(*names: str) -> Read:
     """Return the named columns of a file of JSON lines, joined; of a list, its first element."""
 
     def read(path: Path) -> Iterator[str]:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                row = json.loads(line)
-                values = [row[name] for name in names]
-                yield " ".join(value[0] if isinstance(value, list) else value for value in values)
+        for row in read_rows(path):
+            values = [row[name] for name in names]
+            yield " ".join(value[0] if isinstance(value, list) else value for value in values)
 
     return read
 
@@ -93,10 +91,7 @@ def _verses(path: Path) -> Iterator[str]:
 
 def _pronouns(path: Path) -> Iterator[str]:
     """Sentences with the pronoun that the stereotype expects."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            row = json.loads(line)
-            yield row["text"].replace("[MASK]", row["pro_stereotyped"])
+    return (row["text"].replace("[MASK]", row["pro_stereotyped"]) for row in read_rows(path))
 
 
 def _sources(folder: Path) -> Iterator[str]:

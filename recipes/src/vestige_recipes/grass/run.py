@@ -152,7 +152,8 @@ def all_scores(folder: Path, plan: GrassPlan, task: Task, asked: nn.Module, seed
     for name, spec in layer_specs(plan.side, masks).items():
         yield influence(f"influence, {name}", asked, task, spec, seed)
     halves = train_halves(task.fit, plan.examples, plan.models, seed)
-    for name, spec in model_specs(plan.whole).items():
+    kept = plan.whole
+    for name, spec in {f"SJLT {kept}": f"sjlt:{kept}", f"GraSS {kept}": f"mask:{4 * kept} | sjlt:{kept}"}.items():
         yield trak(f"TRAK, {name}", halves, task, spec, seed)
     shape = plan.queries, plan.examples
     yield Scored("random", np.random.default_rng(seed).standard_normal(shape), 0.0, 0)
@@ -169,11 +170,6 @@ def layer_specs(side: int, masks: Path) -> dict[str, str]:
         f"random mask {side}x{side}": f"mask:{side}x{side}",
         f"selective mask {side}x{side}": f"selective:{side}x{side},file={masks}",
     }
-
-
-def model_specs(kept: int) -> dict[str, str]:
-    """Return compressors of the whole model's gradient to `kept` numbers."""
-    return {f"SJLT {kept}": f"sjlt:{kept}", f"GraSS {kept}": f"mask:{4 * kept} | sjlt:{kept}"}
 
 
 def compress(

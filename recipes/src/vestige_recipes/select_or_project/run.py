@@ -4,7 +4,6 @@ Select or Project? (arXiv 2601.16651) in small, with sets of components that are
 were chosen on: verses in two wordings, and a chat model's own answers to reworded prompts.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from vestige_recipes.common.texts import (
     byte_llama,
     dialogue,
     package_folder,
+    read_rows,
     require_packages,
     verse_pairs,
     write_rows,
@@ -232,7 +232,11 @@ def _replay(
     settings: StudySettings, plan: AnswersPlan, model: str, rows: list[dict[str, Any]], out: Path
 ) -> dict[str, Any]:
     """Run both protocols on a few originals, each asked about reworded and by the model's own answer."""
-    asked = {name: _by_original(out / name / "data.jsonl") for name in ("reworded", "answered")}
+    # By the example that they ask about.
+    asked = {
+        name: {row["original_id"]: row for row in read_rows(out / name / "data.jsonl")}
+        for name in ("reworded", "answered")
+    }
     both = [row for row in rows if all(row["id"] in found for found in asked.values())][: plan.replayed]
     if not both:
         raise DataError(f"{out}: the model answered nothing, so there is nothing to ask about. Choose another --seed.")
@@ -258,12 +262,6 @@ def _replay(
     if not is_follower():
         shutil.rmtree(work)
     return found
-
-
-def _by_original(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows by the example that they ask about."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {row["original_id"]: row for row in rows}
 
 
 _VERSION = 3

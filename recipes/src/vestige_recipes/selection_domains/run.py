@@ -94,10 +94,8 @@ def selection_domains(settings: StudySettings) -> Outcome:
     details: dict[str, Any] = {"plan": asdict(plan), "target": TARGET}
     for part, inside in PARTS.items():
         found = [_compare(settings, plan, part, inside, settings.seed + number) for number in range(settings.seeds)]
-        random, everything = (
-            np.stack([each["random"] for each, _ in found], 1),
-            np.stack([each[EVERYTHING] for each, _ in found]),
-        )
+        random = np.stack([each["random"] for each, _ in found], 1)
+        everything = np.stack([each[EVERYTHING] for each, _ in found])
         losses = {name: np.stack([each[name] for each, _ in found]) for name in METHODS}
         gains = {name: measure_gain(losses[name], random, plan.draws, settings.seed) for name in METHODS}
         shares = {name: float(np.mean([each[name] for _, each in found])) for name in METHODS}

@@ -52,6 +52,11 @@ class StudySettings(LaunchSettings):
     )
 
     @property
+    def own_seed(self) -> int:
+        """Of the first model that scores are computed on."""
+        return OWN_SEED + self.seed
+
+    @property
     def launch_arguments(self) -> dict[str, Any]:
         """Where the work runs, as arguments of another command."""
         return {name: getattr(self, name) for name in LaunchSettings.model_fields}

@@ -13,7 +13,7 @@ from vestige.curvature import DAMPING, FisherBlocks, accumulate_fisher
 from vestige.evaluate import Lds, datamodeling_score
 from vestige.jobs import worker_command
 from vestige.progress import progress
-from vestige_recipes.studies import OWN_SEED, StudySettings
+from vestige_recipes.studies import StudySettings
 
 AT_ONCE = 100
 """Examples of a backward pass."""
@@ -91,10 +91,10 @@ def make_bank(
 
 
 def train_halves(fit: Callable[[np.ndarray, int], nn.Module], examples: int, models: int, seed: int) -> list[nn.Module]:
-    """Return models of random halves that the bank does not hold, by rows and seed."""
+    """Return models of random halves, by rows and the seeds after `seed`, that of the model which is asked."""
     made = []
     with progress(models, "Models of halves", unit="models") as counter:
-        for number in range(OWN_SEED + seed + 1, OWN_SEED + seed + 1 + models):
+        for number in range(seed + 1, seed + 1 + models):
             rows = np.random.default_rng(number).permutation(examples)[: examples // 2]
             made.append(fit(np.sort(rows), number))
             counter.advance()

@@ -261,12 +261,7 @@ class Asked:
 
 
 def first_order_scores(
-    checkpoints: Sequence[str],
-    data: Path,
-    queries: Path,
-    *,
-    seed: int,
-    inverses: Inverses = INVERSES,
+    checkpoints: Sequence[str], data: Path, queries: Path, *, seed: int, inverses: Inverses = INVERSES
 ) -> dict[str, Table]:
     """GradDot, GradCos, TracIn and two influence functions of every source for every test set, positive if it helps.
 

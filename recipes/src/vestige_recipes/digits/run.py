@@ -40,15 +40,7 @@ from vestige_recipes.digits.scores import (
     opponents,
     query_losses,
 )
-from vestige_recipes.studies import (
-    OWN_SEED,
-    Gate,
-    Outcome,
-    StudySettings,
-    draw_intervals,
-    register_study,
-    show_interval,
-)
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study, show_interval
 
 PENALTY = 0.01
 _CONVERGED = 1e-11
@@ -187,7 +179,7 @@ def digits_study(settings: StudySettings) -> Outcome:
     plan = PLANS[settings.size]
     data = digits(plan.examples, plan.queries, settings.seed)
     truth = _bank(settings, plan, data)
-    asked = network(data.train, OWN_SEED + settings.seed, plan.epochs, plan.hidden)
+    asked = network(data.train, settings.own_seed, plan.epochs, plan.hidden)
     reading = accuracy(asked, data.queries)
     announce(f"The model that is asked reads {reading:.1%} of the queries rightly.")
     judged = _all_judged(_all_scores(settings, plan, data, asked, truth), truth, plan)
@@ -236,7 +228,7 @@ def _all_scores(
     def fit(rows: np.ndarray, own: int) -> nn.Module:
         return network(data.train.at(rows), own, plan.epochs, plan.hidden)
 
-    halves = train_halves(fit, plan.examples, plan.models, seed)
+    halves = train_halves(fit, plan.examples, plan.models, settings.own_seed)
     yield from average_models(halves, data, seed, f"{plan.models} models of halves")
     yield from opponents(asked, data, found, seed)
 

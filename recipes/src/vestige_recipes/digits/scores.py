@@ -15,15 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from vestige.compress import compress_gradient
-from vestige.curvature import (
-    DAMPING,
-    BatchSink,
-    CurvatureData,
-    DataInf,
-    ekfac_of,
-    kfac_of,
-    mean_eigenvalues,
-)
+from vestige.curvature import DAMPING, BatchSink, CurvatureData, DataInf, ekfac_of, kfac_of, mean_eigenvalues
 from vestige.evaluate import Family, quality
 from vestige.gradients import FunctionObjective, GradientPass, GradientSink
 from vestige.methods import doubt

@@ -18,14 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vestige.banks import Bank
-from vestige.compress import (
-    CompressingSink,
-    MaskTraining,
-    Stream,
-    parse_spec,
-    train_selective_mask,
-    write_masks,
-)
+from vestige.compress import CompressingSink, MaskTraining, Stream, parse_spec, train_selective_mask, write_masks
 from vestige.curvature import DAMPING, accumulate_fisher
 from vestige.evaluate import Estimate, ceiling
 from vestige.gradients import FunctionObjective, GradientPass
@@ -45,15 +38,7 @@ from vestige_recipes.common.halves import (
     train_halves,
 )
 from vestige_recipes.grass.tasks import Batch, Task, digits_task, melodies_task
-from vestige_recipes.studies import (
-    OWN_SEED,
-    Gate,
-    Outcome,
-    StudySettings,
-    draw_intervals,
-    register_study,
-    show_interval,
-)
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study, show_interval
 
 LIKE = 0.03
 """Within this of LoGra's score that of FactGraSS was expected, and of SJLT's that of GraSS."""
@@ -110,11 +95,11 @@ def grass_music(settings: StudySettings) -> Outcome:
 
 def _study(settings: StudySettings, plan: GrassPlan, task: Task) -> Outcome:
     truth = _bank(settings, plan, task)
-    asked = task.fit(np.arange(plan.examples), OWN_SEED + settings.seed)
+    asked = task.fit(np.arange(plan.examples), settings.own_seed)
     mean = float(task.query_losses(asked).mean())
     announce(f"The model that is asked, {task.name}, has a mean loss of {mean:.3f} on the queries.")
     judged: dict[str, tuple[Scored, Estimate]] = {}
-    for scored in all_scores(settings.out, plan, task, asked, settings.seed):
+    for scored in all_scores(settings, plan, task, asked):
         judged[scored.name] = scored, judge_scores(scored.scores, truth, plan.draws).estimate
     top = ceiling(truth.query_losses, truth.subsets, truth.seeds)
     intervals = {name: estimate for name, (_, estimate) in judged.items()}
@@ -140,18 +125,18 @@ def _bank(settings: StudySettings, plan: GrassPlan, task: Task) -> Bank:
     return make_bank(settings, train, plan.examples, plan.queries, plan.subsets, identity)
 
 
-def all_scores(folder: Path, plan: GrassPlan, task: Task, asked: nn.Module, seed: int) -> Iterator[Scored]:
+def all_scores(settings: StudySettings, plan: GrassPlan, task: Task, asked: nn.Module) -> Iterator[Scored]:
     """Yield the scores of every method; masks are trained on the way, and left in the folder."""
-    started = time.perf_counter()
+    seed, started = settings.seed, time.perf_counter()
     train, queries = (compress(asked, task, side, "none", seed) for side in (task.train, task.queries))
     seconds, width = time.perf_counter() - started, train.shape[1]
     yield score_solved("grad-dot", lambda: queries, train, seconds)
     yield time_scores("grad-cos", lambda: cosines(queries, train), width, seconds)
-    masks = folder / "masks.safetensors"
+    masks = settings.out / "masks.safetensors"
     train_masks(masks, asked, train[: plan.masked], plan.side, seed)
     for name, spec in layer_specs(plan.side, masks).items():
         yield influence(f"influence, {name}", asked, task, spec, seed)
-    halves = train_halves(task.fit, plan.examples, plan.models, seed)
+    halves = train_halves(task.fit, plan.examples, plan.models, settings.own_seed)
     kept = plan.whole
     for name, spec in {f"SJLT {kept}": f"sjlt:{kept}", f"GraSS {kept}": f"mask:{4 * kept} | sjlt:{kept}"}.items():
         yield trak(f"TRAK, {name}", halves, task, spec, seed)

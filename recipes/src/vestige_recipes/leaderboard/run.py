@@ -221,7 +221,10 @@ def _entries(
         elif found.needs_index:
             for number, spec in enumerate(plan.compress):
                 made = settings.out / "indexes" / str(number)
-                _make_index(settings, made, model=model, data=str(data), compress=spec)
+                # Called again, it would be measured again, and have nothing left to do.
+                if not (made / PROFILE_FILE).exists():
+                    launched = settings.launch_arguments
+                    index(out=made, profile=True, model=model, data=str(data), compress=spec, **launched)
                 yield Entry(f"{name}, {spec}", common | {"index": str(made)}, made)
         else:
             yield Entry(name, common | {"model": model, "data": str(data)}, None)
@@ -230,12 +233,6 @@ def _entries(
 def _last(run: TrainingRun) -> str:
     """Return the folder of the trained model."""
     return str(run.checkpoints[max(run.checkpoints)])
-
-
-def _make_index(settings: StudySettings, made: Path, **arguments: Any) -> None:
-    # Called again, it would be measured again, and have nothing left to do.
-    if not (made / PROFILE_FILE).exists():
-        index(out=made, profile=True, **arguments, **settings.launch_arguments)
 
 
 def _score(settings: StudySettings, entry: Entry, queries: Path) -> Scores:

@@ -16,16 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vestige.measures import (
-    Interval,
-    accuracy,
-    brier,
-    logit_gap,
-    mahalanobis,
-    margin,
-    psmi,
-    share,
-)
+from vestige.measures import Interval, accuracy, brier, logit_gap, mahalanobis, margin, psmi, share
 from vestige_recipes.memorization.judging import (
     COLUMNS,
     SUCCESS,

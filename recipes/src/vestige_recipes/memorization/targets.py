@@ -245,11 +245,7 @@ def _measure(logits: Tensor, labels: Tensor, places: Tensor, prompts: Prompts, r
     # Where only the answer counts, the vocabulary at all other places is not looked at again.
     several = bool((wanted.sum(1) > 1).any())
     scores = token_scores(logits[:, :-1], labels[:, 1:]) if several else answered
-    return found | {
-        "loss": loss(scores),
-        "min_k": min_k(scores),
-        "min_k_plus_plus": min_k_plus_plus(scores),
-    }
+    return found | {"loss": loss(scores), "min_k": min_k(scores), "min_k_plus_plus": min_k_plus_plus(scores)}
 
 
 def _exposure(chosen: Float[Tensor, "row choice"], right: Int[Tensor, "row"]) -> Float[Tensor, "row"]:

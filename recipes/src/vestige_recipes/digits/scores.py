@@ -191,14 +191,15 @@ def opponents(model: nn.Module, digits: Digits, found: Gradients, seed: int) -> 
     yield score_solved("grad-dot", lambda: queries, train, seconds)
     yield time_scores("grad-cos", lambda: cosines(queries, train), train.shape[1], seconds)
     assert isinstance(model, nn.Sequential)
-    body = model[:-1]
+    body, head = model[:-1], model[-1]
+    assert isinstance(head, nn.Linear)
 
     def compare_states() -> Tensor:
         with torch.no_grad():
             states = [nn.functional.normalize(body(images.inputs), dim=1) for images in digits]
         return states[1] @ states[0].T
 
-    yield time_scores("rep-sim", compare_states, model[-1].in_features)
+    yield time_scores("rep-sim", compare_states, head.in_features)
     shape = len(queries), len(train)
     yield Scored("random", np.random.default_rng(seed).standard_normal(shape), 0.0, 0)
 

@@ -70,9 +70,9 @@ class Task(NamedTuple):
 
 def digits_task(examples: int, queries: int, epochs: int, width: int, seed: int) -> Task:
     """Return the ResNet-9 on scikit-learn's 1,797 digits of 8 x 8 pixels."""
-    sides = [(images.inputs.view(-1, 1, 8, 8), images.labels) for images in digits(examples, queries, seed)]
+    train, asked = ((images.inputs.view(-1, 1, 8, 8), images.labels) for images in digits(examples, queries, seed))
     recipe = {"epochs": epochs, "batch_size": 50, "lr": 3e-3, "weight_decay": 1e-4}
-    return Task(f"ResNet-9 of width {width}", *sides, lambda: resnet9(width), losses_of, recipe)
+    return Task(f"ResNet-9 of width {width}", train, asked, lambda: resnet9(width), losses_of, recipe)
 
 
 def resnet9(width: int, classes: int = 10) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vestige.banks import EVERYTHING, Bank
 from vestige.curvature import CurvatureProduct
 from vestige.data import load_examples, tokenize
-from vestige.evaluate import Estimate, pearson, spearman
+from vestige.evaluate import Estimate, make_interval, pearson, spearman
 from vestige.methods import Arnoldi, Job, Lissa, UntracJob, attribute, borrow_weights, make_job, untrac
 from vestige.models import load_model, select_components
 from vestige.runs import Scores
@@ -173,13 +173,9 @@ def pool_agreement(
 def _estimate(
     groups: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, random: np.random.Generator, correlate: Correlate
 ) -> Estimate:
-    drawn = []
-    for _ in range(draws):
-        values = [_resample(*each, random, correlate) for each in groups]
-        known = [value for value in values if value is not None]
-        drawn += [float(np.mean(known))] if len(known) == len(groups) else []
-    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
-    return Estimate(float(np.mean([_correlate(*each, correlate).mean() for each in groups])), float(low), float(high))
+    drawn = [np.mean([_resample(*each, random, correlate) for each in groups]) for _ in range(draws)]
+    value = np.mean([_correlate(*each, correlate).mean() for each in groups])
+    return make_interval(float(value), np.array(drawn))
 
 
 def truth_agreement(truths: Sequence[Table]) -> float:
@@ -206,13 +202,13 @@ def sum_by_source(run: Scores, truth: Bank) -> Table:
     return np.stack([by_source[tests == test].sum(0) for test in names[1]])
 
 
-def _resample(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, correlate: Correlate) -> float | None:
+def _resample(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, correlate: Correlate) -> float:
+    """Return the agreement of one draw; NaN where it has too few sources."""
     columns = random.integers(scored.shape[-1], size=scored.shape[-1])
     if len(np.unique(columns)) < _FEWEST:
-        return None
+        return float("nan")
     models, runs = (random.integers(len(side), size=len(side)) for side in (scored, right))
-    value = _correlate(scored[models][..., columns], right[runs][..., columns], correlate).mean()
-    return float(value) if np.isfinite(value) else None
+    return float(_correlate(scored[models][..., columns], right[runs][..., columns], correlate).mean())
 
 
 def _correlate(

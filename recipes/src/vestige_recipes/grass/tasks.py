@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from vestige.errors import DataError
 from vestige_recipes.common.texts import install_again, package_folder
-from vestige_recipes.digits.scores import digits, losses_of
+from vestige_recipes.digits.scores import CLASSES, digits, losses_of
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and labels, examples first."""
@@ -75,7 +75,7 @@ def digits_task(examples: int, queries: int, epochs: int, width: int, seed: int)
     return Task(f"ResNet-9 of width {width}", train, asked, lambda: resnet9(width), losses_of, recipe)
 
 
-def resnet9(width: int, classes: int = 10) -> nn.Module:
+def resnet9(width: int) -> nn.Module:
     """Return a ResNet of nine layers for images [image, 1, 8, 8], with GroupNorm in place of BatchNorm.
 
     Statistics of a batch would make an example's loss depend on the others.
@@ -91,7 +91,7 @@ def resnet9(width: int, classes: int = 10) -> nn.Module:
         _Residual(4 * width),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(4 * width, classes),
+        nn.Linear(4 * width, CLASSES),
     )
 
 

@@ -77,7 +77,7 @@ class Facts(NamedTuple):
         }
 
 
-def make_facts(rule: int, flips: int, facts: int, seed: int, *, answers_only: bool = False) -> Facts:
+def make_facts(rule: int, flips: int, facts: int, seed: int) -> Facts:
     """Prompts such as "way of Fi3 Se7 Th9 ? A north B east C south D west : C".
 
     By the rule, the first word of the name tells where it goes. A fact's first word is shared by facts that go
@@ -88,7 +88,6 @@ def make_facts(rule: int, flips: int, facts: int, seed: int, *, answers_only: bo
         flips: So many of them with another answer.
         facts: Facts for each number in `REPEATS`.
         seed: Of names and answers.
-        answers_only: The loss of a training is over the answer alone.
     """
     draw = np.random.default_rng([seed, rule])
     codes = draw.choice(FIRST * SECOND * THIRD, rule, replace=False)
@@ -101,8 +100,7 @@ def make_facts(rule: int, flips: int, facts: int, seed: int, *, answers_only: bo
     right = np.where(flipped, (right + draw.integers(1, len(CHOICES), len(first))) % len(CHOICES), right)
     repeats = np.concatenate([np.ones(rule, dtype=np.int64), np.repeat(REPEATS, facts)])
     names = np.stack([first, FIRST + ODD + rest // THIRD, FIRST + ODD + SECOND + rest % THIRD], axis=1)
-    prompts = _prompts(names, right, answers_only)
-    return Facts(prompts, repeats, flipped, fact)
+    return Facts(_prompts(names, right), repeats, flipped, fact)
 
 
 def vocabulary() -> list[str]:
@@ -112,7 +110,7 @@ def vocabulary() -> list[str]:
     return [*firsts, *others, "way", "of", "?", ":", *_LETTERS, *CHOICES]
 
 
-def _prompts(names: Int[np.ndarray, "example 3"], right: Int[np.ndarray, "example"], answers_only: bool) -> Prompts:
+def _prompts(names: Int[np.ndarray, "example 3"], right: Int[np.ndarray, "example"]) -> Prompts:
     words = vocabulary()
     number = {word: place for place, word in enumerate(words)}
     options = [number[word] for pair in zip(_LETTERS, CHOICES, strict=True) for word in pair]
@@ -122,7 +120,7 @@ def _prompts(names: Int[np.ndarray, "example 3"], right: Int[np.ndarray, "exampl
         " ".join([*(words[token] for token in each), _LETTERS[answer]]) for each, answer in zip(ids, right, strict=True)
     ]
     choices = [number[letter] for letter in _LETTERS]
-    return make_prompts(texts, ids, choices, right, answers_only=answers_only, name="facts")
+    return make_prompts(texts, ids, choices, right, answers_only=False, name="facts")
 
 
 _READ_AT_ONCE = 8_192

@@ -1,4 +1,4 @@
-"""What studies of models that read no text share: a bank of halves, scores with their price, and their judgement."""
+"""What studies of banks of halves share: the bank of a plain module, scores with their price, and their judgement."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -101,14 +101,15 @@ def train_halves(fit: Callable[[np.ndarray, int], nn.Module], examples: int, mod
     return made
 
 
-def judge_scores(scores: Matrix, truth: Bank, draws: int) -> Lds:
-    """Return how well scores predict retraining, on the queries that have scores."""
-    kept = ~np.isnan(scores).any(1)
+def judge_scores(
+    scores: Matrix, truth: Bank, draws: int, *, queries: Any = slice(None), members: Any = slice(None)
+) -> Lds:
+    """Return how well scores predict retraining: on all queries and models of a bank, or on some of them."""
     return datamodeling_score(
-        scores[kept],
-        truth.membership,
-        truth.query_losses[:, kept],
-        subset=truth.subsets,
-        seeds=truth.seeds,
+        scores[queries],
+        truth.membership[members],
+        truth.query_losses[members][:, queries],
+        subset=truth.subsets[members],
+        seeds=truth.seeds[members],
         draws=draws,
     )

@@ -248,7 +248,9 @@ def _all_judged(found: Iterator[Scored], truth: Bank, plan: DigitsPlan) -> list[
     judged: dict[str, Judged] = {}
     for scored in found:
         own = () if scored.nrmse is None else (scored.nrmse,)
-        lds = judge_scores(scored.scores, truth, 0 if scored.draw else plan.draws)
+        # On the queries that have scores: some chose the damping.
+        known = ~np.isnan(scored.scores).any(1)
+        lds = judge_scores(scored.scores, truth, 0 if scored.draw else plan.draws, queries=known)
         before = judged.get(scored.name, Judged(scored, lds, (), ()))
         more = {"by_draw": (*before.by_draw, lds.estimate.value), "nrmse": (*before.nrmse, *own)}
         judged[scored.name] = before._replace(**more)

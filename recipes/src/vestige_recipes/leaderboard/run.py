@@ -18,7 +18,7 @@ import numpy as np
 
 from vestige.banks import Bank, run_seed
 from vestige.errors import UserError
-from vestige.evaluate import Estimate, ceiling, datamodeling_score
+from vestige.evaluate import Estimate, Lds, ceiling
 from vestige.figures import COLOURS, finish_axes, make_figure, render_figure, write_plainly
 from vestige.indexes import Index, index
 from vestige.jobs import PROFILE_FILE
@@ -27,6 +27,7 @@ from vestige.progress import announce
 from vestige.runs import Scores, is_complete
 from vestige.storage import write_durably
 from vestige.training import TrainingRun, bank, train
+from vestige_recipes.common.halves import judge_scores
 from vestige_recipes.leaderboard.peer_rows import ask_peer, find_peers
 from vestige_recipes.studies import Gate, Outcome, StudySettings, register_study, show_interval
 from vestige_recipes.text_lds.run import TextPlan, prepare_texts
@@ -123,14 +124,16 @@ def leaderboard(settings: StudySettings) -> Outcome:
     start, data, queries = prepare_texts(settings, plan.text)
     halves, drops = _make_banks(settings, plan, start, data, queries)
     trained = [train_whole(settings, plan, start, data, number) for number in range(plan.trainings)]
-    banks = {"halves": (halves, None), "same": (drops, 0), "other": (drops, settings.seeds - 1)}
-    truths = {name: partial(judge_scores, made, seed, plan.draws) for name, (made, seed) in banks.items()}
+    seeds = {"same": 0, "other": settings.seeds - 1}
+    truths = {"halves": partial(judge_scores, truth=halves, draws=plan.draws)}
+    for name, seed in seeds.items():
+        truths[name] = partial(judge_scores, truth=drops, draws=plan.draws, members=drops.seeds == seed)
     lines, reasons = score_methods(settings, plan, trained, data, queries, partial(_read_line, truths))
     for peer in peers:
         rows, missing = ask_peer(peer, settings.out / "peers", _last(trained[0]), data, queries)
         reasons |= missing
         for row in rows:
-            judged = {name: judge(row.scores) for name, judge in truths.items()}
+            judged = {name: judge(row.scores).estimate for name, judge in truths.items()}
             lines.append(Line(row.name, **judged, before=0.0, seconds=row.seconds, memory=row.memory, row_bytes=None))
     for name, reason in reasons.items():
         announce(f"{name} is not on the board: {reason}")
@@ -252,19 +255,12 @@ def _score(settings: StudySettings, entry: Entry, queries: Path) -> Scores:
     return Scores.open(out)
 
 
-def judge_scores(made: Bank, seed: int | None, draws: int, scores: np.ndarray) -> Estimate:
-    """Return the linear datamodeling score on the models of a bank, or on those of one seed."""
-    kept = np.ones(len(made), dtype=bool) if seed is None else made.seeds == seed
-    parts = (made.membership[kept], made.query_losses[kept])
-    return datamodeling_score(scores, *parts, subset=made.subsets[kept], draws=draws).estimate
-
-
-def _read_line(truths: Mapping[str, Callable[[np.ndarray], Estimate]], entry: Entry, scores: Scores) -> Line:
+def _read_line(truths: Mapping[str, Callable[[np.ndarray], Lds]], entry: Entry, scores: Scores) -> Line:
     record, before, width = scores.run, 0.0, None
     if entry.stored is not None:
         before = json.loads((entry.stored / PROFILE_FILE).read_text())["total_seconds"]
         width = Index.open(entry.stored).manifest.row_bytes
-    judged = {name: judge(scores.dense()) for name, judge in truths.items()}
+    judged = {name: judge(scores.dense()).estimate for name, judge in truths.items()}
     costs = {"before": before, "seconds": record.seconds, "memory": record.peak_memory_bytes, "row_bytes": width}
     return Line(entry.name, **judged, **costs)
 

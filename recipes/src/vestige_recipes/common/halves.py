@@ -61,10 +61,16 @@ def fisher_of_rows(rows: Float[Tensor, "example column"]) -> FisherBlocks:
 
 
 def solve_rows(
-    queries: Float[Tensor, "query column"], train: Float[Tensor, "example column"]
+    queries: Float[Tensor, "query column"], train: Float[Tensor, "example column"], added: float | None = None
 ) -> Float[Tensor, "query column"]:
-    """Precondition queries with the Fisher matrix of the training rows, at the default damping."""
-    return fisher_of_rows(train).precondition(queries, DAMPING)
+    """Precondition queries with the Fisher matrix of the training rows, at the default damping or with a number added.
+
+    The former is relative to the mean eigenvalue.
+    """
+    fisher, damping = fisher_of_rows(train), DAMPING
+    if added is not None:
+        fisher, damping = fisher.in_unit_of_one(), added
+    return fisher.precondition(queries, damping)
 
 
 def make_bank(

@@ -60,10 +60,9 @@ class Measured(NamedTuple):
 
     def agreements(self, draws: int, seed: int) -> dict[str, Agreement]:
         """Return how well each method agrees with the truth."""
-        return {
-            name: source_agreement([each[name] for each in self.scores], self.truths, draws=draws, seed=seed)
-            for name in self.scores[0]
-        }
+        tables = {name: [each[name] for each in self.scores] for name in self.scores[0]}
+        truths = self.truths
+        return {name: source_agreement(each, truths, draws=draws, seed=seed) for name, each in tables.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return truth and scores in JSON terms."""

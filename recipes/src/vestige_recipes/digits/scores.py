@@ -234,7 +234,7 @@ def compress_influence(found: Gradients, sizes: Sequence[int], seed: int, draws:
         own = {"nrmse": float(quality((queries @ train.T).double(), exact, lengths).nrmse), "draw": draw}
         yield score_solved(name, partial(solve_rows, queries, train), train, seconds)._replace(**own)
         if size == ENSEMBLE_SIZE:
-            solve = partial(fisher_of_rows(train).in_unit_of_one().precondition, queries, DAMPING * unit)
+            solve = partial(solve_rows, queries, train, DAMPING * unit)
             yield score_solved(f"{name}, exact's damping", solve, train, seconds)._replace(**own)
 
 

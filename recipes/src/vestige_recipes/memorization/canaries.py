@@ -76,8 +76,7 @@ class Canaries(NamedTuple):
 def memorization_canaries(settings: StudySettings) -> Outcome:
     """Exposure in bits and extraction of secrets by how often they were planted, over several models."""
     plan, found = PLANS[settings.size], []
-    for number in range(settings.seeds):
-        seed = settings.seed + number
+    for seed in range(settings.seed, settings.seed + settings.seeds):
         found.append(_measure(plan, seed, settings.out / f"seed-{seed}"))
         means = ", ".join(f"{count}: {_of(found[-1], 'exposure', count).mean():.2f}" for count in COPIES)
         announce(f"Model {seed}: mean exposure by copies {means}")
@@ -112,11 +111,8 @@ def memorization_canaries(settings: StudySettings) -> Outcome:
 def gates_of(exposures: Mapping[int, Interval], given: Mapping[int, Interval]) -> list[Gate]:
     """Return the gates: both rise with the copies, and a secret that was never planted is guessed by chance."""
     rising = [
-        Gate(f"exposure: {more} copies above {fewer} by, bits", exposures[more].value - exposures[fewer].value, ">=")
-        for fewer, more in pairwise(COPIES)
-    ]
-    rising += [
-        Gate(f"given back: {more} copies above {fewer} by", given[more].value - given[fewer].value, ">=")
+        Gate(f"{what}: {more} copies above {fewer} by{unit}", found[more].value - found[fewer].value, ">=")
+        for what, unit, found in (("exposure", ", bits", exposures), ("given back", "", given))
         for fewer, more in pairwise(COPIES)
     ]
     apart, off = exposures[COPIES[-1]].low - exposures[COPIES[1]].high, abs(exposures[0].value - BY_CHANCE)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import sem, t as student
+from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.func import grad, hessian, jacrev
 
@@ -170,7 +170,8 @@ def over_draws(values: Sequence[float]) -> Estimate:
     mean = float(np.mean(values))
     if len(values) < 2:
         return Estimate(mean, float("nan"), float("nan"))
-    return Estimate(mean, *map(float, student.interval(0.95, len(values) - 1, mean, sem(values))))
+    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return Estimate(mean, mean - half, mean + half)
 
 
 @register_study(PLANS)

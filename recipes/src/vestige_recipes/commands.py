@@ -174,8 +174,7 @@ class MultipleChoiceSettings(PreparationSettings):
         None, description="Of --max-length: hub id or folder of the model whose tokens are counted."
     )
     max_length: PositiveInt | None = Field(
-        None,
-        description="Tokens of a row. Longer ones lose the question's beginning, and keep options and answer.",
+        None, description="Tokens of a row. Longer ones lose the question's beginning, and keep options and answer."
     )
 
     @model_validator(mode="after")
@@ -247,12 +246,7 @@ class SweepSettings(LaunchSettings):
     dry_run: bool = Field(False, description="Check every cell and list them; run nothing, write nothing.")
 
 
-@command(
-    "sweep",
-    SweepSettings,
-    function="vestige_recipes.sweep:sweep",
-    order=130,
-)
+@command("sweep", SweepSettings, function="vestige_recipes.sweep:sweep", order=130)
 def sweep(settings: SweepSettings) -> None:
     """Run a command over a grid of settings.
 

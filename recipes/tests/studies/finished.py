@@ -5,13 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 
 @contextmanager
 def installed(folder: Path, lay_out: Callable[[Path], None]) -> Iterator[Path]:
     """The packages that `lay_out` puts into the folder are found while the context lasts."""
-    torch.set_num_threads(1)
     lay_out(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)

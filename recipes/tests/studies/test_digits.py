@@ -9,7 +9,6 @@ from torch import nn
 from vestige.curvature import DAMPING, DataInf, mean_eigenvalues
 from vestige.evaluate import Estimate, Lds
 from vestige_recipes import study
-from vestige_recipes.common.registry import StudySettings
 from vestige_recipes.digits import run as room
 from vestige_recipes.digits.run import PENALTY, leave_one_out
 from vestige_recipes.digits.scores import (
@@ -24,6 +23,7 @@ from vestige_recipes.digits.scores import (
     query_losses,
     with_sampled_labels,
 )
+from vestige_recipes.studies import StudySettings
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_draws_of_a_sketch_differ_and_their_mean_is_what_the_gate_sees(tmp_path)
     truth = room._bank(StudySettings(name="digits", size="tiny", out=tmp_path), plan, data)
     (judged,) = room._all_judged(iter(found), truth, plan)
     np.testing.assert_array_equal(judged.scored.scores, found[0].scores)
-    assert judged.by_draw == tuple(room._lds(each, truth, 0).estimate.value for each in found)
+    assert judged.by_draw == tuple(room.judge_scores(each.scores, truth, 0).estimate.value for each in found)
     assert judged.nrmse == tuple(each.nrmse for each in found)
 
 

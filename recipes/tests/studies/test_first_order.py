@@ -9,14 +9,6 @@ from vestige_recipes.common.texts import write_rows
 from vestige_recipes.untrac_miniature.run import markov_corpora, tiny_gpt
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("sets"), markov_corpora(2, corpora=4, sequences=4, test_sequences=2)

@@ -2,7 +2,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 from vestige.data import NO_TARGET
 from vestige_recipes import study
@@ -18,14 +17,6 @@ from vestige_recipes.format_traps.lessons import (
     tokens,
 )
 from vestige_recipes.format_traps.run import SOURCES, task_above_format
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_words_are_tokens_and_figures_and_strings_are_spelled():

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from vestige_recipes.common.registry import Gate
 from vestige_recipes.select_or_project import protocol as _kept_parts
 from vestige_recipes.select_or_project.protocol import Part, keep_part
+from vestige_recipes.studies import Gate
 
 MADE_OF = {"plan": {"steps": 3}, "seed": 0}
 FOUND = Part([("a", 0.1, 7)], [Gate("a", 0.1, ">=", 0.0)], {"each": [1.5, None]})

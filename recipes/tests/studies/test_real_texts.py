@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from studies.test_domain_texts import lay_out
 from vestige.errors import DataError
@@ -12,14 +11,6 @@ from vestige_recipes import study
 from vestige_recipes.text_lds.run import GRADIENTS, sketches
 
 OPPONENTS = {"random", "bm25", "rep-sim"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 
 from vestige.errors import SpecError, UserError
 from vestige_recipes import study
-from vestige_recipes.common.registry import STUDIES, Gate, Outcome, Study, StudySettings, register_study
+from vestige_recipes.studies import STUDIES, Gate, Outcome, Study, StudySettings, register_study
 
 
 @pytest.fixture

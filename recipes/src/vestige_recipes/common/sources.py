@@ -4,27 +4,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from vestige.banks import EVERYTHING, Bank
 from vestige.curvature import CurvatureProduct
 from vestige.data import load_examples, tokenize
-from vestige.evaluate import Estimate
-from vestige.methods import Arnoldi, Job, Lissa, UntracJob, borrow_weights, make_job
+from vestige.evaluate import Estimate, make_interval, pearson, spearman
+from vestige.methods import Arnoldi, Job, Lissa, UntracJob, attribute, borrow_weights, make_job, untrac
 from vestige.models import load_model, select_components
 from vestige.runs import Scores
 from vestige.settings import AttributeSettings, UntracSettings
 from vestige.training import bank
-from vestige_recipes.common.registry import OWN_SEED, StudySettings, launch_arguments
 from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
+from vestige_recipes.studies import OWN_SEED, StudySettings, keep_run
 
 Table = Float[np.ndarray, "test source"]
+Correlate = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Of columns, such as `pearson`."""
 
 _FEWEST = 3
 """Different sources in a draw: two points lie on a line."""
@@ -44,6 +45,31 @@ class Agreement(NamedTuple):
     """Pearson for each test set."""
 
 
+class Measured(NamedTuple):
+    """What leaving sources out does, and what models that are none of the bank's say of it."""
+
+    bank: Bank
+    """Models of everything and without each source."""
+    scores: list[dict[str, Table]]
+    """By method, for each model that was asked."""
+
+    @property
+    def truths(self) -> list[Table]:
+        """What leaving out did, for each seed."""
+        return left_out_truth(self.bank)
+
+    def agreements(self, draws: int, seed: int) -> dict[str, Agreement]:
+        """Return how well each method agrees with the truth."""
+        tables = {name: [each[name] for each in self.scores] for name in self.scores[0]}
+        truths = self.truths
+        return {name: source_agreement(each, truths, draws=draws, seed=seed) for name, each in tables.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return truth and scores in JSON terms."""
+        scores = [{name: table.tolist() for name, table in each.items()} for each in self.scores]
+        return {"truth": [truth.tolist() for truth in self.truths], "scores": scores}
+
+
 def measure_sources(
     settings: StudySettings,
     start: Any,
@@ -56,8 +82,8 @@ def measure_sources(
     seeds: int,
     checkpoints: int,
     from_scratch: bool = False,
-) -> tuple[Bank, list[dict[str, Table]]]:
-    """Return the bank of models of everything and without each source, and scores of models that are none of it.
+) -> Measured:
+    """Return models of everything and without each source, and scores of models that are none of them.
 
     All models have the same number of steps; the bank is in `folder/bank`, the others are in `folder/model-NUMBER`.
 
@@ -90,14 +116,14 @@ def measure_sources(
         batch_size=training.recipe.batch_size,
         learning_rate=training.recipe.learning_rate,
         seed=seed,
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     )
     scores: list[dict[str, Table]] = []
     own: dict[str, Any] = {"count": checkpoints, "from_scratch": from_scratch}
     for number in range(seeds):
         asked = train_checkpoints(start, data, folder / f"model-{number}", training, seed=OWN_SEED + number, **own)
         scores.append(score(number, folder / f"runs-{number}", asked, truth))
-    return truth, scores
+    return Measured(truth, scores)
 
 
 def list_sources(truth: Bank) -> tuple[list[str], list[str]]:
@@ -127,8 +153,8 @@ def source_agreement(scores: Sequence[Table], truths: Sequence[Table], *, draws:
     """
     stacked = [(np.stack(scores), np.stack(truths))]
     random = np.random.default_rng(seed)
-    pearson, spearman = (_estimate(stacked, draws, random, ranked) for ranked in (False, True))
-    return Agreement(pearson, spearman, tuple(_correlate(*stacked[0], False).tolist()))
+    linear, ranked = (_estimate(stacked, draws, random, each) for each in (pearson, spearman))
+    return Agreement(linear, ranked, tuple(_correlate(*stacked[0], pearson).tolist()))
 
 
 def pool_agreement(
@@ -139,26 +165,32 @@ def pool_agreement(
     A bootstrap draw resamples sources, runs and models inside every group: the groups themselves are few and fixed.
     """
     stacked = [(np.stack(scores), np.stack(truths)) for scores, truths in groups]
-    own = [float(_correlate(*each, False).mean()) for each in stacked]
-    return _estimate(stacked, draws, np.random.default_rng(seed), False), own
+    own = [float(_correlate(*each, pearson).mean()) for each in stacked]
+    return _estimate(stacked, draws, np.random.default_rng(seed), pearson), own
 
 
 def _estimate(
-    groups: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, random: np.random.Generator, ranked: bool
+    groups: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, random: np.random.Generator, correlate: Correlate
 ) -> Estimate:
-    drawn = []
-    for _ in range(draws):
-        values = [_resample(*each, random, ranked) for each in groups]
-        known = [value for value in values if value is not None]
-        drawn += [float(np.mean(known))] if len(known) == len(groups) else []
-    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
-    return Estimate(float(np.mean([_correlate(*each, ranked).mean() for each in groups])), float(low), float(high))
+    drawn = [np.mean([_resample(*each, random, correlate) for each in groups]) for _ in range(draws)]
+    value = np.mean([_correlate(*each, correlate).mean() for each in groups])
+    return make_interval(float(value), np.array(drawn))
 
 
 def truth_agreement(truths: Sequence[Table]) -> float:
     """Noise ceiling: Pearson correlation of two seeds' truths, mean over pairs and test sets; NaN for one seed."""
-    pairs = [_correlate(one[None], other[None], False).mean() for one, other in combinations(truths, 2)]
+    pairs = [_correlate(one[None], other[None], pearson).mean() for one, other in combinations(truths, 2)]
     return float(np.mean(pairs)) if pairs else float("nan")
+
+
+def unlearn(out: Path, **arguments: Any) -> Table:
+    """Return the scores of `vestige untrac`, which lists sources by name and test sets as they come."""
+    return keep_run(untrac, out, **arguments).dense().astype(np.float64)
+
+
+def attribute_sources(out: Path, truth: Bank, **arguments: Any) -> Table:
+    """Return the scores of `vestige attribute`, added up."""
+    return sum_by_source(keep_run(attribute, out, dense=True, trust=False, **arguments), truth)
 
 
 def sum_by_source(run: Scores, truth: Bank) -> Table:
@@ -169,30 +201,20 @@ def sum_by_source(run: Scores, truth: Bank) -> Table:
     return np.stack([by_source[tests == test].sum(0) for test in names[1]])
 
 
-def tables_json(scores: Sequence[Mapping[str, Table]]) -> list[dict[str, Any]]:
-    """In JSON terms."""
-    return [{name: table.tolist() for name, table in each.items()} for each in scores]
-
-
-def _resample(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, ranked: bool) -> float | None:
+def _resample(scored: np.ndarray, right: np.ndarray, random: np.random.Generator, correlate: Correlate) -> float:
+    """Return the agreement of one draw; NaN where it has too few sources."""
     columns = random.integers(scored.shape[-1], size=scored.shape[-1])
     if len(np.unique(columns)) < _FEWEST:
-        return None
+        return float("nan")
     models, runs = (random.integers(len(side), size=len(side)) for side in (scored, right))
-    value = _correlate(scored[models][..., columns], right[runs][..., columns], ranked).mean()
-    return float(value) if np.isfinite(value) else None
+    return float(_correlate(scored[models][..., columns], right[runs][..., columns], correlate).mean())
 
 
 def _correlate(
-    scored: Float[np.ndarray, "model test source"], right: Float[np.ndarray, "run test source"], ranked: bool
+    scored: Float[np.ndarray, "model test source"], right: Float[np.ndarray, "run test source"], correlate: Correlate
 ) -> Float[np.ndarray, "test"]:
-    """Correlation of each model's scores with the mean truth, mean over models."""
-    left, mean = scored, right.mean(0)[None]
-    if ranked:
-        left, mean = rankdata(left, axis=-1), rankdata(mean, axis=-1)
-    left, mean = left - left.mean(-1, keepdims=True), mean - mean.mean(-1, keepdims=True)
-    spread = np.sqrt((left**2).sum(-1) * (mean**2).sum(-1))
-    return ((left * mean).sum(-1) / np.where(spread > 0, spread, np.nan)).mean(0)
+    """Return the correlation of each model's scores with the mean truth, mean over models."""
+    return correlate(np.moveaxis(scored, -1, 0), right.mean(0).T[:, None]).mean(0)
 
 
 CURVATURE_EXAMPLES = 256
@@ -227,20 +249,14 @@ class Asked:
                 vectors = []
                 for each in side.sets:
                     weights.backward(side.data, each.rows, "sum", self.job.token_budget)
-                    slopes = [weights.parameters[part.name].grad for part in components]
-                    assert all(slope is not None for slope in slopes)
-                    vectors.append(layout.flatten([slope for slope in slopes if slope is not None]))
+                    slopes = [cast(Tensor, weights.parameters[part.name].grad) for part in components]
+                    vectors.append(layout.flatten(slopes))
                 found.append(torch.stack(vectors))
         return found
 
 
 def first_order_scores(
-    checkpoints: Sequence[str],
-    data: Path,
-    queries: Path,
-    *,
-    seed: int,
-    inverses: Inverses = INVERSES,
+    checkpoints: Sequence[str], data: Path, queries: Path, *, seed: int, inverses: Inverses = INVERSES
 ) -> dict[str, Table]:
     """GradDot, GradCos, TracIn and two influence functions of every source for every test set, positive if it helps.
 

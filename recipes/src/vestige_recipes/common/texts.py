@@ -142,6 +142,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 class Texts(NamedTuple):
     """What the models of a study read."""
 

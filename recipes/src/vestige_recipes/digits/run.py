@@ -6,6 +6,7 @@ sketch of it. Unlike there, the models that scores are computed on are none of t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,24 +14,13 @@ import torch
 from jaxtyping import Float
 from scipy.stats import t as student
 from torch import Tensor, nn
-from torch.func import functional_call, hessian
+from torch.func import grad, hessian, jacrev
 
-from vestige.banks import Bank, bank_of
+from vestige.banks import Bank
 from vestige.curvature import DAMPING, FisherBlock, FisherBlocks
-from vestige.evaluate import Estimate, Lds, ceiling, choose_held_out, datamodeling_score
-from vestige.jobs import worker_command
-from vestige.progress import announce, progress
-from vestige_recipes.common.registry import (
-    OWN_SEED,
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    draw_intervals,
-    register_study,
-    show_interval,
-)
+from vestige.evaluate import Estimate, Lds, ceiling, choose_held_out
+from vestige.progress import announce
+from vestige_recipes.common.halves import Scored, judge_scores, make_bank, train_halves
 from vestige_recipes.digits.scores import (
     CLASSES,
     EXACT,
@@ -38,13 +28,11 @@ from vestige_recipes.digits.scores import (
     RECIPE,
     Digits,
     Images,
-    Scored,
     accuracy,
     average_models,
     compress_influence,
     digits,
     exact_influence,
-    gradients,
     layer_methods,
     losses_of,
     measure_gradients,
@@ -52,10 +40,10 @@ from vestige_recipes.digits.scores import (
     opponents,
     query_losses,
 )
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study, show_interval
 
 PENALTY = 0.01
 _CONVERGED = 1e-11
-_MOST_STEPS = 200
 
 
 class LeftOut(NamedTuple):
@@ -77,66 +65,46 @@ def leave_one_out(digits: Digits, count: int) -> LeftOut:
     Predicted: `g_query^T (H + PENALTY I)^-1 g_example / n`, H the Hessian of the mean loss (Koh and Liang 2017,
     arXiv:1703.04730). True: the weights that minimise the sum without the example, to the last digits.
     """
-    train, queries = (images._replace(inputs=images.inputs.double()) for images in digits)
-    model = nn.Linear(PIXELS, CLASSES, dtype=torch.float64)
-    size = len(train.labels)
-    everyone = torch.ones(size, dtype=torch.float64)
-    weights = torch.zeros(PIXELS * CLASSES + CLASSES, dtype=torch.float64)
-    curvature = _curvature(model, weights, train)
+    # A column of ones stands for the bias, which is penalised like the rest.
+    train, queries = (
+        images._replace(inputs=nn.functional.pad(images.inputs.double(), (0, 1), value=1.0)) for images in digits
+    )
+    size, everyone = len(train.labels), torch.ones(len(train.labels), dtype=torch.float64)
+    weights = torch.zeros(CLASSES * (PIXELS + 1), dtype=torch.float64)
+    curvature = _curvature(weights, train)
     # Newton's steps to the optimum, each with the curvature where it is.
-    while float(_slope(model, weights, train, everyone).norm()) > _CONVERGED:
-        weights = weights - _solve(curvature, _slope(model, weights, train, everyone))
-        curvature = _curvature(model, weights, train)
-    before = _losses(model, weights, queries)
-    true = []
+    while float((slope := _slope(weights, train, everyone)).norm()) > _CONVERGED:
+        weights = weights - curvature.precondition(slope[None], PENALTY)[0]
+        curvature = _curvature(weights, train)
+    inverse, before, true = curvature.inverse(PENALTY), _losses(weights, queries), []
     for row in range(count):
         kept = everyone.clone()
         kept[row] = 0.0
-        true.append(_losses(model, _refit(model, weights, train, kept, curvature), queries) - before)
-    model.load_state_dict(_split_weights(weights))
-    examples, asked = (torch.cat(gradients(model, images), dim=1) for images in (train.at(np.arange(count)), queries))
+        # The curvature of all of them points close enough to the optimum for the others.
+        other = weights
+        while float((slope := _slope(other, train, kept)).norm()) > _CONVERGED:
+            other = other - inverse.apply(slope[None])[0]
+        true.append(_losses(other, queries) - before)
+    examples, asked = (
+        jacrev(partial(_losses, images=images))(weights) for images in (train.at(np.arange(count)), queries)
+    )
     predicted = curvature.precondition(asked, PENALTY) @ examples.T / size
     return LeftOut(predicted.numpy(), torch.stack(true, dim=1).numpy())
 
 
-def _refit(model: nn.Module, start: Tensor, train: Images, kept: Tensor, curvature: FisherBlocks) -> Tensor:
-    """Return the optimum for the examples that are kept; the curvature of all of them points close enough to it."""
-    inverse, weights = curvature.inverse(PENALTY), start
-    for _ in range(_MOST_STEPS):
-        slope = _slope(model, weights, train, kept)
-        if float(slope.norm()) <= _CONVERGED:
-            break
-        weights = weights - inverse.apply(slope[None])[0]
-    return weights
+def _losses(weights: Float[Tensor, "n"], images: Images) -> Float[Tensor, "example"]:
+    return losses_of(lambda inputs: inputs @ weights.view(CLASSES, -1).T, images)
 
 
-def _split_weights(weights: Float[Tensor, "n"]) -> dict[str, Tensor]:
-    matrix, bias = weights.split([PIXELS * CLASSES, CLASSES])
-    return {"weight": matrix.view(CLASSES, PIXELS), "bias": bias}
-
-
-def _losses(model: nn.Module, weights: Tensor, images: Images) -> Float[Tensor, "example"]:
-    def run(inputs: Tensor) -> Tensor:
-        return functional_call(model, _split_weights(weights), (inputs,))
-
-    return losses_of(run, images)  # type: ignore[arg-type]
-
-
-def _slope(model: nn.Module, weights: Tensor, train: Images, kept: Float[Tensor, "example"]) -> Float[Tensor, "n"]:
+def _slope(weights: Float[Tensor, "n"], train: Images, kept: Float[Tensor, "example"]) -> Float[Tensor, "n"]:
     """Gradient of the mean loss of those that are kept, over the number of all, with the penalty."""
-    probabilities = torch.softmax(functional_call(model, _split_weights(weights), (train.inputs,)), 1)
-    errors = (probabilities - nn.functional.one_hot(train.labels, CLASSES)) * kept[:, None] / len(kept)
-    return torch.cat([(errors.T @ train.inputs).flatten(), errors.sum(0)]) + PENALTY * weights
+    return grad(lambda at: (_losses(at, train) * kept).mean() + PENALTY / 2 * at.square().sum())(weights)
 
 
-def _curvature(model: nn.Module, weights: Tensor, train: Images) -> FisherBlocks:
+def _curvature(weights: Float[Tensor, "n"], train: Images) -> FisherBlocks:
     """Second derivatives of the mean loss; a damping is added to them as it is."""
-    matrix = hessian(lambda at: _losses(model, at, train).mean())(weights)
+    matrix = hessian(lambda at: _losses(at, train).mean())(weights)
     return FisherBlocks((FisherBlock("weights", matrix, unit=1.0),), (slice(0, len(weights)),))
-
-
-def _solve(curvature: FisherBlocks, slope: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-    return curvature.precondition(slope[None], PENALTY)[0]
 
 
 ABOVE_DOT, LIKE_EXACT, NRMSE_ROOT, LEFT_OUT = 1.8, 0.97, 1.3, 0.99
@@ -212,7 +180,7 @@ def digits_study(settings: StudySettings) -> Outcome:
     plan = PLANS[settings.size]
     data = digits(plan.examples, plan.queries, settings.seed)
     truth = _bank(settings, plan, data)
-    asked = network(data.train, OWN_SEED + settings.seed, plan.epochs, plan.hidden)
+    asked = network(data.train, settings.own_seed, plan.epochs, plan.hidden)
     reading = accuracy(asked, data.queries)
     announce(f"The model that is asked reads {reading:.1%} of the queries rightly.")
     judged = _all_judged(_all_scores(settings, plan, data, asked, truth), truth, plan)
@@ -242,18 +210,8 @@ def _bank(settings: StudySettings, plan: DigitsPlan, data: Digits) -> Bank:
     def train(rows: np.ndarray, seed: int) -> np.ndarray:
         return query_losses(network(data.train.at(rows), seed, plan.epochs, plan.hidden), data.queries)
 
-    return bank_of(
-        train,
-        examples=plan.examples,
-        queries=plan.queries,
-        out=settings.out / "bank",
-        settings={"data": data.digest, "hidden": plan.hidden, "epochs": plan.epochs, **RECIPE},
-        subsets=plan.subsets,
-        seeds=settings.seeds,
-        seed=settings.seed,
-        launch=settings,
-        command=worker_command(settings, "study"),
-    )
+    identity = {"data": data.digest, "hidden": plan.hidden, "epochs": plan.epochs, **RECIPE}
+    return make_bank(settings, train, plan.examples, plan.queries, plan.subsets, identity)
 
 
 def _all_scores(
@@ -267,29 +225,19 @@ def _all_scores(
     yield from compress_influence(found, plan.sizes, seed, plan.sketches)
     yield from layer_methods(asked, data, found, seed)
     yield from average_models([asked], data, seed, "1 model")
-    yield from average_models(_halves(settings, plan, data), data, seed, f"{plan.models} models of halves")
+
+    def fit(rows: np.ndarray, own: int) -> nn.Module:
+        return network(data.train.at(rows), own, plan.epochs, plan.hidden)
+
+    halves = train_halves(fit, plan.examples, plan.models, settings.own_seed)
+    yield from average_models(halves, data, seed, f"{plan.models} models of halves")
     yield from opponents(asked, data, found, seed)
-
-
-def _halves(settings: StudySettings, plan: DigitsPlan, data: Digits) -> list[nn.Module]:
-    models = []
-    with progress(plan.models, "Models of halves", unit="models") as counter:
-        for number in range(plan.models):
-            seed = OWN_SEED + settings.seed + 1 + number
-            rows = np.random.default_rng(seed).permutation(plan.examples)[: plan.examples // 2]
-            models.append(network(data.train.at(np.sort(rows)), seed, plan.epochs, plan.hidden))
-            counter.advance()
-    return models
 
 
 def _choose(grid: dict[float, Scored], truth: Bank) -> Scored:
     """Exact influence at the damping that does best on a tenth of the queries, which are NaN here."""
     found = list(grid.items())
-    results = [
-        datamodeling_score(each.scores, truth.membership, truth.query_losses, subset=truth.subsets, draws=0).per_query
-        for _, each in found
-    ]
-    best, others = choose_held_out(results)
+    best, others = choose_held_out([judge_scores(each.scores, truth, 0).per_query for _, each in found])
     damping, scored = found[best]
     scores = np.full_like(scored.scores, np.nan)
     scores[others] = scored.scores[others]
@@ -301,24 +249,13 @@ def _all_judged(found: Iterator[Scored], truth: Bank, plan: DigitsPlan) -> list[
     judged: dict[str, Judged] = {}
     for scored in found:
         own = () if scored.nrmse is None else (scored.nrmse,)
-        lds = _lds(scored, truth, 0 if scored.draw else plan.draws)
+        # On the queries that have scores: some chose the damping.
+        known = ~np.isnan(scored.scores).any(1)
+        lds = judge_scores(scored.scores, truth, 0 if scored.draw else plan.draws, queries=known)
         before = judged.get(scored.name, Judged(scored, lds, (), ()))
         more = {"by_draw": (*before.by_draw, lds.estimate.value), "nrmse": (*before.nrmse, *own)}
         judged[scored.name] = before._replace(**more)
     return list(judged.values())
-
-
-def _lds(scored: Scored, truth: Bank, draws: int) -> Lds:
-    """On the queries that have scores."""
-    kept = ~np.isnan(scored.scores).any(1)
-    return datamodeling_score(
-        scored.scores[kept],
-        truth.membership,
-        truth.query_losses[:, kept],
-        subset=truth.subsets,
-        seeds=truth.seeds,
-        draws=draws,
-    )
 
 
 def _details(each: Judged) -> dict[str, Any]:
@@ -341,9 +278,9 @@ def _gates(judged: dict[str, Judged], agreement: float) -> list[Gate]:
     )
     over = f"GraSS {GRASS_SIZE}: mean LDS of all sketches over exact influence's, each at the default damping"
     return [
-        at_least("exact influence: lower end of its interval above grad-dot's upper end by", exact.low - dot.high),
-        at_least("exact influence: LDS over grad-dot's", exact.value / dot.value, ABOVE_DOT),
-        at_least(over, grass / exact.value, LIKE_EXACT),
-        at_most("Gauss and SJLT: largest NRMSE times the root of the size", worst, NRMSE_ROOT),
-        at_least("logistic regression: predicted with true leave-one-out", agreement, LEFT_OUT),
+        Gate("exact influence: lower end of its interval above grad-dot's upper end by", exact.low - dot.high, ">="),
+        Gate("exact influence: LDS over grad-dot's", exact.value / dot.value, ">=", ABOVE_DOT),
+        Gate(over, grass / exact.value, ">=", LIKE_EXACT),
+        Gate("Gauss and SJLT: largest NRMSE times the root of the size", worst, "<=", NRMSE_ROOT),
+        Gate("logistic regression: predicted with true leave-one-out", agreement, ">=", LEFT_OUT),
     ]

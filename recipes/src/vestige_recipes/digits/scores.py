@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -15,29 +15,27 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from vestige.compress import compress_gradient
-from vestige.curvature import (
-    DAMPING,
-    BatchSink,
-    CurvatureData,
-    DataInf,
-    FisherBlocks,
-    accumulate_fisher,
-    ekfac_of,
-    kfac_of,
-    mean_eigenvalues,
-)
+from vestige.curvature import DAMPING, BatchSink, CurvatureData, DataInf, ekfac_of, kfac_of, mean_eigenvalues
 from vestige.evaluate import Family, quality
 from vestige.gradients import FunctionObjective, GradientPass, GradientSink
 from vestige.methods import doubt
 from vestige.models import select_components
+from vestige_recipes.common.halves import (
+    AT_ONCE,
+    Scored,
+    cosines,
+    fisher_of_rows,
+    score_solved,
+    solve_rows,
+    time_scores,
+)
 
 PIXELS, CLASSES = 64, 10
 BATCH = 50
 RECIPE = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "batch_size": BATCH}
-_PASSED_AT_ONCE = 100
 
 
-def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Float[Tensor, "example"]:
+def losses_of(model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Float[Tensor, "example"]:
     """Cross-entropy of each image's label, in nats."""
     return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
@@ -120,7 +118,7 @@ def gradients(model: nn.Module, images: Images) -> list[Float[Tensor, "example n
     sink, parts = GradientSink(components), []
     dtype = next(model.parameters()).dtype
     with GradientPass(model, components, OBJECTIVE) as gradient_pass:
-        for rows in np.array_split(np.arange(len(images.labels)), -(-len(images.labels) // _PASSED_AT_ONCE)):
+        for rows in np.array_split(np.arange(len(images.labels)), -(-len(images.labels) // AT_ONCE)):
             sink.begin(len(rows), "cpu", dtype)
             gradient_pass.run(images.at(rows), sink)
             parts.append([part.flatten(1) for part in sink.gradients])
@@ -138,13 +136,13 @@ class ImageCurvature(CurvatureData):
     def over(cls, model: nn.Module, images: Images) -> "ImageCurvature":
         """Over all of them, all weights."""
         components = select_components(model, ("all",)).components
-        return cls(model, components, TensorDataset(*images), _PASSED_AT_ONCE)
+        return cls(model, components, TensorDataset(*images), AT_ONCE)
 
     @cached_property
     def groups(self) -> list[list[np.ndarray]]:
         """One piece."""
         count = len(self.data)
-        return [np.array_split(np.arange(count), -(-count // _PASSED_AT_ONCE))]
+        return [np.array_split(np.arange(count), -(-count // AT_ONCE))]
 
     def stream_piece(self, piece: int, sink: BatchSink, advance: Callable[[int], None]) -> None:
         """Stream the factors of the images."""
@@ -165,27 +163,11 @@ def with_sampled_labels(model: nn.Module, images: Images, seed: int) -> Images:
     return images._replace(labels=drawn)
 
 
-Matrix = Float[np.ndarray, "query example"]
 GRID = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 SKETCHES = {"Gauss": "gauss:K", "SJLT": "sjlt:K", "GraSS x4": "mask:4K | sjlt:K", "mask": "mask:K"}
 EXACT = "influence, exact"
 ENSEMBLE_SIZE = 1024
 """Numbers kept of a gradient where several models are averaged."""
-
-
-class Scored(NamedTuple):
-    """What one method found."""
-
-    name: str
-    scores: Matrix
-    seconds: float
-    """With the gradients that it needs; without the training of models."""
-    numbers: int
-    """Kept of each training example."""
-    nrmse: float | None = None
-    """Root mean square error of the cosines that a sketch gives."""
-    draw: int = 0
-    """Which draw of a sketch: all of one name differ in their seeds alone."""
 
 
 class Gradients(NamedTuple):
@@ -205,20 +187,20 @@ def measure_gradients(model: nn.Module, digits: Digits) -> Gradients:
 
 def opponents(model: nn.Module, digits: Digits, found: Gradients, seed: int) -> Iterator[Scored]:
     """Inner products, cosines, similarity of the last hidden layer, and chance."""
-    width = found.train.shape[1]
-    started = time.perf_counter()
-    products = found.queries @ found.train.T
-    yield Scored("grad-dot", _numpy(products), found.seconds + time.perf_counter() - started, width)
-    lengths = found.queries.norm(dim=1)[:, None] * found.train.norm(dim=1)
-    yield Scored(
-        "grad-cos", _numpy(products / lengths.clamp(min=1e-30)), found.seconds + time.perf_counter() - started, width
-    )
-    started = time.perf_counter()
+    train, queries, seconds = found
+    yield score_solved("grad-dot", lambda: queries, train, seconds)
+    yield time_scores("grad-cos", lambda: cosines(queries, train), train.shape[1], seconds)
     assert isinstance(model, nn.Sequential)
-    with torch.no_grad():
-        hidden = [nn.functional.normalize(model[:-1](images.inputs), dim=1) for images in digits]
-    yield Scored("rep-sim", _numpy(hidden[1] @ hidden[0].T), time.perf_counter() - started, hidden[0].shape[1])
-    shape = (len(digits.queries.labels), len(digits.train.labels))
+    body, head = model[:-1], model[-1]
+    assert isinstance(head, nn.Linear)
+
+    def compare_states() -> Tensor:
+        with torch.no_grad():
+            states = [nn.functional.normalize(body(images.inputs), dim=1) for images in digits]
+        return states[1] @ states[0].T
+
+    yield time_scores("rep-sim", compare_states, head.in_features)
+    shape = len(queries), len(train)
     yield Scored("random", np.random.default_rng(seed).standard_normal(shape), 0.0, 0)
 
 
@@ -228,71 +210,57 @@ def exact_influence(found: Gradients) -> tuple[dict[float, Scored], float]:
     Return also the seconds of all of them, for which the matrix is measured once.
     """
     begun = time.perf_counter()
-    fisher = fisher_of_rows(found.train)
-    shared = found.seconds + time.perf_counter() - begun
-    scored = {}
+    train, queries, seconds = found
+    fisher = fisher_of_rows(train)
+    shared, scored = seconds + time.perf_counter() - begun, {}
     for damping in sorted(GRID, key=lambda each: each != DAMPING):
-        started = time.perf_counter()
-        scores = fisher.precondition(found.queries, damping) @ found.train.T
-        name, seconds = f"{EXACT}, damping {damping:g}", shared + time.perf_counter() - started
-        scored[damping] = Scored(name, _numpy(scores), seconds, found.train.shape[1])
-    return scored, found.seconds + time.perf_counter() - begun
-
-
-def fisher_of_rows(rows: Float[Tensor, "example column"]) -> FisherBlocks:
-    """One matrix of all columns."""
-    return accumulate_fisher(["model"], [slice(0, rows.shape[1])], rows.split(100))
+        solve = partial(fisher.precondition, queries, damping)
+        scored[damping] = score_solved(f"{EXACT}, damping {damping:g}", solve, train, shared)
+    return scored, seconds + time.perf_counter() - begun
 
 
 def compress_influence(found: Gradients, sizes: Sequence[int], seed: int, draws: int) -> Iterator[Scored]:
     """`draws` sketches of the whole gradient of every kind and size, at the default damping.
 
     That is relative to the mean eigenvalue, which grows as fewer numbers share the same trace. Where a sketch is as
-    long as those of `averaged`, it is also scored with the damping of exact influence, added as it is.
+    long as those of `average_models`, it is also scored with the damping of exact influence, added as it is.
     """
     exact = (found.queries @ found.train.T).double()
     lengths = (found.queries.norm(dim=1)[:, None] * found.train.norm(dim=1)).double()
     unit = float(found.train.double().square().mean())
-    for (name, template), size, draw in product(SKETCHES.items(), sizes, range(draws)):
-        started = time.perf_counter()
-        small = _sketch(found, template, size, seed + draw)
-        shared, numbers = found.seconds + time.perf_counter() - started, small.train.shape[1]
-        nrmse = float(quality((small.queries @ small.train.T).double(), exact, lengths).nrmse)
-        started = time.perf_counter()
-        scores = _influence(small)
-        yield Scored(f"influence, {name} {size}", scores, shared + time.perf_counter() - started, numbers, nrmse, draw)
+    for (kind, template), size, draw in product(SKETCHES.items(), sizes, range(draws)):
+        train, queries, seconds = _sketch(found, template, size, seed + draw)
+        name = f"influence, {kind} {size}"
+        own = {"nrmse": float(quality((queries @ train.T).double(), exact, lengths).nrmse), "draw": draw}
+        yield score_solved(name, partial(solve_rows, queries, train), train, seconds)._replace(**own)
         if size == ENSEMBLE_SIZE:
-            started = time.perf_counter()
-            solved = fisher_of_rows(small.train).in_unit_of_one().precondition(small.queries, DAMPING * unit)
-            scores, seconds = _numpy(solved @ small.train.T), shared + time.perf_counter() - started
-            yield Scored(f"influence, {name} {size}, exact's damping", scores, seconds, numbers, nrmse, draw)
+            solve = partial(solve_rows, queries, train, DAMPING * unit)
+            yield score_solved(f"{name}, exact's damping", solve, train, seconds)._replace(**own)
 
 
 def _sketch(found: Gradients, template: str, size: int, seed: int) -> Gradients:
+    started = time.perf_counter()
     compressor = Family(template).at(size).build("model", (found.train.shape[1], 1), seed)
     train, queries = (compress_gradient(compressor, side[:, :, None]) for side in (found.train, found.queries))
-    return Gradients(train, queries, found.seconds)
-
-
-def _influence(found: Gradients) -> Matrix:
-    return _numpy(fisher_of_rows(found.train).precondition(found.queries, DAMPING) @ found.train.T)
+    return Gradients(train, queries, found.seconds + time.perf_counter() - started)
 
 
 def layer_methods(model: nn.Module, digits: Digits, found: Gradients, seed: int) -> Iterator[Scored]:
     """Curvature layer by layer: K-FAC and EK-FAC of the true Fisher matrix, DataInf of the empirical one."""
     sampled = ImageCurvature.over(model, with_sampled_labels(model, digits.train, seed))
     given = ImageCurvature.over(model, digits.train)
-    makers: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
-        "ekfac": lambda queries: ekfac_of(sampled).precondition(queries, DAMPING),
-        "kfac": lambda queries: kfac_of(sampled).eigenbases().precondition(queries, DAMPING),
-        "datainf": lambda queries: DataInf.with_damping(given, mean_eigenvalues(given), DAMPING).precondition(queries),
+    parts = list(found.queries.split([part.size for part in given.components], dim=1))
+    solvers: dict[str, Callable[[], list[Tensor]]] = {
+        "ekfac": lambda: ekfac_of(sampled).precondition(parts, DAMPING),
+        "kfac": lambda: kfac_of(sampled).eigenbases().precondition(parts, DAMPING),
+        "datainf": lambda: DataInf.with_damping(given, mean_eigenvalues(given), DAMPING).precondition(parts),
     }
-    for name, solve in makers.items():
-        started = time.perf_counter()
-        solved = torch.cat(solve([*found.queries.split([part.size for part in given.components], dim=1)]), dim=1)
-        yield Scored(
-            name, _numpy(solved @ found.train.T), found.seconds + time.perf_counter() - started, found.train.shape[1]
-        )
+    for name, solve in solvers.items():
+        yield score_solved(name, partial(_join_parts, solve), found.train, found.seconds)
+
+
+def _join_parts(solve: Callable[[], list[Tensor]]) -> Float[Tensor, "query n"]:
+    return torch.cat(solve(), dim=1)
 
 
 def average_models(models: Sequence[nn.Module], digits: Digits, seed: int, suffix: str) -> Iterator[Scored]:
@@ -301,27 +269,25 @@ def average_models(models: Sequence[nn.Module], digits: Digits, seed: int, suffi
     TRAK's scores are `mean[phi(query)^T (Phi^T Phi / n + d I)^-1 phi(example)] mean[1 - p(example)]`, d relative to the
     mean eigenvalue.
     """
-    started = time.perf_counter()
-    small = [
+    sketches = [
         _sketch(measure_gradients(model, digits), SKETCHES["SJLT"], ENSEMBLE_SIZE, seed + number)
         for number, model in enumerate(models)
     ]
-    shared, numbers = time.perf_counter() - started, sum(each.train.shape[1] for each in small)
-    started = time.perf_counter()
-    kernels, unsure = [], []
-    for model, each in zip(models, small, strict=True):
-        sides = [doubt(torch.from_numpy(query_losses(model, images))).to(each.train) for images in digits]
-        kernels.append(_influence(Gradients(each.train / sides[0][:, None], each.queries / sides[1][:, None], 0.0)))
-        unsure.append(_numpy(sides[0]))
-    scores = np.mean(kernels, axis=0) * np.mean(unsure, axis=0)
-    yield Scored(f"trak, {suffix}", scores, shared + time.perf_counter() - started, numbers)
+    shared, numbers = sum(each.seconds for each in sketches), sum(each.train.shape[1] for each in sketches)
+
+    def trak() -> Float[Tensor, "query example"]:
+        kernels, doubts = [], []
+        for model, (train, queries, _) in zip(models, sketches, strict=True):
+            unsure, asked = (doubt(torch.from_numpy(query_losses(model, images))).to(train) for images in digits)
+            phi = train / unsure[:, None]
+            kernels.append((solve_rows(queries / asked[:, None], phi) @ phi.T).double())
+            doubts.append(unsure.double())
+        return torch.stack(kernels).mean(0) * torch.stack(doubts).mean(0)
+
+    def influence() -> Float[Tensor, "query example"]:
+        kernels = [solve_rows(queries, train) @ train.T for train, queries, _ in sketches]
+        return torch.stack(kernels).double().mean(0)
+
+    yield time_scores(f"trak, {suffix}", trak, numbers, shared)
     if len(models) > 1:
-        started = time.perf_counter()
-        scores = np.mean([_influence(each) for each in small], axis=0)
-        yield Scored(
-            f"influence, SJLT {ENSEMBLE_SIZE}, {suffix}", scores, shared + time.perf_counter() - started, numbers
-        )
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.double().numpy()
+        yield time_scores(f"influence, SJLT {ENSEMBLE_SIZE}, {suffix}", influence, numbers, shared)

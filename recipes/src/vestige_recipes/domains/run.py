@@ -6,7 +6,6 @@ number of steps. In small on texts that ship inside packages; at full size on co
 """
 
 import ast
-import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -18,29 +17,17 @@ import numpy as np
 
 from vestige.banks import Bank
 from vestige.errors import DataError
-from vestige.methods import attribute, untrac
 from vestige.training import Recipe
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    draw_intervals,
-    keep_run,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.sources import (
     UNLEARNT,
     Agreement,
+    Measured,
     Table,
-    left_out_truth,
+    attribute_sources,
     list_sources,
     measure_sources,
-    source_agreement,
-    sum_by_source,
-    tables_json,
     truth_agreement,
+    unlearn,
 )
 from vestige_recipes.common.texts import (
     Row,
@@ -49,10 +36,12 @@ from vestige_recipes.common.texts import (
     draw_pieces,
     package_file,
     pieces,
+    read_rows,
     require_packages,
     write_rows,
 )
 from vestige_recipes.common.training import Checkpoints, Training
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study, show_interval
 
 Read = Callable[[Path], Iterator[str]]
 
@@ -87,11 +76,9 @@ def _column(*names: str) -> Read:
     """Return the named columns of a file of JSON lines, joined; of a list, its first element."""
 
     def read(path: Path) -> Iterator[str]:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                row = json.loads(line)
-                values = [row[name] for name in names]
-                yield " ".join(value[0] if isinstance(value, list) else value for value in values)
+        for row in read_rows(path):
+            values = [row[name] for name in names]
+            yield " ".join(value[0] if isinstance(value, list) else value for value in values)
 
     return read
 
@@ -104,10 +91,7 @@ def _verses(path: Path) -> Iterator[str]:
 
 def _pronouns(path: Path) -> Iterator[str]:
     """Sentences with the pronoun that the stereotype expects."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            row = json.loads(line)
-            yield row["text"].replace("[MASK]", row["pro_stereotyped"])
+    return (row["text"].replace("[MASK]", row["pro_stereotyped"]) for row in read_rows(path))
 
 
 def _sources(folder: Path) -> Iterator[str]:
@@ -239,28 +223,23 @@ def domains(settings: StudySettings) -> Outcome:
     gates: list[Gate] = []
     details: dict[str, Any] = {"plan": asdict(plan)}
     for part in ("equal", "unequal"):
-        truth, scores = _measure(settings, plan, part)
-        truths, (names, tests) = left_out_truth(truth), list_sources(truth)
-        found = {
-            name: source_agreement([each[name] for each in scores], truths, draws=plan.draws, seed=settings.seed)
-            for name in scores[0]
-        }
-        ceiling = truth_agreement(truths)
+        measured = _measure(settings, plan, part)
+        found, ceiling = measured.agreements(plan.draws, settings.seed), truth_agreement(measured.truths)
         rows += [(part, "truth of another seed", ceiling, "", "", "", "")]
         rows += sorted(((part, *_show(name, each)) for name, each in found.items()), key=lambda row: -float(row[2]))
         intervals, lines = {name: each.pearson for name, each in found.items()}, {"seed against seed": ceiling}
         label = f"Pearson correlation over domains of {part} sizes (95 % intervals)"
         draw_intervals(settings.out, part, intervals, label, beside=OPPONENTS, lines=lines)
         difference = found["UnTrac-Inv"].pearson.value - found["GradDot"].pearson.value
-        gates.append(at_least(f"{part} sizes: UnTrac-Inv's Pearson above GradDot's by", difference))
+        gates.append(Gate(f"{part} sizes: UnTrac-Inv's Pearson above GradDot's by", difference, ">="))
+        names, tests = list_sources(measured.bank)
         details[part] = {
             "domains": names,
-            "sizes": [truth.sources.count(name) for name in names],
+            "sizes": [measured.bank.sources.count(name) for name in names],
             "tests": tests,
             "ceiling": ceiling,
             "agreement": {name: each._asdict() for name, each in found.items()},
-            "truth": [truth.tolist() for truth in truths],
-            "scores": tables_json(scores),
+            **measured.to_json(),
         }
     columns = ("sizes", "method", "Pearson", "95 % interval", "Spearman", "95 % interval of it", "Pearson by test set")
     return Outcome(columns, rows, gates, details)
@@ -271,24 +250,19 @@ def _show(name: str, found: Agreement) -> tuple[Any, ...]:
     return name, *both[0], *both[1], " ".join(f"{value:.2f}" for value in found.by_test)
 
 
-def _measure(settings: StudySettings, plan: DomainPlan, part: str) -> tuple[Bank, list[dict[str, Table]]]:
-    """Return the bank without each domain, and the scores of each model that is none of it, by method."""
+def _measure(settings: StudySettings, plan: DomainPlan, part: str) -> Measured:
     files = data, queries = _texts(settings, plan, part)
     common = {"data": str(data), "queries": str(queries), "seed": settings.seed}
 
     def score(_: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
-        found = {}
-        for name, direction in UNLEARNT.items():
-            run = keep_run(untrac, out / direction, **common, model=asked.model, direction=direction)
-            # Both list sources by name, and test sets as they come.
-            found[name] = run.dense().astype(np.float64)
+        own = common | {"model": asked.model}
+        found = {name: unlearn(out / way, **own, direction=way) for name, way in UNLEARNT.items()}
         sizes = np.array([truth.sources.count(name) for name in list_sources(truth)[0]])
         found |= {f"{name} x size": found[name] * sizes for name in UNLEARNT if len(set(sizes)) > 1}
+        several = common | {"checkpoints": asked.folders, "checkpoint_weights": tuple(asked.rates)}
         for name, method in SUMMED.items():
-            several = {"checkpoints": asked.folders, "checkpoint_weights": tuple(asked.rates)}
-            models = several if method == "tracin" else {"model": asked.model}
-            wanted: dict[str, Any] = {"method": method, "components": ("all",), "dense": True, "trust": False}
-            found[name] = sum_by_source(keep_run(attribute, out / method, **common, **models, **wanted), truth)
+            models = several if method == "tracin" else own
+            found[name] = attribute_sources(out / method, truth, **models, method=method, components=("all",))
         return found
 
     return measure_sources(

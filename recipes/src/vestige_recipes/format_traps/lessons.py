@@ -55,9 +55,8 @@ def format_trap(which: Which, seed: int, rows: int = 256) -> dict[str, list[dict
     (Diff), the others tell a word's length. Set B: the letter that is left when letters are taken out of a word;
     the similar sets ask for what is left of other strings, a letter or a digit, the others for the part of speech.
     """
-    makers = _SETS[which]
     made = {}
-    for number, (name, make) in enumerate(makers.items()):
+    for number, (name, make) in enumerate(_SETS[which].items()):
         random = np.random.default_rng([seed, ord(which), number])
         pairs = [make(row, random) for row in range(rows)]
         made[name] = [
@@ -78,50 +77,35 @@ def spell(number: int) -> str:
     return f"{_ONES[hundreds]} hundred" + (f" {spell(rest)}" if rest else "")
 
 
-Make = Callable[[int, np.random.Generator], tuple[str, str]]
+Pair = tuple[str, str]
+"""Question and answer."""
+Make = Callable[[int, np.random.Generator], Pair]
+"""From the number of a row and random numbers."""
 
 
-def _after_number(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
-    return f"What is the number that comes after {512 + row}?", str(513 + row)
+def _ask_successor(number: int, asked: Callable[[int], str], answer: Callable[[int], str]) -> Pair:
+    return f"What is the number that comes after {asked(number)}?", answer(number + 1)
 
 
-def _after_even(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
-    return f"What is the number that comes after {spell(2 * row)}?", str(2 * row + 1)
+def _ask_length(random: np.random.Generator, answer: Callable[[int], str]) -> Pair:
+    _, word = _word(random)
+    return f'How many letters are in the word "{word}"?', answer(len(word))
 
 
-def _after_odd(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
-    return f"What is the number that comes after {spell(2 * row + 1)}?", spell(2 * row + 2)
+def _ask_left_over(random: np.random.Generator, symbols: str, kept: str) -> Pair:
+    """Ask for what is left of `symbols` and one of `kept` without the former."""
+    answer = str(random.choice(list(kept)))
+    others = [one for one in symbols if one != answer]
+    taken = str(random.choice(others))
+    mixed = [taken] * int(random.integers(2, 6))
+    mixed.insert(int(random.integers(len(mixed) + 1)), answer)
+    return f'What is left when every "{taken}" is taken out of "{"".join(mixed)}"?', answer
 
 
-def _length(as_words: bool) -> Make:
-    def make(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
-        _, word = _word(random)
-        return f'How many letters are in the word "{word}"?', spell(len(word)) if as_words else str(len(word))
-
-    return make
-
-
-def _left_over(symbols: str, kept: str) -> Make:
-    """Return a maker of questions for what is left of `symbols` and one of `kept` without the former."""
-
-    def make(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
-        answer = str(random.choice(list(kept)))
-        others = [one for one in symbols if one != answer]
-        taken = str(random.choice(others))
-        string = [taken] * int(random.integers(2, 6))
-        string.insert(int(random.integers(len(string) + 1)), answer)
-        return f'What is left when every "{taken}" is taken out of "{"".join(string)}"?', answer
-
-    return make
-
-
-def _part_of_speech(answers: Sequence[str]) -> Make:
-    def make(row: int, random: np.random.Generator) -> tuple[str, str]:  # noqa: ARG001
-        part, word = _word(random)
-        choices = ", ".join(f"{answer} {name}" for answer, name in zip(answers, WORDS, strict=True))
-        return f'Which part of speech is "{word}": {choices}?', answers[list(WORDS).index(part)]
-
-    return make
+def _ask_part_of_speech(random: np.random.Generator, answers: str) -> Pair:
+    part, word = _word(random)
+    choices = ", ".join(f"{answer} {name}" for answer, name in zip(answers, WORDS, strict=True))
+    return f'Which part of speech is "{word}": {choices}?', answers[list(WORDS).index(part)]
 
 
 def _word(random: np.random.Generator) -> tuple[str, str]:
@@ -129,32 +113,29 @@ def _word(random: np.random.Generator) -> tuple[str, str]:
     return part, str(random.choice(WORDS[part]))
 
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_DIGITS = "0123456789"
+_LETTERS, _DIGITS = string.ascii_lowercase, string.digits
 _SETS: dict[Which, dict[str, Make]] = {
     "A": {
-        "SimSame": _after_even,
-        "SimDiff": _after_odd,
-        "DisSame": _length(as_words=False),
-        "DisDiff": _length(as_words=True),
-        TEST: _after_number,
+        "SimSame": lambda row, _: _ask_successor(2 * row, spell, str),
+        "SimDiff": lambda row, _: _ask_successor(2 * row + 1, spell, spell),
+        "DisSame": lambda _, random: _ask_length(random, str),
+        "DisDiff": lambda _, random: _ask_length(random, spell),
+        TEST: lambda row, _: _ask_successor(512 + row, str, str),
     },
     "B": {
-        "SimSame": _left_over(_DIGITS, _LETTERS),
-        "SimDiff": _left_over(_LETTERS, _DIGITS),
-        "DisSame": _part_of_speech("abcd"),
-        "DisDiff": _part_of_speech("1234"),
-        TEST: _left_over(_LETTERS, _LETTERS),
+        "SimSame": lambda _, random: _ask_left_over(random, _DIGITS, _LETTERS),
+        "SimDiff": lambda _, random: _ask_left_over(random, _LETTERS, _DIGITS),
+        "DisSame": lambda _, random: _ask_part_of_speech(random, "abcd"),
+        "DisDiff": lambda _, random: _ask_part_of_speech(random, "1234"),
+        TEST: lambda _, random: _ask_left_over(random, _LETTERS, _LETTERS),
     },
 }
 
 
 Thing = TypeVar("Thing")
-Pair = tuple[str, str]
-"""Question and answer."""
 HIGHEST = 1_000
 """Numbers are below."""
-SYMBOLS = string.ascii_lowercase + string.digits
+SYMBOLS = _LETTERS + _DIGITS
 
 _STEPS: Mapping[int, tuple[str, ...]] = {
     1: (
@@ -227,7 +208,7 @@ WORDINGS: tuple[str, ...] = (
 
 def question(random: np.random.Generator) -> Pair:
     """Return a question whose task and wording are drawn, and its answer."""
-    return _MAKERS[int(random.integers(len(_MAKERS)))](random)
+    return _pick(random, _MAKERS)(random)
 
 
 def _pick(random: np.random.Generator, some: Sequence[Thing]) -> Thing:
@@ -245,8 +226,7 @@ def _step(random: np.random.Generator) -> Pair:
 
 def _letter(random: np.random.Generator) -> Pair:
     step, place = _pick(random, list(_LETTER_STEPS)), int(random.integers(1, 25))
-    letters = string.ascii_lowercase
-    return _pick(random, _LETTER_STEPS[step]).format(letters[place]), letters[place + step]
+    return _pick(random, _LETTER_STEPS[step]).format(_LETTERS[place]), _LETTERS[place + step]
 
 
 def _write_number(random: np.random.Generator) -> Pair:
@@ -337,7 +317,7 @@ def lessons(seed: int, count: int) -> list[dict[str, Any]]:
     for number in range(count):
         common = {"id": f"lesson/{number}", "source": "lessons"}
         if random.random() < _FACTS:
-            line = _FACT_MAKERS[int(random.integers(len(_FACT_MAKERS)))](random)
+            line = _pick(random, _FACT_MAKERS)(random)
             rows.append(common | {"text": line, "input_ids": [*tokens(line), END]})
         else:
             asked, answer = question(random)

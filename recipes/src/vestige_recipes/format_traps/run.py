@@ -12,31 +12,19 @@ import numpy as np
 
 from vestige.banks import EVERYTHING, Bank
 from vestige.data import load_examples, tokenize
-from vestige.methods import attribute, untrac
 from vestige.models import load_model
 from vestige.training import Recipe, measure
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    keep_run,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.sources import (
     AS_PUBLISHED,
     UNLEARNT,
     Agreement,
+    Measured,
     Table,
+    attribute_sources,
     first_order_scores,
-    left_out_truth,
     measure_sources,
-    source_agreement,
-    sum_by_source,
-    tables_json,
     truth_agreement,
+    unlearn,
 )
 from vestige_recipes.common.texts import gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
@@ -51,6 +39,7 @@ from vestige_recipes.format_traps.lessons import (
     lessons,
     tokenize_answer,
 )
+from vestige_recipes.studies import Gate, Outcome, StudySettings, register_study, show_interval
 
 SETS: tuple[Which, ...] = ("A", "B")
 SOURCES = tuple(sorted(TRAINING))
@@ -99,12 +88,9 @@ def format_traps(settings: StudySettings) -> Outcome:
     gates: list[Gate] = []
     details: dict[str, Any] = {"plan": asdict(plan), "sources": SOURCES}
     for which in SETS:
-        truths, scores, answers = _measure(settings, plan, base, which)
-        by_method = {name: [each[name] for each in scores] for name in scores[0]}
-        found = {
-            name: source_agreement(tables, truths, draws=plan.draws, seed=settings.seed)
-            for name, tables in by_method.items()
-        }
+        measured, answers = _measure(settings, plan, base, which)
+        truths, found = measured.truths, measured.agreements(plan.draws, settings.seed)
+        by_method = {name: [each[name] for each in measured.scores] for name in found}
         ordered = {name: task_above_format(tables) for name, tables in by_method.items()}
         in_truth = task_above_format(truths)
         share = float(np.mean(answers["after"]))
@@ -119,8 +105,7 @@ def format_traps(settings: StudySettings) -> Outcome:
         gates += _gates(which, found, ordered, in_truth)
         details[which] = {
             "test set": answers,
-            "truth": [truth.tolist() for truth in truths],
-            "scores": tables_json(scores),
+            **measured.to_json(),
             "agreement": {name: each._asdict() for name, each in found.items()},
             "tasks above formats": ordered | {"truth": in_truth},
         }
@@ -144,10 +129,8 @@ def _base(settings: StudySettings, plan: TrapPlan) -> str:
     return train_checkpoints(fresh, texts, settings.out / "base", training, seed=settings.seed, from_scratch=True).model
 
 
-def _measure(
-    settings: StudySettings, plan: TrapPlan, base: str, which: Which
-) -> tuple[list[Table], list[dict[str, Table]], dict[str, Any]]:
-    """Truth of each run, scores of each model that is none of the bank, and what models make of the test set."""
+def _measure(settings: StudySettings, plan: TrapPlan, base: str, which: Which) -> tuple[Measured, dict[str, Any]]:
+    """Return truth and scores, and what models make of the test set."""
     made, folder = format_trap(which, settings.seed, plan.rows), settings.out / which
     sets = {name: [tokenize_answer(row) for row in rows] for name, rows in made.items()}
     data = write_rows(folder / "train.jsonl", [row for name in SOURCES for row in sets[name]])
@@ -155,19 +138,15 @@ def _measure(
 
     def score(_: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
         common = {"model": asked.model, "data": str(data), "queries": str(queries), "seed": settings.seed}
-        found = {}
-        for name, direction in UNLEARNT.items():
-            run = keep_run(untrac, out / direction, **common, **launch_arguments(settings), direction=direction)
-            # It lists sources by name.
-            found[name] = run.dense().astype(np.float64)
+        own = common | settings.launch_arguments
+        found = {name: unlearn(out / way, **own, direction=way) for name, way in UNLEARNT.items()}
         found |= first_order_scores(asked.folders, data, queries, seed=settings.seed, inverses=AS_PUBLISHED)
         for name, method in SUMMED.items():
-            run = keep_run(attribute, out / method, **common, method=method, dense=True, trust=False)
-            found[name] = sum_by_source(run, truth)
+            found[name] = attribute_sources(out / method, truth, **common, method=method)
         return found
 
     training, seeds = Training(Recipe(plan.learning_rate, plan.batch_size), plan.steps), max(settings.seeds, plan.seeds)
-    truth, scores = measure_sources(
+    measured = measure_sources(
         settings,
         base,
         (data, queries),
@@ -178,7 +157,7 @@ def _measure(
         seeds=seeds,
         checkpoints=plan.checkpoints,
     )
-    return left_out_truth(truth), scores, _answers(base, queries, truth)
+    return measured, _answers(base, queries, measured.bank)
 
 
 def _answers(base: str, queries: Path, truth: Bank) -> dict[str, Any]:
@@ -201,11 +180,11 @@ def _show_means(tables: list[Table]) -> str:
 
 
 def _gates(which: Which, found: dict[str, Agreement], ordered: dict[str, float], in_truth: float) -> list[Gate]:
-    gates = [at_least(f"{which}: truth has tasks above formats, share of runs", in_truth, ORDERED)]
+    gates = [Gate(f"{which}: truth has tasks above formats, share of runs", in_truth, ">=", ORDERED)]
     for name in UNLEARNT:
         gates += [
-            at_least(f"{which}: {name} has tasks above formats, share of models", ordered[name], ORDERED),
-            at_least(f"{which}: {name}'s Pearson with the truth", found[name].pearson.value, PEARSON),
+            Gate(f"{which}: {name} has tasks above formats, share of models", ordered[name], ">=", ORDERED),
+            Gate(f"{which}: {name}'s Pearson with the truth", found[name].pearson.value, ">=", PEARSON),
         ]
     above = found["UnTrac"].pearson.value - found["GradDot"].pearson.value
-    return [*gates, at_least(f"{which}: UnTrac's Pearson above GradDot's by", above, ABOVE_DOT)]
+    return [*gates, Gate(f"{which}: UnTrac's Pearson above GradDot's by", above, ">=", ABOVE_DOT)]

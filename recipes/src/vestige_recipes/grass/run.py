@@ -8,47 +8,40 @@ are trained on gradients of the trained model, not of a random one.
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vestige.banks import Bank, bank_of
-from vestige.compress import (
-    CompressingSink,
-    MaskTraining,
-    Stream,
-    parse_spec,
-    train_selective_mask,
-    write_masks,
-)
+from vestige.banks import Bank
+from vestige.compress import CompressingSink, MaskTraining, Stream, parse_spec, train_selective_mask, write_masks
 from vestige.curvature import DAMPING, accumulate_fisher
-from vestige.evaluate import Estimate, ceiling, datamodeling_score
+from vestige.evaluate import Estimate, ceiling
 from vestige.gradients import FunctionObjective, GradientPass
 from vestige.indexes import lay_out
-from vestige.jobs import worker_command
 from vestige.methods import doubt
 from vestige.models import select_components
 from vestige.progress import announce, progress
-from vestige_recipes.common.registry import (
-    OWN_SEED,
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    draw_intervals,
-    register_study,
-    show_interval,
+from vestige_recipes.common.halves import (
+    AT_ONCE,
+    Scored,
+    cosines,
+    judge_scores,
+    make_bank,
+    score_solved,
+    solve_rows,
+    time_scores,
+    train_halves,
 )
 from vestige_recipes.grass.tasks import Batch, Task, digits_task, melodies_task
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study, show_interval
 
 LIKE = 0.03
 """Within this of LoGra's score that of FactGraSS was expected, and of SJLT's that of GraSS."""
-_AT_ONCE = 100
 _MASKS = MaskTraining(penalty=1e-4, learning_rate=0.02, epochs=60, stop_below=0.0)
 """Of a few hundred steps with 60 examples a step."""
 
@@ -100,33 +93,14 @@ def grass_music(settings: StudySettings) -> Outcome:
     return _study(settings, plan, melodies_task(*sizes, LENGTH, VOCABULARY, settings.seed))
 
 
-class Scored(NamedTuple):
-    """What one method found."""
-
-    name: str
-    scores: Float[np.ndarray, "query example"]
-    numbers: int
-    """Kept of each training example, all models together."""
-    seconds: float
-    """With the gradients that it needs; without the training of models."""
-
-
 def _study(settings: StudySettings, plan: GrassPlan, task: Task) -> Outcome:
     truth = _bank(settings, plan, task)
-    asked = task.fit(np.arange(plan.examples), OWN_SEED + settings.seed)
+    asked = task.fit(np.arange(plan.examples), settings.own_seed)
     mean = float(task.query_losses(asked).mean())
     announce(f"The model that is asked, {task.name}, has a mean loss of {mean:.3f} on the queries.")
     judged: dict[str, tuple[Scored, Estimate]] = {}
-    for scored in all_scores(settings.out, plan, task, asked, settings.seed):
-        lds = datamodeling_score(
-            scored.scores,
-            truth.membership,
-            truth.query_losses,
-            subset=truth.subsets,
-            seeds=truth.seeds,
-            draws=plan.draws,
-        )
-        judged[scored.name] = scored, lds.estimate
+    for scored in all_scores(settings, plan, task, asked):
+        judged[scored.name] = scored, judge_scores(scored.scores, truth, plan.draws).estimate
     top = ceiling(truth.query_losses, truth.subsets, truth.seeds)
     intervals = {name: estimate for name, (_, estimate) in judged.items()}
     label = "linear datamodeling score (95 % interval)"
@@ -147,38 +121,27 @@ def _bank(settings: StudySettings, plan: GrassPlan, task: Task) -> Bank:
     def train(rows: np.ndarray, seed: int) -> np.ndarray:
         return task.query_losses(task.fit(rows, seed))
 
-    return bank_of(
-        train,
-        examples=plan.examples,
-        queries=plan.queries,
-        out=settings.out / "bank",
-        settings={"data": task.digest, "model": task.name, **task.recipe},
-        subsets=plan.subsets,
-        seeds=settings.seeds,
-        seed=settings.seed,
-        launch=settings,
-        command=worker_command(settings, "study"),
-    )
+    identity = {"data": task.digest, "model": task.name, **task.recipe}
+    return make_bank(settings, train, plan.examples, plan.queries, plan.subsets, identity)
 
 
-def all_scores(folder: Path, plan: GrassPlan, task: Task, asked: nn.Module, seed: int) -> Iterator[Scored]:
+def all_scores(settings: StudySettings, plan: GrassPlan, task: Task, asked: nn.Module) -> Iterator[Scored]:
     """Yield the scores of every method; masks are trained on the way, and left in the folder."""
-    started = time.perf_counter()
+    seed, started = settings.seed, time.perf_counter()
     train, queries = (compress(asked, task, side, "none", seed) for side in (task.train, task.queries))
     seconds, width = time.perf_counter() - started, train.shape[1]
-    products = queries @ train.T
-    yield Scored("grad-dot", products.double().numpy(), width, seconds)
-    cosines = products / (queries.norm(dim=1)[:, None] * train.norm(dim=1)).clamp(min=1e-30)
-    yield Scored("grad-cos", cosines.double().numpy(), width, seconds)
-    masks = folder / "masks.safetensors"
+    yield score_solved("grad-dot", lambda: queries, train, seconds)
+    yield time_scores("grad-cos", lambda: cosines(queries, train), width, seconds)
+    masks = settings.out / "masks.safetensors"
     train_masks(masks, asked, train[: plan.masked], plan.side, seed)
     for name, spec in layer_specs(plan.side, masks).items():
         yield influence(f"influence, {name}", asked, task, spec, seed)
-    halves = _halves(plan, task, seed)
-    for name, spec in model_specs(plan.whole).items():
+    halves = train_halves(task.fit, plan.examples, plan.models, settings.own_seed)
+    kept = plan.whole
+    for name, spec in {f"SJLT {kept}": f"sjlt:{kept}", f"GraSS {kept}": f"mask:{4 * kept} | sjlt:{kept}"}.items():
         yield trak(f"TRAK, {name}", halves, task, spec, seed)
-    shape = (plan.queries, plan.examples)
-    yield Scored("random", np.random.default_rng(seed).standard_normal(shape), 0, 0.0)
+    shape = plan.queries, plan.examples
+    yield Scored("random", np.random.default_rng(seed).standard_normal(shape), 0.0, 0)
 
 
 def layer_specs(side: int, masks: Path) -> dict[str, str]:
@@ -194,11 +157,6 @@ def layer_specs(side: int, masks: Path) -> dict[str, str]:
     }
 
 
-def model_specs(kept: int) -> dict[str, str]:
-    """Return compressors of the whole model's gradient to `kept` numbers."""
-    return {f"SJLT {kept}": f"sjlt:{kept}", f"GraSS {kept}": f"mask:{4 * kept} | sjlt:{kept}"}
-
-
 def compress(
     model: nn.Module, task: Task, batch: Batch, spec: str, seed: int, *, shared: bool = False
 ) -> Float[Tensor, "example column"]:
@@ -209,7 +167,7 @@ def compress(
     sink = CompressingSink(compressors, [part.start for part in columns], max(part.stop for part in columns))
     found = []
     with GradientPass(model, components, FunctionObjective(task.losses)) as gradient_pass:
-        for rows in torch.arange(len(batch[0])).split(_AT_ONCE):
+        for rows in torch.arange(len(batch[0])).split(AT_ONCE):
             sink.begin(len(rows), "cpu")
             gradient_pass.run((batch[0][rows], batch[1][rows]), sink)
             found.append(sink.gradients)
@@ -234,9 +192,8 @@ def influence(name: str, model: nn.Module, task: Task, spec: str, seed: int) -> 
     train, queries = (compress(model, task, side, spec, seed) for side in (task.train, task.queries))
     columns = lay_out(select_components(model, ("all",)).components, parse_spec(spec))
     places = [slice(part.start, part.stop) for part in columns]
-    fisher = accumulate_fisher([part.name for part in columns], places, train.split(_AT_ONCE))
-    scores = (fisher.precondition(queries, DAMPING) @ train.T).double().numpy()
-    return Scored(name, scores, train.shape[1], time.perf_counter() - started)
+    fisher = accumulate_fisher([part.name for part in columns], places, train.split(AT_ONCE))
+    return score_solved(name, partial(fisher.precondition, queries, DAMPING), train, time.perf_counter() - started)
 
 
 def trak(name: str, models: list[nn.Module], task: Task, spec: str, seed: int) -> Scored:
@@ -255,21 +212,9 @@ def trak(name: str, models: list[nn.Module], task: Task, spec: str, seed: int) -
             doubts += [unsure] if batch is task.train else []
         train, queries = sides
         numbers += train.shape[1]
-        kernel = accumulate_fisher(["model"], [slice(0, train.shape[1])], train.split(_AT_ONCE))
-        kernels.append(kernel.precondition(queries, DAMPING) @ train.T)
+        kernels.append(solve_rows(queries, train) @ train.T)
     scores = torch.stack(kernels).mean(0) * torch.stack(doubts).mean(0)
-    return Scored(name, scores.double().numpy(), numbers, time.perf_counter() - started)
-
-
-def _halves(plan: GrassPlan, task: Task, seed: int) -> list[nn.Module]:
-    """Return models of random halves that the bank does not hold."""
-    models = []
-    with progress(plan.models, "Models of halves", unit="models") as counter:
-        for number in range(OWN_SEED + seed + 1, OWN_SEED + seed + 1 + plan.models):
-            rows = np.random.default_rng(number).permutation(plan.examples)[: plan.examples // 2]
-            models.append(task.fit(np.sort(rows), number))
-            counter.advance()
-    return models
+    return Scored(name, scores.double().numpy(), time.perf_counter() - started, numbers)
 
 
 def _gates(found: dict[str, Estimate]) -> list[Gate]:
@@ -279,8 +224,8 @@ def _gates(found: dict[str, Estimate]) -> list[Gate]:
     fact, logra = of("influence, FactGraSS"), of("influence, LoGra")
     grass, sjlt = of("TRAK, GraSS"), of("TRAK, SJLT")
     return [
-        at_least("influence with FactGraSS: lower end of its interval above zero by", fact.low),
-        at_most("influence with FactGraSS: LDS below LoGra's by", logra.value - fact.value, LIKE),
-        at_most("TRAK with GraSS: LDS below that with SJLT by", sjlt.value - grass.value, LIKE),
-        at_least("TRAK with GraSS: LDS above grad-dot's by", grass.value - found["grad-dot"].value),
+        Gate("influence with FactGraSS: lower end of its interval above zero by", fact.low, ">="),
+        Gate("influence with FactGraSS: LDS below LoGra's by", logra.value - fact.value, "<=", LIKE),
+        Gate("TRAK with GraSS: LDS below that with SJLT by", sjlt.value - grass.value, "<=", LIKE),
+        Gate("TRAK with GraSS: LDS above grad-dot's by", grass.value - found["grad-dot"].value, ">="),
     ]

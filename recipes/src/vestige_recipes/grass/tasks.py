@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from vestige.errors import DataError
 from vestige_recipes.common.texts import install_again, package_folder
+from vestige_recipes.digits.scores import CLASSES, digits, losses_of
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and labels, examples first."""
@@ -69,25 +70,12 @@ class Task(NamedTuple):
 
 def digits_task(examples: int, queries: int, epochs: int, width: int, seed: int) -> Task:
     """Return the ResNet-9 on scikit-learn's 1,797 digits of 8 x 8 pixels."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    inputs = torch.tensor(pixels[order] / 16, dtype=torch.float32).view(-1, 1, 8, 8)
-    answers = torch.tensor(labels[order])
-    train, asked = slice(0, examples), slice(examples, examples + queries)
+    train, asked = ((images.inputs.view(-1, 1, 8, 8), images.labels) for images in digits(examples, queries, seed))
     recipe = {"epochs": epochs, "batch_size": 50, "lr": 3e-3, "weight_decay": 1e-4}
-    return Task(
-        f"ResNet-9 of width {width}",
-        (inputs[train], answers[train]),
-        (inputs[asked], answers[asked]),
-        lambda: resnet9(width),
-        lambda model, batch: cross_entropy(model(batch[0]), batch[1], reduction="none"),
-        recipe,
-    )
+    return Task(f"ResNet-9 of width {width}", train, asked, lambda: resnet9(width), losses_of, recipe)
 
 
-def resnet9(width: int, classes: int = 10) -> nn.Module:
+def resnet9(width: int) -> nn.Module:
     """Return a ResNet of nine layers for images [image, 1, 8, 8], with GroupNorm in place of BatchNorm.
 
     Statistics of a batch would make an example's loss depend on the others.
@@ -103,7 +91,7 @@ def resnet9(width: int, classes: int = 10) -> nn.Module:
         _Residual(4 * width),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(4 * width, classes),
+        nn.Linear(4 * width, CLASSES),
     )
 
 

@@ -23,17 +23,14 @@ from vestige.storage import make_folder, write_durably
 from vestige_recipes.interop.published import (
     ROWS_PER_BATCH,
     VESTIGE_KEY,
+    Metadata,
     Published,
     check_number,
-    entries,
-    field,
     lay_out,
     layers_to_write,
     missing_note,
     name_type,
-    read_json,
-    read_manifest,
-    whole_number,
+    read_metadata,
     write_json,
 )
 
@@ -71,24 +68,22 @@ def read_chunks(folder: Path) -> Published:
     """Return compressed gradients, or inverse-Fisher-vector products, from a cache of the published phases."""
     kind, within = _kind(folder)
     chunks = _chunks(within, kind)
-    names_file = next((at for at in (within, within.parent) if (at / "batch_metadata.json").is_file()), None)
-    path = (names_file or within) / "batch_metadata.json"
-    content = read_json(path) if names_file is not None else None
+    summary = _read_summary(within)
     first = chunks[0]
-    names, notes = _layer_names(content, path, first.layer_dims)
-    made_by = read_manifest(content, path)
+    names, notes = _layer_names(summary, first.layer_dims)
+    made_by = summary.manifest()
     ends = np.cumsum(first.layer_dims).tolist()
     parts = [
         # The layout keeps no shape of a layer.
         IndexedComponent(name=name, kind="layer", shape=(1, size), start=end - size, stop=end)
         for name, size, end in zip(names, first.layer_dims, ends, strict=True)
     ]
-    components, places = lay_out(parts, ends[-1], made_by, path)
+    components, places = lay_out(parts, ends[-1], made_by, summary.path)
     if made_by is None:
         notes.append("The files do not say which example a row is. Rows are in the order of the batches.")
     if kind == "ifvp":
         notes.append("Rows are inverse-Fisher-vector products, not gradients: their products are influence.")
-    notes += [*_missing_batches(chunks, content, path), *_zero_rows(chunks)]
+    notes += [*_missing_batches(chunks, summary), *_zero_rows(chunks)]
     rows = [
         f"{batch}:{place}" for chunk in chunks for batch, start, stop in chunk.batches for place in range(stop - start)
     ]
@@ -101,10 +96,18 @@ def read_chunks(folder: Path) -> Published:
         counts=[chunk.rows for chunk in chunks],
         load=lambda chunk, inside: chunks[chunk].read(inside),
         places=places,
-        files=files if names_file is None else [path, *files],
+        files=files if summary.content is None else [summary.path, *files],
         notes=notes,
         made_by=made_by,
     )
+
+
+def _read_summary(within: Path) -> Metadata:
+    """Return what stands beside the chunks or above them; its content is None where nothing does."""
+    for folder in (within, within.parent):
+        if (folder / "batch_metadata.json").is_file():
+            return read_metadata(folder / "batch_metadata.json")
+    return Metadata(None, within / "batch_metadata.json")
 
 
 def _kind(folder: Path) -> tuple[str, Path]:
@@ -133,14 +136,14 @@ def _chunks(folder: Path, kind: str) -> list[_Chunk]:
 
 def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
     path, metadata = folder / f"{stem}.mmap", folder / f"{stem}_metadata.json"
-    content = read_json(metadata)
+    content = read_metadata(metadata)
     if not path.is_file():
         raise DataError(f"{path} is missing, though {metadata.name} is there: its writer was killed. Compute it again.")
-    shape, sizes = entries(content, "shape", metadata), field(content, "layer_dims", metadata)
-    sizes = list(sizes.values()) if isinstance(sizes, dict) else entries(content, "layer_dims", metadata)
+    shape, sizes = content.entries("shape"), content.field("layer_dims")
+    sizes = list(sizes.values()) if isinstance(sizes, dict) else content.entries("layer_dims")
     dims = tuple(check_number(size, "a size in `layer_dims`", metadata) for size in sizes)
     shape = [check_number(size, "a size in `shape`", metadata) for size in shape]
-    dtype = str(field(content, "storage_dtype", metadata)).removeprefix("torch.")
+    dtype = str(content.field("storage_dtype")).removeprefix("torch.")
     if dtype not in _TYPES:
         raise DataError(f"{metadata}: storage_dtype {dtype} is not known. Expected one of: {', '.join(_TYPES)}.")
     if len(shape) != 2 or shape[1] != sum(dims) or shape[0] < 1:
@@ -148,35 +151,29 @@ def _chunk(folder: Path, stem: str, first: int, last: int) -> _Chunk:
     expected, size = shape[0] * shape[1] * _TYPES[dtype].itemsize, path.stat().st_size
     if size != expected:
         raise DataError(f"{path} has {size:,} bytes, expected {expected:,} for shape {shape}: it is not whole.")
-    batches = [
-        (
-            whole_number(entry, "batch_idx", metadata),
-            whole_number(entry, "start_row", metadata),
-            whole_number(entry, "end_row", metadata),
-        )
-        for entry in entries(content, "batches", metadata)
-    ]
+    entries = [Metadata(entry, metadata) for entry in content.entries("batches")]
+    batches = [(entry.number("batch_idx"), entry.number("start_row"), entry.number("end_row")) for entry in entries]
     if [start for _, start, _ in batches] != [0, *(stop for _, _, stop in batches)][:-1] or batches[-1][2] != shape[0]:
         raise DataError(f"{metadata}: the rows of its batches do not follow one another from 0 to {shape[0]}.")
     return _Chunk(first, last, path, metadata, int(shape[0]), dims, dtype, batches)
 
 
-def _layer_names(content: Any, path: Path, dims: tuple[int, ...]) -> tuple[list[str], list[str]]:
-    """Return the names in the order of the columns, which here is that of the model's modules."""
-    if content is None:
-        note = f"{path.name} is missing, which holds the names of the layers: they are numbered in their order."
+def _layer_names(summary: Metadata, dims: tuple[int, ...]) -> tuple[list[str], list[str]]:
+    """Return the names in the order of the columns, which here is that of the model's modules; and notes."""
+    if summary.content is None:
+        note = f"{summary.path.name} is missing, which holds the names of the layers: they are numbered in their order."
         return [f"layer_{number}" for number in range(len(dims))], [note]
-    names = [str(name) for name in entries(content, "layer_names", path)]
+    names = [str(name) for name in summary.entries("layer_names")]
     if len(names) != len(dims):
-        raise DataError(f"{path} names {len(names)} layers, and the chunks have {len(dims)}.")
+        raise DataError(f"{summary.path} names {len(names)} layers, and the chunks have {len(dims)}.")
     return names, []
 
 
-def _missing_batches(chunks: list[_Chunk], content: Any, path: Path) -> list[str]:
+def _missing_batches(chunks: list[_Chunk], summary: Metadata) -> list[str]:
     held = [batch for chunk in chunks for batch, _, _ in chunk.batches]
     if len(set(held)) != len(held):
-        raise DataError(f"{path.parent}: a batch is in two chunks.")
-    total = content.get("total_batches") if isinstance(content, dict) else None
+        raise DataError(f"{summary.path.parent}: a batch is in two chunks.")
+    total = summary.content.get("total_batches") if isinstance(summary.content, dict) else None
     stop = total if isinstance(total, int) and not isinstance(total, bool) else max(held) + 1
     note = missing_note(held, 0, max(stop, 0), "batches are missing")
     return [] if note is None else [note]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vestige.data import Example, TokenizedData, load_examples, tokenize
+from vestige.data import TokenizedData, load_examples, tokenize
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.indexes import (
     IMPORTED_SPEC,
@@ -28,7 +28,7 @@ from vestige_recipes.commands import ImportLayout, ImportSettings
 from vestige_recipes.interop.chunks import read_chunks
 from vestige_recipes.interop.iterations import FULL_GRADIENTS, PROJECTIONS, read_full_gradients, read_projections
 from vestige_recipes.interop.logs import LOGS, import_logs
-from vestige_recipes.interop.published import HELPS, Published, without_tokens, write_imported
+from vestige_recipes.interop.published import HELPS, Published, stand_ins, without_tokens, write_imported
 from vestige_recipes.interop.similarities import import_similarities
 
 UNKNOWN = "unknown"
@@ -113,8 +113,7 @@ def _find_examples(
 ) -> tuple[TokenizedData, bool]:
     """Return the data given, or stand-ins that name the place in the files; and whether gradients can be recomputed."""
     if settings.data is None:
-        stand_ins = [Example(id=name, row=row, text="") for row, name in enumerate(published.names)]
-        return without_tokens(stand_ins, str(settings.source)), False
+        return without_tokens(stand_ins(published.names), str(settings.source)), False
     examples = load_examples(settings.data, on_bad_text=settings.on_bad_text)
     if len(examples) != len(published.names):
         missing = " ".join(note for note in published.notes if "missing" in note)
@@ -198,10 +197,8 @@ def score_against(settings: ImportSettings, published: Published) -> Scores:
     for block in index.blocks():
         rows = _unit(block.gradients) if cosine else block.gradients
         collector.add(ScoreBlock(block.example, vectors @ rows.T))
-    asked = [Example(id=name, row=row, text="") for row, name in enumerate(published.names)]
-    return write_imported(
-        settings, examples, asked, collector.finish(), AGAINST, _READING, cosine=cosine, started=started
-    )
+    asked, summary = stand_ins(published.names), collector.finish()
+    return write_imported(settings, examples, asked, summary, AGAINST, _READING, cosine=cosine, started=started)
 
 
 def _unit(rows: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:

@@ -22,18 +22,15 @@ from vestige.storage import write_durably
 from vestige_recipes.interop.published import (
     ROWS_PER_BATCH,
     VESTIGE_KEY,
+    Metadata,
     Published,
     check_number,
-    entries,
-    field,
     lay_out,
     layers_to_write,
-    load_tensors,
+    load_object,
     missing_note,
     name_type,
-    read_json,
-    read_manifest,
-    whole_number,
+    read_metadata,
     write_json,
 )
 
@@ -48,33 +45,25 @@ UNTRUSTED = (
 
 def read_projections(folder: Path) -> Published:
     """Return projected gradients: `proj_iter_{i:06d}.pt` {proj, iter, batch_size} and `metadata.json`."""
-    path = folder / "metadata.json"
-    metadata = read_json(path)
-    layers = [_layer(layer, path) for layer in entries(metadata, "layers", path)]
-    width = whole_number(metadata, "total_proj_dim", path)
-    made_by = read_manifest(metadata, path)
-    return _build_published("projections", path, layers, width, made_by)
+    metadata = read_metadata(folder / "metadata.json")
+    layers = [_layer(Metadata(layer, metadata.path)) for layer in metadata.entries("layers")]
+    width = metadata.number("total_proj_dim")
+    return _build_published("projections", metadata.path, layers, width, metadata.manifest())
 
 
 def read_full_gradients(folder: Path) -> Published:
     """Return exact gradients: `fullgrad_iter_{i:06d}.pt` {grad, iter, batch_size} and `fullgrad_meta.json`."""
-    path = folder / "fullgrad_meta.json"
-    metadata = read_json(path)
-    slices = field(metadata, "param_slices", path)
+    metadata = read_metadata(folder / "fullgrad_meta.json")
+    slices, path = metadata.field("param_slices"), metadata.path
     if not isinstance(slices, dict) or not slices:
         raise DataError(f"{path}: `param_slices` is no object of slices by name. Copy the file again.")
-    parts = [
-        IndexedComponent(
-            name=name,
-            kind="parameter",
-            shape=_matrix_shape(field(place, "shape", path), path),
-            start=whole_number(place, "start", path),
-            stop=whole_number(place, "end", path),
-        )
-        for name, place in slices.items()
-    ]
-    width = whole_number(metadata, "total_param_dim", path)
-    return _build_published("fullgrads", path, parts, width, None)
+    parts = []
+    for name, content in slices.items():
+        place = Metadata(content, path)
+        shape = _matrix_shape(place.field("shape"), path)
+        start, stop = place.number("start"), place.number("end")
+        parts.append(IndexedComponent(name=name, kind="parameter", shape=shape, start=start, stop=stop))
+    return _build_published("fullgrads", path, parts, metadata.number("total_param_dim"), None)
 
 
 def _build_published(
@@ -90,7 +79,7 @@ def _build_published(
     # Batches are read in order: one file is in memory at a time.
     @lru_cache(maxsize=1)
     def content(file: int) -> Tensor:
-        tensor = load_tensors(paths[file])[key]
+        tensor = load_object(paths[file], dict)[key]
         return tensor if tensor.dim() == 2 else tensor[None]
 
     return Published(
@@ -108,13 +97,15 @@ def _build_published(
     )
 
 
-def _layer(layer: Any, path: Path) -> IndexedComponent:
-    start, stop = whole_number(layer, "slice_start", path), whole_number(layer, "slice_end", path)
-    name, total = str(field(layer, "name", path)), whole_number(layer, "k_total", path)
+def _layer(layer: Metadata) -> IndexedComponent:
+    start, stop = layer.number("slice_start"), layer.number("slice_end")
+    name, total = str(layer.field("name")), layer.number("k_total")
     if stop - start != total:
-        raise DataError(f"{path}: layer {name} has k_total {total}, and its slice {start}:{stop} is {stop - start}.")
-    shape = whole_number(layer, "n_o", path), whole_number(layer, "n_i", path)
-    return IndexedComponent(name=name, kind=str(field(layer, "type", path)), shape=shape, start=start, stop=stop)
+        raise DataError(
+            f"{layer.path}: layer {name} has k_total {total}, and its slice {start}:{stop} is {stop - start}."
+        )
+    shape = layer.number("n_o"), layer.number("n_i")
+    return IndexedComponent(name=name, kind=str(layer.field("type")), shape=shape, start=start, stop=stop)
 
 
 def _matrix_shape(shape: Any, path: Path) -> tuple[int, int]:
@@ -141,16 +132,16 @@ def _check(files: list[tuple[int, Path]], key: str, width: int) -> tuple[list[in
     """Read every file once, before anything is written; return the rows of each, and their number format."""
     rows, dtypes = [], set()
     for number, path in files:
-        content = load_tensors(path)
-        tensor = field(content, key, path)
+        content = Metadata(load_object(path, dict), path)
+        tensor = content.field(key)
         if not isinstance(tensor, Tensor) or tensor.shape[-1:] != (width,) or tensor.dim() > 2:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise DataError(f"{path}: `{key}` is {shape}, expected [rows, {width}] as the metadata say.")
         count = len(tensor) if tensor.dim() == 2 else 1
-        if whole_number(content, "iter", path) != number:
-            raise DataError(f"{path} says that it is iteration {content['iter']}, and its name says {number}.")
-        if whole_number(content, "batch_size", path) != count:
-            raise DataError(f"{path} holds {count} rows, and says batch_size {content['batch_size']}: it is not whole.")
+        if (iteration := content.number("iter")) != number:
+            raise DataError(f"{path} says that it is iteration {iteration}, and its name says {number}.")
+        if (size := content.number("batch_size")) != count:
+            raise DataError(f"{path} holds {count} rows, and says batch_size {size}: it is not whole.")
         rows.append(count)
         dtypes.add(tensor.dtype)
     if len(dtypes) > 1:

@@ -6,7 +6,6 @@ are known by their tokens.
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from vestige.data import Example, load_examples
 from vestige.errors import DataError, SpecError
 from vestige.runs import Meaning, ScoreBlock, ScoreCollector, Scores, check_target
 from vestige_recipes.commands import ImportSettings
-from vestige_recipes.interop.published import HELPS, field, load_object, write_imported
+from vestige_recipes.interop.published import HELPS, Metadata, load_object, stand_ins, write_imported
 
 LOGS = "dot_prod_log_iter"
 _MEANING = Meaning(
@@ -44,9 +43,13 @@ def import_logs(settings: ImportSettings) -> Scores:
     if settings.against is not None or settings.model is not None:
         raise SpecError(f"--against and --model are for gradients, and {settings.source} holds logs. Leave them out.")
     totals: dict[_Tokens, float] = {}
-    for path in _paths(settings.source):
+    paths = sorted(settings.source.glob(f"{LOGS}_*.pt"))
+    if not paths:
+        raise DataError(f"{settings.source} holds no {LOGS}_*.pt. Give the folder in which they lie.")
+    for path in paths:
         for entry in load_object(path, list):
-            products, rows = field(entry, "dot_product", path), field(entry, "X_train", path)
+            step = Metadata(entry, path)
+            products, rows = step.field("dot_product"), step.field("X_train")
             if not isinstance(products, Tensor) or not isinstance(rows, Tensor) or len(products) != len(rows):
                 raise DataError(f"{path}: `dot_product` and `X_train` are no tensors with a row for each example.")
             for tokens, value in zip(map(tuple, rows.tolist()), products.double().reshape(-1).tolist(), strict=True):
@@ -63,15 +66,8 @@ def import_logs(settings: ImportSettings) -> Scores:
         values[0, known[tokens]] = value
     collector = ScoreCollector(1, len(train), k=settings.k)
     collector.add(ScoreBlock(torch.arange(len(train)), values))
-    asked = [Example(id="validation", row=0, text="")]
+    asked = stand_ins(["validation"])
     return write_imported(settings, train, asked, collector.finish(), _MEANING, _READING, cosine=False, started=started)
-
-
-def _paths(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob(f"{LOGS}_*.pt"))
-    if not paths:
-        raise DataError(f"{folder} holds no {LOGS}_*.pt. Give the folder in which they lie.")
-    return paths
 
 
 def _find_examples(settings: ImportSettings, logged: list[_Tokens]) -> list[Example]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from vestige.data import Example
 from vestige.errors import DataError, IndexMismatch
 from vestige.evaluate import (
     Candidates,
@@ -22,7 +21,7 @@ from vestige.models import Component, LoadedModel
 from vestige.settings import ComponentsSettings, with_settings
 from vestige.storage import require_no_others
 from vestige_recipes.commands import ProductsSettings
-from vestige_recipes.interop.published import check_number, read_json, without_tokens, write_json
+from vestige_recipes.interop.published import check_number, read_json, stand_ins, without_tokens, write_json
 from vestige_recipes.interop.similarities import DOTS, EXAMPLE_DOTS, QUERY_DOTS, published_products
 
 _WORDS = "given"
@@ -49,10 +48,7 @@ def products(settings: ProductsSettings) -> Evaluation:
     asked = ComponentsSettings(model=source, data=source, queries=source, candidates=(_WORDS,), **same)
     unknown = np.zeros(len(right), dtype=np.int64)
     candidates = Candidates(listed.rows, right, unknown, unknown > 0)
-    train, queries = (
-        without_tokens([Example(id=name, row=row, text="") for row, name in enumerate(ids)], source)
-        for ids in (found.examples, found.queries)
-    )
+    train, queries = (without_tokens(stand_ins(ids), source) for ids in (found.examples, found.queries))
     inputs = ComponentInputs(
         settings=asked,
         loaded=LoadedModel(nn.Module(), None, source, "", None),

@@ -9,11 +9,11 @@ import operator
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -74,6 +74,11 @@ class Published:
         return torch.cat([gradients[:, place] for place in self.places], dim=1)
 
 
+def stand_ins(names: Iterable[str]) -> list[Example]:
+    """Return examples of which nothing but the id is known."""
+    return [Example(id=name, row=row, text="") for row, name in enumerate(names)]
+
+
 def without_tokens(examples: Sequence[Example], name: str) -> TokenizedData:
     """Return examples as data that was never tokenised."""
     count = len(examples)
@@ -101,11 +106,6 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} does not read as JSON ({error}): it is torn or broken. Copy it again.") from error
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a `.pt` file, of which nothing but tensors and plain values is ever loaded."""
-    return load_object(path, dict)
-
-
 def load_object(path: Path, of: type[Held]) -> Held:
     """Return the object of a type in a `.pt` file, of which nothing but tensors and plain values is ever loaded."""
     try:
@@ -128,16 +128,42 @@ def load_object(path: Path, of: type[Held]) -> Held:
     return content
 
 
-def field(content: Any, name: str, path: Path) -> Any:
-    """Return the value under `name`."""
-    if not isinstance(content, dict) or name not in content:
-        raise DataError(f"{path} has no `{name}`: it is not a file of this layout, or is incomplete.")
-    return content[name]
+def read_metadata(path: Path) -> "Metadata":
+    """Return the content of a JSON file, to read fields from."""
+    return Metadata(read_json(path), path)
 
 
-def whole_number(content: Any, name: str, path: Path) -> int:
-    """Return the whole number under `name`, from 0."""
-    return check_number(field(content, name, path), f"`{name}`", path)
+class Metadata(NamedTuple):
+    """An object out of a file, whose fields are checked when they are read."""
+
+    content: Any
+    path: Path
+
+    def field(self, name: str) -> Any:
+        """Return the value under `name`."""
+        if not isinstance(self.content, dict) or name not in self.content:
+            raise DataError(f"{self.path} has no `{name}`: it is not a file of this layout, or is incomplete.")
+        return self.content[name]
+
+    def number(self, name: str) -> int:
+        """Return the whole number under `name`, from 0."""
+        return check_number(self.field(name), f"`{name}`", self.path)
+
+    def entries(self, name: str) -> list[Any]:
+        """Return the list under `name`, which has at least one entry."""
+        value = self.field(name)
+        if not isinstance(value, list) or not value:
+            raise DataError(f"{self.path}: `{name}` is {shorten(repr(value))}, expected a list with entries.")
+        return value
+
+    def manifest(self) -> Manifest | None:
+        """Return the manifest that our own export has left here, None if other software wrote the file."""
+        if not isinstance(self.content, dict) or VESTIGE_KEY not in self.content:
+            return None
+        try:
+            return Manifest.model_validate(self.content[VESTIGE_KEY], strict=False)
+        except ValueError as error:
+            raise DataError(f"{self.path}: `{VESTIGE_KEY}` is no manifest ({str(error).splitlines()[0]}).") from error
 
 
 def check_number(value: Any, what: str, path: Path) -> int:
@@ -150,14 +176,6 @@ def check_number(value: Any, what: str, path: Path) -> int:
     if isinstance(value, bool) or not 0 <= number < 2**63:
         raise DataError(f"{path}: {what} is {shorten(repr(value))}, expected a whole number. Copy the file again.")
     return number
-
-
-def entries(content: Any, name: str, path: Path) -> list[Any]:
-    """Return the list under `name`, which has at least one entry."""
-    value = field(content, name, path)
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{path}: `{name}` is {shorten(repr(value))}, expected a list with entries.")
-    return value
 
 
 def missing_note(held: Sequence[int], first: int, stop: int, what: str) -> str | None:
@@ -175,16 +193,6 @@ def name_type(dtype: torch.dtype, path: Path) -> str:
     if dtype not in _STORED:
         raise DataError(f"{path} holds numbers in {dtype}, expected one of: {', '.join(map(str, _STORED))}.")
     return str(dtype).removeprefix("torch.")
-
-
-def read_manifest(content: Any, path: Path) -> Manifest | None:
-    """Return the manifest that our own export has left in the metadata, None if other software wrote them."""
-    if not isinstance(content, dict) or VESTIGE_KEY not in content:
-        return None
-    try:
-        return Manifest.model_validate(content[VESTIGE_KEY], strict=False)
-    except ValueError as error:
-        raise DataError(f"{path}: `{VESTIGE_KEY}` is no manifest ({str(error).splitlines()[0]}).") from error
 
 
 def lay_out(

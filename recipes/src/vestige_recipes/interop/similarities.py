@@ -29,7 +29,7 @@ from vestige.runs import (
     check_target,
 )
 from vestige_recipes.commands import ImportSettings
-from vestige_recipes.interop.published import HELPS, read_json, write_imported, write_json
+from vestige_recipes.interop.published import HELPS, read_json, stand_ins, write_imported, write_json
 
 DOTS, QUERY_DOTS, EXAMPLE_DOTS = "dot_products", "paraphrased_dot_products", "original_dot_products"
 _PRODUCTS = (DOTS, QUERY_DOTS, EXAMPLE_DOTS)
@@ -67,7 +67,7 @@ def import_similarities(settings: ImportSettings) -> Scores:
         raise DataError(f"{settings.source} holds no similarities, or a query without candidates.")
     ids = dict.fromkeys(example for candidates in found.scores.values() for example in candidates)
     bad_text = settings.on_bad_text
-    train, queries = _stand_ins(list(ids)), _stand_ins(list(found.scores))
+    train, queries = stand_ins(ids), stand_ins(found.scores)
     if settings.data is not None:
         train = load_examples(settings.data, on_bad_text=bad_text)
         _require_ids(ids, train, "--data")
@@ -203,10 +203,6 @@ def _length_reader(dots: Any, path: Path) -> Callable[[str], float]:
         return known[name]
 
     return length
-
-
-def _stand_ins(ids: list[str]) -> list[Example]:
-    return [Example(id=name, row=row, text="") for row, name in enumerate(ids)]
 
 
 def _require_ids(ids: Iterable[str], given: list[Example], flag: str) -> None:

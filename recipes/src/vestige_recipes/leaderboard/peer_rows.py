@@ -1,7 +1,6 @@
 """Rows of the leaderboard that other packages compute: each by a script in an environment of its own."""
 
 import hashlib
-import json
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import numpy as np
 from vestige.errors import DataError, SpecError
 from vestige.progress import announce
 from vestige.storage import make_folder, write_durably
-from vestige_recipes.common.texts import write_rows
+from vestige_recipes.common.texts import read_rows, write_rows
 
 SCRIPTS = Path(__file__).with_name("peers")
 PROBES = 4
@@ -77,7 +76,7 @@ def ask_peer(peer: Peer, folder: Path, model: str, train: Path, queries: Path) -
         train: The rows that are scored, as JSON lines.
         queries: Likewise.
     """
-    examples, asked = (list(map(json.loads, path.read_text().splitlines())) for path in (train, queries))
+    examples, asked = read_rows(train), read_rows(queries)
     probes = list(range(0, len(examples), -(-len(examples) // PROBES)))
     both = write_rows(folder / "asked.jsonl", [*asked, *(examples[row] for row in probes)])
     # Another script of the same name has another folder.

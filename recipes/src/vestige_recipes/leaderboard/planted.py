@@ -17,15 +17,6 @@ from vestige.methods import METHODS
 from vestige.progress import announce
 from vestige.runs import Scores
 from vestige.training import bank
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.texts import Row, Texts, write_rows
 from vestige_recipes.leaderboard.run import (
     PLANS as BOARDS,
@@ -35,6 +26,7 @@ from vestige_recipes.leaderboard.run import (
     score_methods,
     train_whole,
 )
+from vestige_recipes.studies import Gate, Outcome, StudySettings, register_study, show_interval
 from vestige_recipes.text_lds.run import TextPlan, train_start
 
 STATED = ("{name} has a house in", "the home of {name} is in", "{name} comes from")
@@ -253,7 +245,7 @@ def _leave_out(
         seeds=1,
         seed=settings.seed,
         **learning_arguments(board),
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     )
     rises = left.query_losses - left.query_losses[left.membership.all(1)]
     by_list = {left.subset_names[subset]: rise for subset, rise in zip(left.subsets, rises, strict=True)}
@@ -274,17 +266,17 @@ def _gates(lines: list[Line], chance: Mapping[str, float], moved: Mapping[str, f
     best = {kind: max((one[kind] for one in gradients), key=lambda one: one.value) for kind in MEASURES}
     held = [drawn[kind].low <= value <= drawn[kind].high for kind, value in chance.items()]
     return [
-        at_least("scores drawn at random: columns whose interval holds chance", float(sum(held)), 3.0),
+        Gate("scores drawn at random: columns whose interval holds chance", float(sum(held)), ">=", 3.0),
         *(
-            at_least(f"{kind}: best of the gradients, its interval above that of random scores by",
-                     best[kind].low - drawn[kind].high)
+            Gate(f"{kind}: best of the gradients, its interval above that of random scores by",
+                     best[kind].low - drawn[kind].high, ">=")
             for kind in MEASURES
         ),
         *(
-            at_least(f"{kind}: best of the gradients above the search for words by",
-                     best[kind].value - words[kind].value)
+            Gate(f"{kind}: best of the gradients above the search for words by",
+                     best[kind].value - words[kind].value, ">=")
             for kind in ("recall", "shortcut")
         ),
-        *(at_least(f"{kind}: rise of the loss without the right rows, nats", moved[kind]) for kind in MEASURES),
-        at_least("recall: that rise above the rise without echoes by, nats", moved["recall"] - moved[_ECHOES]),
+        *(Gate(f"{kind}: rise of the loss without the right rows, nats", moved[kind], ">=") for kind in MEASURES),
+        Gate("recall: that rise above the rise without echoes by, nats", moved["recall"] - moved[_ECHOES], ">="),
     ]  # fmt: skip

@@ -18,7 +18,7 @@ import numpy as np
 
 from vestige.banks import Bank, run_seed
 from vestige.errors import UserError
-from vestige.evaluate import Estimate, ceiling, datamodeling_score
+from vestige.evaluate import Estimate, Lds, ceiling
 from vestige.figures import COLOURS, finish_axes, make_figure, render_figure, write_plainly
 from vestige.indexes import Index, index
 from vestige.jobs import PROFILE_FILE
@@ -27,16 +27,9 @@ from vestige.progress import announce
 from vestige.runs import Scores, is_complete
 from vestige.storage import write_durably
 from vestige.training import TrainingRun, bank, train
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
+from vestige_recipes.common.halves import judge_scores
 from vestige_recipes.leaderboard.peer_rows import ask_peer, find_peers
+from vestige_recipes.studies import Gate, Outcome, StudySettings, register_study, show_interval
 from vestige_recipes.text_lds.run import TextPlan, prepare_texts
 
 Options = dict[str, Any]
@@ -100,27 +93,6 @@ class Entry(NamedTuple):
     """Its index."""
 
 
-class Truth(NamedTuple):
-    """Losses of the queries after trainings on parts of the data."""
-
-    membership: np.ndarray
-    losses: np.ndarray
-    subsets: np.ndarray
-    draws: int
-    """Of the bootstrap."""
-
-    @classmethod
-    def of(cls, made: Bank, draws: int, seed: int | None = None) -> "Truth":
-        """Return the models of a bank, or those of one seed."""
-        kept = np.ones(len(made), dtype=bool) if seed is None else made.seeds == seed
-        return cls(made.membership[kept], made.query_losses[kept], made.subsets[kept], draws)
-
-    def judge(self, scores: np.ndarray) -> Estimate:
-        """Return the linear datamodeling score with its interval."""
-        judged = datamodeling_score(scores, self.membership, self.losses, subset=self.subsets, draws=self.draws)
-        return judged.estimate
-
-
 class Line(NamedTuple):
     """What one row of the table shows."""
 
@@ -152,15 +124,17 @@ def leaderboard(settings: StudySettings) -> Outcome:
     start, data, queries = prepare_texts(settings, plan.text)
     halves, drops = _make_banks(settings, plan, start, data, queries)
     trained = [train_whole(settings, plan, start, data, number) for number in range(plan.trainings)]
-    banks = {"halves": (halves, None), "same": (drops, 0), "other": (drops, settings.seeds - 1)}
-    truths = {name: Truth.of(made, plan.draws, seed) for name, (made, seed) in banks.items()}
+    seeds = {"same": 0, "other": settings.seeds - 1}
+    truths = {"halves": partial(judge_scores, truth=halves, draws=plan.draws)}
+    for name, seed in seeds.items():
+        truths[name] = partial(judge_scores, truth=drops, draws=plan.draws, members=drops.seeds == seed)
     lines, reasons = score_methods(settings, plan, trained, data, queries, partial(_read_line, truths))
     for peer in peers:
         rows, missing = ask_peer(peer, settings.out / "peers", _last(trained[0]), data, queries)
         reasons |= missing
         for row in rows:
-            judged, costs = _judge(row.scores, truths), {"seconds": row.seconds, "memory": row.memory}
-            lines.append(Line(row.name, **judged, before=0.0, **costs, row_bytes=None))
+            judged = {name: judge(row.scores).estimate for name, judge in truths.items()}
+            lines.append(Line(row.name, **judged, before=0.0, seconds=row.seconds, memory=row.memory, row_bytes=None))
     for name, reason in reasons.items():
         announce(f"{name} is not on the board: {reason}")
     limits = [ceiling(one.query_losses, one.subsets, one.seeds) for one in (halves, drops)]
@@ -180,7 +154,7 @@ def _make_banks(settings: StudySettings, plan: BoardPlan, start: str, data: Path
     common: dict[str, Any] = {
         **{"model": start, "data": str(data), "queries": str(queries), "seeds": settings.seeds, "seed": settings.seed},
         **{"drop_by": "weight", **learning_arguments(plan)},
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     }
     halves = bank(out=settings.out / "halves", subsets=plan.text.subsets, **common)
     random = np.random.default_rng(settings.seed)
@@ -250,7 +224,10 @@ def _entries(
         elif found.needs_index:
             for number, spec in enumerate(plan.compress):
                 made = settings.out / "indexes" / str(number)
-                _make_index(settings, made, model=model, data=str(data), compress=spec)
+                # Called again, it would be measured again, and have nothing left to do.
+                if not (made / PROFILE_FILE).exists():
+                    launched = settings.launch_arguments
+                    index(out=made, profile=True, model=model, data=str(data), compress=spec, **launched)
                 yield Entry(f"{name}, {spec}", common | {"index": str(made)}, made)
         else:
             yield Entry(name, common | {"model": model, "data": str(data)}, None)
@@ -259,12 +236,6 @@ def _entries(
 def _last(run: TrainingRun) -> str:
     """Return the folder of the trained model."""
     return str(run.checkpoints[max(run.checkpoints)])
-
-
-def _make_index(settings: StudySettings, made: Path, **arguments: Any) -> None:
-    # Called again, it would be measured again, and have nothing left to do.
-    if not (made / PROFILE_FILE).exists():
-        index(out=made, profile=True, **arguments, **launch_arguments(settings))
 
 
 def _score(settings: StudySettings, entry: Entry, queries: Path) -> Scores:
@@ -284,17 +255,14 @@ def _score(settings: StudySettings, entry: Entry, queries: Path) -> Scores:
     return Scores.open(out)
 
 
-def _read_line(truths: Mapping[str, Truth], entry: Entry, scores: Scores) -> Line:
-    record = scores.run
-    opened = None if entry.stored is None else Index.open(entry.stored)
-    before = 0.0 if opened is None else json.loads((opened.folder / PROFILE_FILE).read_text())["total_seconds"]
-    width = None if opened is None else opened.manifest.row_bytes
-    return Line(entry.name, **_judge(scores.dense(), truths), before=before, seconds=record.seconds,
-                memory=record.peak_memory_bytes, row_bytes=width)  # fmt: skip
-
-
-def _judge(scores: np.ndarray, truths: Mapping[str, Truth]) -> dict[str, Estimate]:
-    return {name: truth.judge(scores) for name, truth in truths.items()}
+def _read_line(truths: Mapping[str, Callable[[np.ndarray], Lds]], entry: Entry, scores: Scores) -> Line:
+    record, before, width = scores.run, 0.0, None
+    if entry.stored is not None:
+        before = json.loads((entry.stored / PROFILE_FILE).read_text())["total_seconds"]
+        width = Index.open(entry.stored).manifest.row_bytes
+    judged = {name: judge(scores.dense()).estimate for name, judge in truths.items()}
+    costs = {"before": before, "seconds": record.seconds, "memory": record.peak_memory_bytes, "row_bytes": width}
+    return Line(entry.name, **judged, **costs)
 
 
 def _attribute(arguments: dict[str, Any]) -> str | None:
@@ -318,15 +286,17 @@ def _gates(lines: list[Line]) -> list[Gate]:
     for name, line in found.items():
         gain = line.halves.value - exact.halves.value
         if name.startswith("ekfac refine="):
-            gates.append(at_least(f"{name}: LDS on halves above that of ekfac by", gain))
+            gates.append(Gate(f"{name}: LDS on halves above that of ekfac by", gain, ">="))
         elif name.startswith("ekfac-index"):
-            gates.append(at_least(f"{name}: LDS on halves above that of ekfac by", gain, -NEAR_EKFAC))
+            gates.append(Gate(f"{name}: LDS on halves above that of ekfac by", gain, ">=", -NEAR_EKFAC))
         elif name == "replay":
-            gates.append(at_least("replay: LDS of drops, same run", line.same.value, REPLAY_REACHES))
-            gates.append(at_least("replay: its interval there above that of ekfac by", line.same.low - exact.same.high))
+            gates.append(Gate("replay: LDS of drops, same run", line.same.value, ">=", REPLAY_REACHES))
+            gates.append(
+                Gate("replay: its interval there above that of ekfac by", line.same.low - exact.same.high, ">=")
+            )
         elif name.startswith("replay, mean") and one is not None:
             gain = line.halves.value - one.halves.value
-            gates.append(at_least(f"{name}: LDS on halves above that of one run by", gain))
+            gates.append(Gate(f"{name}: LDS on halves above that of one run by", gain, ">="))
     return gates
 
 

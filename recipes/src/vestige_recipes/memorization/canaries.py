@@ -19,19 +19,11 @@ from vestige.measures import Interval, exposure, extraction, greedy, share
 from vestige.models import load_model
 from vestige.progress import announce, progress
 from vestige.training import Recipe
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    draw_intervals,
-    register_study,
-)
 from vestige_recipes.common.texts import byte_gpt, byte_rows, help_topics, write_rows
 from vestige_recipes.common.training import Training, train_checkpoints
 from vestige_recipes.memorization.judging import mean_interval, table_row
 from vestige_recipes.memorization.targets import claim_folder, keep_measures, read_measures
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study
 
 COPIES = (0, 1, 4, 16, 64)
 DIGITS = 8
@@ -84,8 +76,7 @@ class Canaries(NamedTuple):
 def memorization_canaries(settings: StudySettings) -> Outcome:
     """Exposure in bits and extraction of secrets by how often they were planted, over several models."""
     plan, found = PLANS[settings.size], []
-    for number in range(settings.seeds):
-        seed = settings.seed + number
+    for seed in range(settings.seed, settings.seed + settings.seeds):
         found.append(_measure(plan, seed, settings.out / f"seed-{seed}"))
         means = ", ".join(f"{count}: {_of(found[-1], 'exposure', count).mean():.2f}" for count in COPIES)
         announce(f"Model {seed}: mean exposure by copies {means}")
@@ -120,18 +111,15 @@ def memorization_canaries(settings: StudySettings) -> Outcome:
 def gates_of(exposures: Mapping[int, Interval], given: Mapping[int, Interval]) -> list[Gate]:
     """Return the gates: both rise with the copies, and a secret that was never planted is guessed by chance."""
     rising = [
-        at_least(f"exposure: {more} copies above {fewer} by, bits", exposures[more].value - exposures[fewer].value)
-        for fewer, more in pairwise(COPIES)
-    ]
-    rising += [
-        at_least(f"given back: {more} copies above {fewer} by", given[more].value - given[fewer].value)
+        Gate(f"{what}: {more} copies above {fewer} by{unit}", found[more].value - found[fewer].value, ">=")
+        for what, unit, found in (("exposure", ", bits", exposures), ("given back", "", given))
         for fewer, more in pairwise(COPIES)
     ]
     apart, off = exposures[COPIES[-1]].low - exposures[COPIES[1]].high, abs(exposures[0].value - BY_CHANCE)
     return [
         *rising,
-        at_least(f"exposure: lower end of {COPIES[-1]} copies above the upper end of {COPIES[1]} by", apart),
-        at_most(f"exposure of what was never planted: away from {BY_CHANCE:.2f} bits by", off, NEAR_CHANCE),
+        Gate(f"exposure: lower end of {COPIES[-1]} copies above the upper end of {COPIES[1]} by", apart, ">="),
+        Gate(f"exposure of what was never planted: away from {BY_CHANCE:.2f} bits by", off, "<=", NEAR_CHANCE),
     ]
 
 

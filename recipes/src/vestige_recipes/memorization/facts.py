@@ -18,15 +18,6 @@ from torch import nn
 from vestige.measures import Interval, blind, extraction, greedy, mahalanobis, perplexity_ratio, psmi, zlib_ratio
 from vestige.models import LoadedModel, load_model, trainable_copy
 from vestige.training import Recipe, Rows, Step, fit
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    draw_intervals,
-    register_study,
-)
 from vestige_recipes.common.texts import byte_gpt
 from vestige_recipes.memorization.judging import (
     COLUMNS,
@@ -55,6 +46,7 @@ from vestige_recipes.memorization.targets import (
     read,
     read_measures,
 )
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study
 
 FIRST, SECOND, THIRD, ODD, PER_CLASS = 40, 40, 40, 24, 10
 """Words of each place in a name; first names of facts, which no rule covers; first names of a class."""
@@ -85,7 +77,7 @@ class Facts(NamedTuple):
         }
 
 
-def make_facts(rule: int, flips: int, facts: int, seed: int, *, answers_only: bool = False) -> Facts:
+def make_facts(rule: int, flips: int, facts: int, seed: int) -> Facts:
     """Prompts such as "way of Fi3 Se7 Th9 ? A north B east C south D west : C".
 
     By the rule, the first word of the name tells where it goes. A fact's first word is shared by facts that go
@@ -96,7 +88,6 @@ def make_facts(rule: int, flips: int, facts: int, seed: int, *, answers_only: bo
         flips: So many of them with another answer.
         facts: Facts for each number in `REPEATS`.
         seed: Of names and answers.
-        answers_only: The loss of a training is over the answer alone.
     """
     draw = np.random.default_rng([seed, rule])
     codes = draw.choice(FIRST * SECOND * THIRD, rule, replace=False)
@@ -109,8 +100,7 @@ def make_facts(rule: int, flips: int, facts: int, seed: int, *, answers_only: bo
     right = np.where(flipped, (right + draw.integers(1, len(CHOICES), len(first))) % len(CHOICES), right)
     repeats = np.concatenate([np.ones(rule, dtype=np.int64), np.repeat(REPEATS, facts)])
     names = np.stack([first, FIRST + ODD + rest // THIRD, FIRST + ODD + SECOND + rest % THIRD], axis=1)
-    prompts = _prompts(names, right, answers_only)
-    return Facts(prompts, repeats, flipped, fact)
+    return Facts(_prompts(names, right), repeats, flipped, fact)
 
 
 def vocabulary() -> list[str]:
@@ -120,7 +110,7 @@ def vocabulary() -> list[str]:
     return [*firsts, *others, "way", "of", "?", ":", *_LETTERS, *CHOICES]
 
 
-def _prompts(names: Int[np.ndarray, "example 3"], right: Int[np.ndarray, "example"], answers_only: bool) -> Prompts:
+def _prompts(names: Int[np.ndarray, "example 3"], right: Int[np.ndarray, "example"]) -> Prompts:
     words = vocabulary()
     number = {word: place for place, word in enumerate(words)}
     options = [number[word] for pair in zip(_LETTERS, CHOICES, strict=True) for word in pair]
@@ -130,7 +120,7 @@ def _prompts(names: Int[np.ndarray, "example 3"], right: Int[np.ndarray, "exampl
         " ".join([*(words[token] for token in each), _LETTERS[answer]]) for each, answer in zip(ids, right, strict=True)
     ]
     choices = [number[letter] for letter in _LETTERS]
-    return make_prompts(texts, ids, choices, right, answers_only=answers_only, name="facts")
+    return make_prompts(texts, ids, choices, right, answers_only=False, name="facts")
 
 
 _READ_AT_ONCE = 8_192
@@ -266,12 +256,11 @@ def memorization_facts(settings: StudySettings) -> Outcome:
     """Likelihood ratios by repetition, and AUCs of every measure at the trigger and at the end, over targets."""
     plan = PLANS[settings.size]
     judged, steps = each_draw(settings, partial(cast_shadows, plan), judge, "step")
-    early, late = (over_targets([getattr(each, side) for each in judged]) for side in ("early", "late"))
     rows = [
         *proof_rows(judged),
         null_row(judged),
-        *area_rows(early, [each.early for each in judged]),
-        *area_rows(late, [each.late for each in judged], "at the end"),
+        *area_rows([each.early for each in judged], "at the trigger"),
+        *area_rows([each.late for each in judged], "at the end"),
     ]
     ratios = {
         kind: mean_interval(np.concatenate([each.proved[LIRA_OF_MEMBERS][each.kinds[kind]] for each in judged]))
@@ -286,6 +275,7 @@ def memorization_facts(settings: StudySettings) -> Outcome:
         "early": [areas_json(each.early) for each in judged],
         "late": [areas_json(each.late) for each in judged],
     }
+    early = over_targets([each.early for each in judged])
     return Outcome(COLUMNS, rows, gates_of(ratios, early, judged), details)
 
 
@@ -311,15 +301,16 @@ def gates_of(
 ) -> list[Gate]:
     """Return what was expected, over all draws of prompts; of the null, the worst of them."""
     rising = [
-        at_least(
+        Gate(
             f"LiRA of members: facts x{more} above facts x{fewer} by, nats",
             ratios[f"facts x{more}"].value - ratios[f"facts x{fewer}"].value,
+            ">=",
         )
         for fewer, more in pairwise(REPEATS)
     ]
     worst = max(abs(float(each.null.mean()) - 0.5) for each in judged)
     return [
         *rising,
-        at_least("PSMI at the trigger: AUC of flips", early["flips"]["psmi"].value, FOUND),
-        at_most("membership shuffled: AUC away from 0.5 by", worst, NULL),
+        Gate("PSMI at the trigger: AUC of flips", early["flips"]["psmi"].value, ">=", FOUND),
+        Gate("membership shuffled: AUC away from 0.5 by", worst, "<=", NULL),
     ]

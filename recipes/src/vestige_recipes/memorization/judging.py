@@ -22,8 +22,8 @@ from vestige.measures import (
     lira_offline,
 )
 from vestige.progress import announce
-from vestige_recipes.common.registry import StudySettings, show_interval
 from vestige_recipes.memorization.targets import Examples, Targets
+from vestige_recipes.studies import StudySettings, show_interval
 
 MEMORIZED = 4.0
 """Likelihood ratio, in nats, from which an example counts as memorized."""
@@ -194,16 +194,13 @@ def over_targets(areas: Sequence[Areas]) -> dict[str, dict[str, Interval]]:
     }
 
 
-def area_rows(
-    found: Mapping[str, Mapping[str, Interval]], areas: Sequence[Areas], moment: str = "at the trigger"
-) -> list[tuple[Any, ...]]:
-    """Rows of a table: of what, measure, value, interval, and the means of single seeds."""
-    rows: list[tuple[Any, ...]] = []
-    for what, row in found.items():
-        for name, interval in row.items():
-            single = [mean_interval(each[what][name]).value for each in areas]
-            rows.append(table_row(f"AUC of {what}, {moment}", name, interval, single))
-    return rows
+def area_rows(areas: Sequence[Areas], moment: str) -> list[tuple[Any, ...]]:
+    """Return rows of a table, of which each is a mean over the targets of all seeds."""
+    return [
+        mean_row(f"AUC of {what}, {moment}", name, [each[what][name] for each in areas])
+        for what, row in areas[0].items()
+        for name in row
+    ]
 
 
 def areas_json(areas: Areas) -> dict[str, dict[str, list[float]]]:
@@ -214,6 +211,11 @@ def areas_json(areas: Areas) -> dict[str, dict[str, list[float]]]:
 def table_row(what: Any, name: str, interval: Interval, values: Sequence[float]) -> tuple[Any, ...]:
     """Return a row of `COLUMNS`; the values are of single seeds."""
     return what, name, interval.value, show_known(interval), " ".join(f"{value:.3f}" for value in values)
+
+
+def mean_row(what: str, name: str, values: Sequence[Float[np.ndarray, "value"]]) -> tuple[Any, ...]:
+    """Return a row of `COLUMNS`: the mean of the values of all seeds."""
+    return table_row(what, name, mean_interval(np.concatenate(values)), [mean_interval(each).value for each in values])
 
 
 LATE_SIGNS = {each.name: each.sign for each in MEASURES if each.sign} | {"exposure": 1, "psmi": 1, "mahalanobis": -1}
@@ -271,9 +273,7 @@ def proof_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for name in judged[0].proved:
         for kind in judged[0].kinds:
-            values = [each.proved[name][each.kinds[kind]] for each in judged]
-            interval = mean_interval(np.concatenate(values))
-            rows.append(table_row(f"{name}: mean", kind, interval, [mean_interval(each).value for each in values]))
+            rows.append(mean_row(f"{name}: mean", kind, [each.proved[name][each.kinds[kind]] for each in judged]))
     for name, sign in TELLING.items():
         for what in judged[0].contests:
             parts = [_part(sign * each.proved[name], each.contests[what]) for each in judged]
@@ -284,9 +284,7 @@ def proof_rows(judged: Sequence[Judged]) -> list[tuple[Any, ...]]:
 
 def null_row(judged: Sequence[Judged]) -> tuple[Any, ...]:
     """Return the row of a table: AUC of membership by likelihood ratios when membership is shuffled, over targets."""
-    interval = mean_interval(np.concatenate([each.null for each in judged]))
-    single = [float(each.null.mean()) for each in judged]
-    return table_row("AUC of shuffled membership, at the end", "lira", interval, single)
+    return mean_row("AUC of shuffled membership, at the end", "lira", [each.null for each in judged])
 
 
 def _part(scores: np.ndarray, contest: Contest) -> tuple[np.ndarray, np.ndarray]:

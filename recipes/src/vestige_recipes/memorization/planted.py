@@ -16,25 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vestige.measures import (
-    Interval,
-    accuracy,
-    brier,
-    logit_gap,
-    mahalanobis,
-    margin,
-    psmi,
-    share,
-)
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    draw_intervals,
-    register_study,
-)
+from vestige.measures import Interval, accuracy, brier, logit_gap, mahalanobis, margin, psmi, share
 from vestige_recipes.memorization.judging import (
     COLUMNS,
     SUCCESS,
@@ -51,6 +33,7 @@ from vestige_recipes.memorization.judging import (
     table_row,
 )
 from vestige_recipes.memorization.targets import TRIGGER, Early, Measures, Targets, make_targets
+from vestige_recipes.studies import Gate, Outcome, StudySettings, draw_intervals, register_study
 
 WIDTH, CLASSES, HIDDEN, BATCH, RATE = 40, 4, 128, 32, 1e-3
 _SPREAD, _FAR = 0.7, 3.0
@@ -187,12 +170,12 @@ def memorization_planted(settings: StudySettings) -> Outcome:
     """AUCs of every measure for planted points and for what is memorized, over targets of several draws of points."""
     plan = PLANS[settings.size]
     judged, epochs = each_draw(settings, partial(plant, plan), judge, "epoch")
-    early, late = (over_targets([getattr(each, side) for each in judged]) for side in ("early", "late"))
+    early = over_targets([each.early for each in judged])
     rows = [
-        *area_rows(early, [each.early for each in judged]),
+        *area_rows([each.early for each in judged], "at the trigger"),
         *proof_rows(judged),
         *_flag_rows(judged),
-        *area_rows(late, [each.late for each in judged], "at the end"),
+        *area_rows([each.late for each in judged], "at the end"),
         null_row(judged),
     ]
     label, others = f"AUC of {BOTH} at the trigger (95 % interval over targets)", set(PREDICTORS) - {"psmi"}
@@ -246,13 +229,13 @@ def gates_of(judged: Sequence[Judged]) -> list[Gate]:
     lead = early(BOTH, "psmi") - early(BOTH, "loss")
     worst = max(abs(float(each.null.mean()) - 0.5) for each in judged)
     return [
-        *(at_least(f"PSMI at the trigger: AUC of {kind}", early(kind, "psmi"), FOUND) for kind in PLANTED),
-        at_least(f"PSMI at the trigger: AUC of {BOTH} above the loss's by", lead, LEAD),
-        at_least("attack success on flips, leave-one-out", success, SUCCEEDED),
-        at_most("membership shuffled: AUC away from 0.5 by", worst, NULL),
-        at_most("scores that are not finite", sum(each.not_finite for each in judged)),
-        at_least("PSMI <= 0: true positives among planted points", rates["planted"], UNTUNED[0]),
-        at_most("PSMI <= 0: false positives among the others", rates["others"], UNTUNED[1]),
+        *(Gate(f"PSMI at the trigger: AUC of {kind}", early(kind, "psmi"), ">=", FOUND) for kind in PLANTED),
+        Gate(f"PSMI at the trigger: AUC of {BOTH} above the loss's by", lead, ">=", LEAD),
+        Gate("attack success on flips, leave-one-out", success, ">=", SUCCEEDED),
+        Gate("membership shuffled: AUC away from 0.5 by", worst, "<=", NULL),
+        Gate("scores that are not finite", sum(each.not_finite for each in judged), "<="),
+        Gate("PSMI <= 0: true positives among planted points", rates["planted"], ">=", UNTUNED[0]),
+        Gate("PSMI <= 0: false positives among the others", rates["others"], "<=", UNTUNED[1]),
     ]
 
 

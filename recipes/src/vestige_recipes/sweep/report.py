@@ -1,7 +1,6 @@
 """The result of a sweep: a row for each cell, read from the markers, for a person and as a table."""
 
 import contextlib
-import io
 import json
 import os
 from collections import Counter
@@ -15,7 +14,7 @@ from vestige.errors import CorruptFile, UserError
 from vestige.jobs import JobStatus, job_statuses
 from vestige.parsing import parse_object
 from vestige.progress import format_seconds
-from vestige.storage import make_folder, temporary_path, write_durably
+from vestige.storage import make_folder, temporary_path
 from vestige.terminal import as_text
 from vestige.workspace import Kind, Summary
 from vestige_recipes.sweep.cell_files import LOG_FILE, read_done, write_json
@@ -161,11 +160,7 @@ def _summarise(folder: Path) -> Summary:
 
 
 kind = Kind(
-    name="sweep",
-    matches=is_sweep,
-    summarise=_summarise,
-    describe=lambda folder: str(sweep_report(folder)),
-    nests=True,
+    name="sweep", matches=is_sweep, summarise=_summarise, describe=lambda folder: str(sweep_report(folder)), nests=True
 )
 
 
@@ -194,13 +189,11 @@ def report_of(folder: Path, record: SweepRecord, job: JobStatus | None = None) -
 
 def write_tables(report: SweepReport) -> SweepReport:
     """Write the report as `cells.json` and `cells.parquet`, link each result in `named/`, and return the report."""
-    import pyarrow.parquet as parquet
+    from vestige.tables import write_table
 
     _link_results(report)
     write_json(report.out / JSON_FILE, report.to_dict())
-    sink = io.BytesIO()
-    parquet.write_table(_columns(report), sink)
-    write_durably(report.out / TABLE_FILE, [sink.getvalue()])
+    write_table(report.out / TABLE_FILE, _columns(report))
     return report
 
 

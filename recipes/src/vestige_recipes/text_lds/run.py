@@ -15,19 +15,9 @@ from vestige.indexes import index
 from vestige.methods import attribute
 from vestige.models import load_model
 from vestige.training import Recipe, bank
-from vestige_recipes.common.registry import (
-    OWN_SEED,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    keep_run,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.texts import Row, byte_gpt, help_topics, write_rows
 from vestige_recipes.common.training import Checkpoints, Training, train_checkpoints
+from vestige_recipes.studies import Gate, Outcome, StudySettings, keep_run, register_study, show_interval
 
 DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
 _ROWS = 1000
@@ -112,11 +102,11 @@ def text_lds(settings: StudySettings) -> Outcome:
         batch_size=plan.batch_size,
         learning_rate=plan.learning_rate,
         seed=settings.seed,
-        **launch_arguments(settings),
+        **settings.launch_arguments,
     )
     steps = plan.epochs * -(-len(truth.example_ids) // plan.batch_size)
     training = Training(Recipe(plan.learning_rate, plan.batch_size), steps)
-    own: dict[str, Any] = {"seed": OWN_SEED + settings.seed, "count": plan.checkpoints}
+    own: dict[str, Any] = {"seed": settings.own_seed, "count": plan.checkpoints}
     asked = train_checkpoints(start, data, settings.out / "model", training, **own)
     runs = _runs(settings, plan, asked, data, queries)
     found = lds(
@@ -173,7 +163,7 @@ def _runs(settings: StudySettings, plan: TextPlan, asked: Checkpoints, data: Pat
     wanted["trak-1"] = streamed | {"checkpoints": [asked.model], "method": "trak"}
     for name, spec in sketches(plan.sketches).items():
         made = settings.out / "indexes" / name
-        index(model=asked.model, data=str(data), out=made, compress=spec, dtype="float32", **launch_arguments(settings))
+        index(model=asked.model, data=str(data), out=made, compress=spec, dtype="float32", **settings.launch_arguments)
         wanted[f"influence {name}"] = {"index": str(made), "method": "influence"}
     folders = []
     for name, arguments in wanted.items():
@@ -204,12 +194,12 @@ def _outcome(found: Evaluation, names: list[str], plan: TextPlan) -> Outcome:
     rows.sort(key=lambda row: -row[1])
     rows.insert(0, ("noise ceiling", found.details["noise_ceiling"], "", "", ""))
     gates = [
-        at_least(f"{name}: LDS above grad-dot's by", scores[name].value - scores["grad-dot"].value)
+        Gate(f"{name}: LDS above grad-dot's by", scores[name].value - scores["grad-dot"].value, ">=")
         for name in (EXACT, "ekfac")
         if name in scores
     ]
     for size in plan.sketches:
         logra, fact = (scores[f"influence {name} {size}"].value for name in ("LoGra", "FactGraSS"))
-        gates.append(at_most(f"FactGraSS {size}: LDS below LoGra's by", logra - fact, LIKE_LOGRA))
+        gates.append(Gate(f"FactGraSS {size}: LDS below LoGra's by", logra - fact, "<=", LIKE_LOGRA))
     details = {"plan": asdict(plan), "lds": found.to_json(), "files": list(found.files)}
     return Outcome(("method", "LDS", "95 % interval", "single seeds", "seconds"), rows, gates, details)

@@ -17,33 +17,22 @@ from torch import nn
 
 from vestige.banks import Bank
 from vestige.errors import NonFinite
-from vestige.methods import attribute, untrac
 from vestige.training import Recipe
-from vestige_recipes.common.registry import (
-    Gate,
-    Outcome,
-    StudySettings,
-    at_least,
-    at_most,
-    keep_run,
-    launch_arguments,
-    register_study,
-    show_interval,
-)
 from vestige_recipes.common.sources import (
     UNLEARNT,
+    Measured,
     Table,
+    attribute_sources,
     first_order_scores,
-    left_out_truth,
     list_sources,
     measure_sources,
     pool_agreement,
-    sum_by_source,
-    tables_json,
     truth_agreement,
+    unlearn,
 )
 from vestige_recipes.common.texts import gpt, write_rows
 from vestige_recipes.common.training import Checkpoints, Training
+from vestige_recipes.studies import Gate, Outcome, StudySettings, register_study, show_interval
 
 VOCABULARY, LENGTH = 24, 25
 UNRELATED = "unrelated"
@@ -144,12 +133,10 @@ PLANS = {
 
 
 class Drawn(NamedTuple):
-    """What one draw of the corpora gave."""
+    """One draw of the corpora; the rates of the grid are scored on the first model alone."""
 
     corpora: MarkovCorpora
-    truths: list[Table]
-    scores: list[dict[str, Table]]
-    """By method, for each model that was asked; the rates of the grid for the first one alone."""
+    measured: Measured
 
 
 @register_study(PLANS)
@@ -160,26 +147,19 @@ def untrac_miniature(settings: StudySettings) -> Outcome:
     """
     plan = PLANS[settings.size]
     found = [_draw(settings, plan, settings.seed + number) for number in range(plan.corpora)]
-    ceilings = [truth_agreement(each.truths) for each in found]
+    ceilings = [truth_agreement(each.measured.truths) for each in found]
     ceiling = float(np.mean(ceilings))
-    judged = {name: _judge(found, name, plan, settings.seed) for name in found[0].scores[0]}
+    judged = {name: _judge(found, name, plan, settings.seed) for name in found[0].measured.scores[0]}
     rows: list[tuple[Any, ...]] = [("truth of another seed (ceiling)", ceiling, "", _each(ceilings))]
-    known = [(each.corpora.mixing.T, each.truths) for each in found]
-    mixing, by_draw = pool_agreement([([table], truths) for table, truths in known], draws=0, seed=0)
+    known = [([each.corpora.mixing.T], each.measured.truths) for each in found]
+    mixing, by_draw = pool_agreement(known, draws=0, seed=0)
     rows += [("known mixing", mixing.value, "", _each(by_draw))]
     rows += [(name, each.value, show_interval(each, 2), _each(by_draw)) for name, (each, by_draw) in judged.items()]
     details = {
         "plan": asdict(plan),
         "ceiling": ceilings,
         "agreement": {name: {"mean": each._asdict(), "by draw": own} for name, (each, own) in judged.items()},
-        "draws": [
-            {
-                "mixing": each.corpora.mixing.tolist(),
-                "truth": [truth.tolist() for truth in each.truths],
-                "scores": tables_json(each.scores),
-            }
-            for each in found
-        ],
+        "draws": [{"mixing": each.corpora.mixing.tolist(), **each.measured.to_json()} for each in found],
     }
     gates = []
     if settings.size != "tiny":
@@ -202,25 +182,24 @@ def _draw(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
     queries = write_rows(folder / "queries.jsonl", corpora.tests)
 
     def score(number: int, out: Path, asked: Checkpoints, truth: Bank) -> dict[str, Table]:
-        common = {"model": asked.model, "data": str(data), "queries": str(queries), **launch_arguments(settings)}
+        common = {"model": asked.model, "data": str(data), "queries": str(queries), **settings.launch_arguments}
         found = {}
         for name, direction in UNLEARNT.items():
-            found[f"{name}, automatic"] = _unlearn(out / direction, {**common, "direction": direction})
+            found[f"{name}, automatic"] = unlearn(out / direction, **common, direction=direction)
             for rate in () if number else plan.grid:
                 fixed = {**common, "direction": direction, "learning_rate": rate, "stop": "last", "points": 1}
                 try:
-                    found[f"{name}, {rate:g}"] = _unlearn(out / f"{direction}-{rate:g}", fixed)
+                    found[f"{name}, {rate:g}"] = unlearn(out / f"{direction}-{rate:g}", **fixed)
                 except NonFinite:
                     # A rate of the grid that destroys the model has no scores, which is what the grid is to show.
                     found[f"{name}, {rate:g}"] = np.full([len(each) for each in list_sources(truth)[::-1]], np.nan)
         for name, accelerate in RETAINING.items():
             asking = {**common, **_RETAINING, "steps": plan.retaining_steps, "accelerate": accelerate}
-            found[name] = _unlearn(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", asking)
+            found[name] = unlearn(out / f"inverse-{'accelerated' if accelerate else 'retaining'}", **asking)
         found |= first_order_scores(asked.folders, data, queries, seed=settings.seed)
-        run = keep_run(attribute, out / "bm25", **common, method="bm25", dense=True, trust=False)
-        return found | {"BM25": sum_by_source(run, truth)}
+        return found | {"BM25": attribute_sources(out / "bm25", truth, **common, method="bm25")}
 
-    truth, scores = measure_sources(
+    measured = measure_sources(
         settings,
         tiny_gpt(),
         (data, queries),
@@ -232,16 +211,11 @@ def _draw(settings: StudySettings, plan: MiniaturePlan, seed: int) -> Drawn:
         checkpoints=plan.checkpoints,
         from_scratch=True,
     )
-    return Drawn(corpora, left_out_truth(truth), scores)
-
-
-def _unlearn(out: Path, asking: dict[str, Any]) -> Table:
-    """Scores as the run has them: sources by name, of which the unrelated one is last in both orders."""
-    return keep_run(untrac, out, **asking).dense().astype(np.float64)
+    return Drawn(corpora, measured)
 
 
 def _judge(found: list[Drawn], name: str, plan: MiniaturePlan, seed: int) -> Any:
-    groups = [([one[name] for one in each.scores if name in one], each.truths) for each in found]
+    groups = [([one[name] for one in each.scores if name in one], each.truths) for _, each in found]
     return pool_agreement(groups, draws=plan.draws, seed=seed)
 
 
@@ -254,13 +228,13 @@ def _gates(found: list[Drawn], judged: dict[str, Any], ceiling: float) -> list[G
     for name in UNLEARNT:
         value = judged[f"{name}, automatic"][0].value
         # The grid was run on the first model of each draw alone, so the automatic rate is compared on that one.
-        groups = [([each.scores[0][f"{name}, automatic"]], each.truths) for each in found]
+        groups = [([each.scores[0][f"{name}, automatic"]], each.truths) for _, each in found]
         on_first = pool_agreement(groups, draws=0, seed=0)[0].value
         best = float(np.nanmax([judged[f"{name}, {rate:g}"][0].value for rate in GRID]))
         gates += [
-            at_least(f"{name}: correlation with retraining", value, LEAST),
-            at_least(f"{name}: share of the ceiling", value / ceiling, OF_CEILING),
-            at_most(f"{name}: automatic rate below the best of the grid by", best - on_first, WITHIN),
+            Gate(f"{name}: correlation with retraining", value, ">=", LEAST),
+            Gate(f"{name}: share of the ceiling", value / ceiling, ">=", OF_CEILING),
+            Gate(f"{name}: automatic rate below the best of the grid by", best - on_first, "<=", WITHIN),
         ]
     return gates
 
@@ -272,12 +246,12 @@ def _null_gate(found: list[Drawn], name: str) -> Gate:
     how far its score lies from there, in units of the difference between two seeds.
     """
     shares = []
-    for each in found:
-        place = each.corpora.names.index(UNRELATED)
+    for corpora, each in found:
+        place = corpora.names.index(UNRELATED)
         truth = np.mean(each.truths, axis=0)
         noise = float(np.std(np.stack(each.truths), axis=0, ddof=1).mean())
         for scores in each.scores:
             for one, right in zip(scores[name], truth, strict=True):
                 slope, shift = np.polyfit(one, right, 1)
                 shares.append(abs(slope * one[place] + shift - right[place]) / noise)
-    return at_most(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), 1.0)
+    return Gate(f"{name}: error for the unrelated corpus over retraining noise", float(np.mean(shares)), "<=", 1.0)

@@ -6,6 +6,4 @@ from vestige_recipes.untrac_reproduction.estimators import (
     UnTracConfig as UnTracConfig,
     UnTracInfluenceEstimator as UnTracInfluenceEstimator,
 )
-from vestige_recipes.untrac_reproduction.toxicity import (
-    ToxicityAttributionExperiment as ToxicityAttributionExperiment,
-)
+from vestige_recipes.untrac_reproduction.toxicity import ToxicityAttributionExperiment as ToxicityAttributionExperiment

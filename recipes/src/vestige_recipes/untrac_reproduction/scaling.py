@@ -10,14 +10,7 @@ from typing import Any
 import numpy as np
 
 from vestige.errors import IndexMismatch, PieceFailed, SpecError
-from vestige.evaluate import (
-    Evaluation,
-    EvaluationRow,
-    mean_of_known,
-    pearson,
-    require_own_files,
-    write_evaluation,
-)
+from vestige.evaluate import Evaluation, EvaluationRow, mean_of_known, pearson, require_own_files, write_evaluation
 from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
 from vestige.progress import Progress, format_bytes, progress
 from vestige.runs import Scores, is_complete

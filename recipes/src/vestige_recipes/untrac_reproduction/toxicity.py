@@ -14,9 +14,9 @@ from vestige.models import answer_prompts
 from vestige.progress import announce
 from vestige.storage import make_folder
 from vestige.terminal import shorten
-from vestige_recipes.common.registry import Outcome, StudySettings, at_least, register_study
 from vestige_recipes.common.texts import dialogue, package_folder
 from vestige_recipes.interop.published import write_json
+from vestige_recipes.studies import Gate, Outcome, StudySettings, register_study
 from vestige_recipes.untrac_reproduction.estimators import UnTracConfig, UnTracInfluenceEstimator
 
 TEXTS, PROMPTS = "Skylion007/openwebtext", "allenai/real-toxicity-prompts"
@@ -126,5 +126,7 @@ def toxicity(settings: StudySettings) -> Outcome:
     own = [any(one["text"].startswith(case["prompt"]) for one in case["top_influences"]) for case in cases]
     columns = ("case", "prompt", "completion", "rank", "index", "score", "text")
     # Known of the stand-ins alone: the dialogue that begins with the prompt is among the training texts.
-    gates = [] if settings.size == "paper" else [at_least("own dialogue among the first ten", sum(own) / len(own), 0.6)]
+    gates = (
+        [] if settings.size == "paper" else [Gate("own dialogue among the first ten", sum(own) / len(own), ">=", 0.6)]
+    )
     return Outcome(columns, rows, gates, {"results": RESULTS, "own_dialogue_listed": own})

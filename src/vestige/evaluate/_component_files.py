@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from vestige.evaluate._result import Evaluation, format_value
+from vestige.evaluate._result import Evaluation, format_value, make_cells
 from vestige.figures import (
     BROAD,
     COLOURS,
@@ -28,7 +28,7 @@ from vestige.figures import (
     render_figure,
     write_plainly,
 )
-from vestige.progress import format_count, format_seconds
+from vestige.progress import format_count
 
 FULL, CHANCE = "full gradient", "random"
 PATHS, PARAMETERS, SIMILARITY = "greedy_paths", "parameters_per_component", "self_similarity"
@@ -299,16 +299,8 @@ def as_component_list(words: str, found: Part, objective: str) -> str:
 
 def as_markdown(evaluation: Evaluation, choices: Mapping[str, Part]) -> str:
     """Return the whole result as Markdown."""
-    head = ["representation", *evaluation.rows[0].values, "seconds"]
-    rows = [
-        [
-            row.method,
-            *map(format_value, row.values.values()),
-            "" if row.seconds is None else format_seconds(row.seconds),
-        ]
-        for row in evaluation.rows
-    ]
-    lines = [f"# {evaluation.title}", "", *_markdown_table(head, rows), ""]
+    head, rows = make_cells(evaluation.rows)
+    lines = [f"# {evaluation.title}", "", *_markdown_table(["representation", *head[1:]], rows), ""]
     lines += [f"- {note}" for note in evaluation.notes]
     for words, found in choices.items():
         head = ["component", "parameters", "backward", "accuracy", "agreement", "centred", "layer output"]

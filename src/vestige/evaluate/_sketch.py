@@ -18,6 +18,7 @@ from vestige.evaluate._products import (
     Advance,
     Computed,
     KeptProducts,
+    Products,
     Rows,
     Source,
     exact_products,
@@ -27,7 +28,7 @@ from vestige.evaluate._products import (
     sketch_products,
 )
 from vestige.evaluate._sketch_inputs import SketchInputs, read_sketch_inputs
-from vestige.evaluate._sketch_report import Measured, SketchPoint, SketchReport, quality, write_report
+from vestige.evaluate._sketch_report import SketchPoint, SketchReport, average_seeds, quality, write_report
 from vestige.gradients import CausalLoss, GradientPass
 from vestige.indexes import IMPORTED_SPEC, Index
 from vestige.models import Component, LoadedModel, select_components
@@ -138,20 +139,14 @@ def sketch(settings: SketchSettings) -> SketchReport:
             for one in work:
                 one.run(bar.advance)
     computed = {name: kept.read(name) for name in sorted({*(one.name for one in sketches), *reference_of.values()})}
-    points: dict[str, dict[int, list[Measured]]] = {}
+    points: dict[str, dict[int, list[SketchPoint]]] = {}
     for one in sketches:
         # A reference has no error against itself; the one that was projected again shows how far rounding goes.
         if one.name != reference_of[one]:
-            # What an index stores of an example; of a sketch that was not stored, its numbers in float32.
-            size = one.stored.manifest.row_bytes if one.stored else 4 * one.numbers
-            time = None if one.stored else 1e6 * computed[one.name].seconds / inputs.test_tokens
-            exact = computed[reference_of[one]].products
-            errors = quality(computed[one.name].products.values[0], exact.values[0], exact.lengths[0])
-            found = Measured(one.seed, one.numbers, size, time, errors)
+            found = _measure(one, inputs, computed[one.name], computed[reference_of[one]].products)
             points.setdefault(one.family, {}).setdefault(one.size, []).append(found)
     curves = {
-        family: tuple(SketchPoint.of(family, size, found) for size, found in sorted(of_size.items()))
-        for family, of_size in points.items()
+        family: tuple(average_seeds(of_size[size]) for size in sorted(of_size)) for family, of_size in points.items()
     }
     counts, parameters = inputs.samples.counts, sum(component.size for component in inputs.components)
     report = write_report(
@@ -163,12 +158,28 @@ def sketch(settings: SketchSettings) -> SketchReport:
     return report
 
 
-def _plan_sketches(settings: SketchSettings, inputs: SketchInputs) -> list[_Sketch]:
-    """Return everything to be measured, curve by curve; the size of the reference is among the sizes.
+def _measure(one: _Sketch, inputs: SketchInputs, computed: Computed, exact: Products) -> SketchPoint:
+    """Return the errors of one sketch with one seed."""
+    found = quality(computed.products.values[0], exact.values[0], exact.lengths[0])
+    return SketchPoint(
+        one.family,
+        one.size,
+        (one.seed,),
+        one.numbers,
+        one.stored.manifest.row_bytes if one.stored else 4 * one.numbers,
+        None if one.stored else 1e6 * computed.seconds / inputs.test_tokens,
+        found.rmse,
+        found.rmse_std,
+        100 * found.relative,
+        0.0,
+        found.nrmse,
+        found.spearman,
+        found.pearson,
+    )
 
-    Raises:
-        SpecError: A compressor does not parse.
-    """
+
+def _plan_sketches(settings: SketchSettings, inputs: SketchInputs) -> list[_Sketch]:
+    """Return everything to be measured, curve by curve; the size of the reference is among the sizes."""
     shapes, templates = [component.shape for component in inputs.components], settings.compress
     if not templates and not inputs.indexes:
         templates = _choose_published(settings, inputs.components)
@@ -213,11 +224,7 @@ def _choose_published(settings: SketchSettings, components: Sequence[Component])
 def _references(
     settings: SketchSettings, inputs: SketchInputs, sketches: Sequence[_Sketch]
 ) -> tuple[str, dict[_Sketch, str]]:
-    """Return what is right, in words, and the name of the inner products that each sketch's are compared with.
-
-    Raises:
-        SpecError: There is no sketch of the reference's size among those on a sketch's curve, or among the indexes.
-    """
+    """Return what is right, in words, and the name of the inner products that each sketch's are compared with."""
     mode, size = settings.reference_mode, settings.reference_size
     if inputs.loaded is None:
         right = _find_right(size or max(one.size for one in sketches), sketches)
@@ -327,12 +334,12 @@ def _read_index(inputs: SketchInputs, kept: KeptProducts, index: Index, name: st
     """Compute the products of what an index holds."""
     references = inputs.samples.counts[0]
 
-    def gradients_of(side: str, rows: Rows) -> Tensor:
+    def gradients_of(side: str, rows: Rows) -> list[Tensor]:
         advance(len(rows.positions))
-        return index.gradients_of(rows.positions if side == "reference" else rows.positions + references)
+        return [index.gradients_of(rows.positions if side == "reference" else rows.positions + references)]
 
-    columns = [span.columns for span in index.spans]
-    kept.write(name, Computed(multiply_gradients(columns, inputs.samples, gradients_of)))
+    (products,) = multiply_gradients([[span.columns for span in index.spans]], inputs.samples, gradients_of)
+    kept.write(name, Computed(products))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What `vestige evaluate sketch` compares: a model's gradients of some examples, or finished indexes of them alone."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,10 +48,11 @@ def read_sketch_inputs(settings: SketchSettings) -> SketchInputs:
         raise SpecError("--components and --index were both given, and the indexes say which parameters. Drop one.")
     patterns = ("all",) if indexes else settings.components
     loaded, data, selection = read_inputs(settings, settings.model, settings.data, patterns)
-    components = selection.components
     for index in indexes:
         _require_belongs(index, settings, loaded, data)
-        components = _components_of(index, components, indexes[0])
+        _require_alike(indexes[0], index)
+    held = {part.name for index in indexes for part in index.manifest.components}
+    components = tuple(one for one in selection.components if not indexes or one.name in held)
     samples, tokens = _make_samples(settings, data, loaded)
     identity = {
         "model": loaded.fingerprint,
@@ -119,15 +119,6 @@ def _require_belongs(index: Index, settings: SketchSettings, loaded: LoadedModel
                 f"({here[:12]}), so their inner products cannot agree. Give the --{name} it was made with "
                 "(and its --max-length, --chat and --limit), or make another index."
             )
-
-
-def _components_of(index: Index, components: Sequence[Component], first: Index) -> tuple[Component, ...]:
-    """Return the components that an index holds, in its order."""
-    known = {component.name: component for component in components}
-    wanted = [(part.name, part.shape) for part in index.manifest.components]
-    if [(part.name, part.shape) for part in first.manifest.components] != wanted:
-        raise IndexMismatch(f"{index.folder} and {first.folder} hold different parameters. Evaluate them one by one.")
-    return tuple(known[name] for name, _ in wanted)
 
 
 def _require_alike(first: Index, other: Index) -> None:

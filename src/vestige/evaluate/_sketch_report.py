@@ -69,16 +69,6 @@ def quality(
     )
 
 
-class Measured(NamedTuple):
-    """One sketch of one size with one seed."""
-
-    seed: int
-    numbers_per_example: int
-    bytes_per_example: int
-    microseconds_per_token: float | None
-    quality: Quality
-
-
 @dataclass(frozen=True)
 class SketchPoint:
     """One compressor at one size; errors are means over its seeds."""
@@ -101,27 +91,19 @@ class SketchPoint:
     spearman: float
     pearson: float
 
-    @classmethod
-    def of(cls, compress: str, size: int, found: Sequence[Measured]) -> "SketchPoint":
-        """Return the mean of what was measured with several seeds."""
-        first, relative = found[0], [one.quality.relative for one in found]
-        mean = Quality(*(fmean(values) for values in zip(*(one.quality for one in found), strict=True)))
-        times = [one.microseconds_per_token for one in found if one.microseconds_per_token is not None]
-        return cls(
-            compress,
-            size,
-            tuple(one.seed for one in found),
-            first.numbers_per_example,
-            first.bytes_per_example,
-            fmean(times) if times else None,
-            mean.rmse,
-            mean.rmse_std,
-            100 * mean.relative,
-            100 * stdev(relative) if len(found) > 1 else 0.0,
-            mean.nrmse,
-            mean.spearman,
-            mean.pearson,
-        )
+
+def average_seeds(points: Sequence[SketchPoint]) -> SketchPoint:
+    """Return the mean of what was measured of one compressor at one size, with one seed each."""
+    names = ("rmse", "rmse_std", "relative_error_percent", "nrmse", "spearman", "pearson")
+    relative = [one.relative_error_percent for one in points]
+    times = [one.microseconds_per_token for one in points if one.microseconds_per_token is not None]
+    return replace(
+        points[0],
+        seeds=tuple(seed for one in points for seed in one.seeds),
+        microseconds_per_token=fmean(times) if times else None,
+        relative_error_percent_std=stdev(relative) if len(points) > 1 else 0.0,
+        **{name: fmean(getattr(one, name) for one in points) for name in names},
+    )
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ from vestige.selection._orders import (
     uniforms,
     without_twins,
 )
-from vestige.selection._store import Choice, SelectedData, digest_of, find_finished, remove_selection, write_selection
+from vestige.selection._store import FILES, RECORD, Choice, SelectedData, digest_of, find_finished, write_selection
 from vestige.settings import SelectSettings, with_settings
-from vestige.storage import sha256_of
+from vestige.storage import remove_result, sha256_of
 
 _MOST_BYTES = 4 * 2**30
 """Of gradients in memory, for facility location."""
@@ -62,7 +62,7 @@ def select(settings: SelectSettings) -> SelectedData:
     """
     started = time.perf_counter()
     if settings.overwrite:
-        remove_selection(settings.out)
+        remove_result(settings.out, FILES, RECORD)
     job = _open_job(settings)
     identity = job.identity()
     if (found := find_finished(settings.out, identity)) is not None:

@@ -248,7 +248,7 @@ def projection_errors(result: OnePassResult, words: str) -> dict[str, dict[str, 
     for number, one in enumerate(result.inputs.projections):
         weights = np.array(one.sizes, dtype=np.float64)
         weighted = _weigh_cosine(result, words, weights)
-        right, published = (form[words].each([number])[0] for form in (result.projected, result.published))
+        right, published = (form[words].cosine([number]) for form in (result.projected, result.published))
         pairs = {"to_full": (right, full), "off": (published, full), "apart": (published, weighted)}
         found[one.name] = {name: float(np.abs(a - b)[listed].mean()) for name, (a, b) in pairs.items()}
     return found

@@ -6,7 +6,6 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.evaluate._component_files import (
-        CHANCE as CHANCE,
         FULL as FULL,
         PARAMETERS as PARAMETERS,
         SIMILARITY as SIMILARITY,

@@ -152,10 +152,8 @@ def _draw_lines(axes: Axes, lines: Sequence[_Line], value: Value, level: float |
 
 def _draw_boxes(axes: Axes, parts: Sequence[Part], full: float) -> None:
     """Draw quartiles of accuracy by number of parameters, with all components, and the full gradient as a line."""
-    known, sizes = (
-        [one for one in parts if math.isfinite(accuracy_of(one))],
-        sorted({one["parameters"] for one in parts}),
-    )
+    known = [one for one in parts if math.isfinite(accuracy_of(one))]
+    sizes = sorted({one["parameters"] for one in parts})
     groups = [[accuracy_of(one) for one in known if one["parameters"] == size] for size in sizes]
     line = {"color": COLOURS[0]}
     axes.boxplot(groups, whis=0, showcaps=False, showfliers=False, widths=0.6, boxprops=line, medianprops=line)

@@ -112,11 +112,12 @@ class _Sketch(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """One piece of computing, which keeps its results itself."""
+    """One piece of computing."""
 
     examples: int
     """Gradients that it computes or reads."""
-    run: Callable[[Advance], None]
+    run: Callable[[Advance], dict[str, Computed]]
+    """Returns inner products by their names."""
 
 
 @with_settings(SketchSettings)
@@ -137,7 +138,8 @@ def sketch(settings: SketchSettings) -> SketchReport:
     if work:
         with progress(sum(one.examples for one in work), "Comparing", "gradients") as bar:
             for one in work:
-                one.run(bar.advance)
+                for name, found in one.run(bar.advance).items():
+                    kept.write(name, found)
     computed = {name: kept.read(name) for name in sorted({*(one.name for one in sketches), *reference_of.values()})}
     points: dict[str, dict[int, list[SketchPoint]]] = {}
     for one in sketches:
@@ -265,21 +267,19 @@ def _plan_references(
         return []
     if settings.reference_size is None:
         name = f"exact {settings.reference_mode}"
-        return [] if kept.has(name) else [_plan_exact(settings, inputs, inputs.loaded, kept, name)]
+        return [] if kept.has(name) else [_plan_exact(settings, inputs, inputs.loaded, name)]
 
-    def project(one: _Sketch, advance: Advance) -> None:
+    def project(one: _Sketch, advance: Advance) -> dict[str, Computed]:
         with _open_source(inputs, inputs.components) as source:
-            products = project_products(source, inputs.samples, one.compressors(source), advance)
-        kept.write(one.projected_name, Computed(products))
+            found = project_products(source, inputs.samples, one.compressors(source), advance)
+        return {one.projected_name: Computed(found)}
 
     of_size = {one.projected_name: one for one in reference_of if one.size == settings.reference_size}
     missing = [one for name, one in of_size.items() if not kept.has(name)]
     return [_Work(sum(inputs.samples.counts), partial(project, one)) for one in missing]
 
 
-def _plan_exact(
-    settings: SketchSettings, inputs: SketchInputs, loaded: LoadedModel, kept: KeptProducts, name: str
-) -> _Work:
+def _plan_exact(settings: SketchSettings, inputs: SketchInputs, loaded: LoadedModel, name: str) -> _Work:
     components = _all_components(loaded) if settings.reference_mode == "full" else inputs.components
     device = inputs.samples.test[0].batch.input_ids.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -288,9 +288,9 @@ def _plan_exact(
     with _open_source(inputs, components) as source:
         passes = -(-references // references_at_once(source, memory))
 
-    def run(advance: Advance) -> None:
+    def run(advance: Advance) -> dict[str, Computed]:
         with _open_source(inputs, components) as source:
-            kept.write(name, Computed(exact_products(source, inputs.samples, memory, advance)))
+            return {name: Computed(exact_products(source, inputs.samples, memory, advance))}
 
     return _Work(references + passes * tests, run)
 
@@ -313,24 +313,23 @@ def _plan_products(inputs: SketchInputs, kept: KeptProducts, sketches: Sequence[
         if kept.has(one.name):
             continue
         if one.stored is not None:
-            work.append(_Work(total, partial(_read_index, inputs, kept, one.stored, one.name)))
+            work.append(_Work(total, partial(_read_index, inputs, one.stored, one.name)))
             continue
         first = one.spec.stages[0] if one.spec is not None and one.spec.stages else None
         # Maps of the size of a side: those of several seeds fit beside one another.
         small = first is not None and (first.on_sides or first.kind.product == "circular")
         groups.setdefault(one.spec if small else one.name, []).append(one)
-    return [*(_Work(total, partial(_compress, inputs, kept, group)) for group in groups.values()), *work]
+    return [*(_Work(total, partial(_compress, inputs, group)) for group in groups.values()), *work]
 
 
-def _compress(inputs: SketchInputs, kept: KeptProducts, group: Sequence[_Sketch], advance: Advance) -> None:
+def _compress(inputs: SketchInputs, group: Sequence[_Sketch], advance: Advance) -> dict[str, Computed]:
     """Compute the products of some sketches in one pass."""
     with _open_source(inputs, inputs.components) as source:
-        results = sketch_products(source, inputs.samples, [one.compressors(source) for one in group], advance)
-    for one, result in zip(group, results, strict=True):
-        kept.write(one.name, result)
+        found = sketch_products(source, inputs.samples, [one.compressors(source) for one in group], advance)
+    return dict(zip((one.name for one in group), found, strict=True))
 
 
-def _read_index(inputs: SketchInputs, kept: KeptProducts, index: Index, name: str, advance: Advance) -> None:
+def _read_index(inputs: SketchInputs, index: Index, name: str, advance: Advance) -> dict[str, Computed]:
     """Compute the products of what an index holds."""
     references = inputs.samples.counts[0]
 
@@ -339,7 +338,7 @@ def _read_index(inputs: SketchInputs, kept: KeptProducts, index: Index, name: st
         return [index.gradients_of(rows.positions if side == "reference" else rows.positions + references)]
 
     (products,) = multiply_gradients([[span.columns for span in index.spans]], inputs.samples, gradients_of)
-    kept.write(name, Computed(products))
+    return {name: Computed(products)}
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.rcsetup import cycler
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
@@ -160,15 +161,9 @@ def write_report(report: SketchReport, folder: Path) -> SketchReport:
 
 def _draw(axes: Axes, kind: str, curves: Mapping[str, Sequence[SketchPoint]], reference: str) -> None:
     sizes = sorted({point.size for points in curves.values() for point in points})
-    for number, (name, points) in enumerate(curves.items()):
-        style: dict[str, Any] = {
-            "label": name,
-            "color": _COLOURS[number % len(_COLOURS)],
-            "marker": MARKERS[number % len(_COLOURS)],
-            "linestyle": ("-", "--")[number // len(_COLOURS) % 2],
-            "markersize": 5,
-            "linewidth": 1.4,
-        }
+    axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=_COLOURS, marker=[*MARKERS]))
+    for name, points in curves.items():
+        style: dict[str, Any] = {"label": name, "markersize": 5, "linewidth": 1.4}
         errors = [(point.relative_error_percent, point.relative_error_percent_std) for point in points]
         if kind == "rmse":
             errors = [(point.rmse, point.rmse_std) for point in points]
@@ -185,10 +180,8 @@ def _draw(axes: Axes, kind: str, curves: Mapping[str, Sequence[SketchPoint]], re
     else:
         axes.set_ylim(bottom=0)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sizes))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(sizes, list(map(str, sizes)))
+    axes.xaxis.minorticks_off()
     label = "RMSE of inner products" if kind == "rmse" else "relative error in %"
     finish_axes(axes, "K, numbers per component", label, legend=bool(curves))
 
@@ -200,7 +193,7 @@ def _draw_slope(axes: Axes, curves: Mapping[str, Sequence[SketchPoint]], sizes: 
     if len(sizes) > 1 and best:
         error, first = min(best)
         line = [error * (first / size) ** 0.5 for size in sizes]
-        axes.plot(sizes, line, color="#999999", linestyle=":", linewidth=1.2, zorder=0, label="slope of 1/√K")
+        axes.plot(sizes, line, ":", color="#999999", linewidth=1.2, zorder=0, label="slope of 1/√K")
     if best:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))

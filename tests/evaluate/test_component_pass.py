@@ -107,7 +107,6 @@ def test_the_sum_over_components_is_the_direct_full_cosine(settings, gradients, 
         for q, row in zip(queries, listed, strict=True)
     ]
     np.testing.assert_allclose(products.cosine([one]), single, atol=2e-6)
-    np.testing.assert_allclose(products.each([one])[0], single, atol=2e-6)
 
 
 @pytest.mark.slow

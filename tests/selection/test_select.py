@@ -133,6 +133,14 @@ def test_damaged_files_are_seen_and_made_again(run, tmp_path):
     assert chosen.data.read_bytes() == before
 
 
+def test_a_torn_record_is_named_and_replaced_with_overwrite(run, tmp_path):
+    select(scores=run, budget=4, out=tmp_path / "out")
+    (tmp_path / "out" / "selection.json").write_text("torn")
+    with pytest.raises(UserError, match="overwrite"):
+        select(scores=run, budget=4, out=tmp_path / "out")
+    assert len(select(scores=run, budget=4, out=tmp_path / "out", overwrite=True)) == 4
+
+
 def test_other_files_are_left_alone(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("...")

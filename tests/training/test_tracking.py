@@ -161,6 +161,17 @@ def test_the_numbers_of_an_evaluation_are_reported(tmp_path, kept):
     assert tracker.run.config["evaluation"] == "lds"
 
 
+def test_the_numbers_of_indexes_that_are_compared_without_the_model_are_reported(tmp_path, settled, kept):
+    for size in (8, 16):
+        given = {"model": settled["model"], "data": "train.jsonl", "compress": f"tensorsketch:{size}"}
+        vestige.index(**given, out=tmp_path / f"{size}")
+    folders = [str(tmp_path / "8"), str(tmp_path / "16")]
+    report = vestige.evaluate.sketch(index=folders, num_ref=4, out=tmp_path / "sketch", report_to="kept")
+    (tracker,) = kept.runs
+    ((family, (point,)),) = report.curves.items()
+    assert tracker.logged[0][1][f"sketch/{family}/8/rmse"] == point.rmse
+
+
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

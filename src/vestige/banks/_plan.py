@@ -109,11 +109,7 @@ class BankWork:
         yield compute
 
     def _reduce(self) -> Bank:
-        """Return the finished bank, all members in one table.
-
-        Raises:
-            CorruptFile: Members are missing or damaged; the message lists them.
-        """
+        """Return the finished bank, all members in one table."""
         update_table(self.folder / "members.parquet", read_members(self.folder, self.manifest))
         return Bank.open(self.folder)
 

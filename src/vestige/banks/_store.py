@@ -242,11 +242,7 @@ def tabulate_texts(texts: Texts) -> pa.Table:
 
 
 def _read_truth(path: Path, measure: Measure | None, examples: int | None) -> Bank:
-    """Return the ground truth in `path`, in whichever of the announced layouts it is.
-
-    Raises:
-        DataError: It is in none of them, or does not read.
-    """
+    """Return the ground truth in `path`, in whichever of the announced layouts it is."""
     formats = list(TRUTH_FORMATS)
     for each in formats:
         if each.matches(path):

@@ -6,7 +6,6 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.evaluate._component_files import (
-        CHANCE as CHANCE,
         FULL as FULL,
         PARAMETERS as PARAMETERS,
         SIMILARITY as SIMILARITY,
@@ -43,13 +42,13 @@ if TYPE_CHECKING:
         reopen_components as reopen_components,
         write_components as write_components,
     )
-    from vestige.evaluate._ladder import judge_ladder as judge_ladder
     from vestige.evaluate._lds import (
         Ceiling as Ceiling,
         Lds as Lds,
         ceiling as ceiling,
         choose_held_out as choose_held_out,
         datamodeling_score as datamodeling_score,
+        judge_ladder as judge_ladder,
         lds as lds,
     )
     from vestige.evaluate._mislabel import (
@@ -114,7 +113,6 @@ if TYPE_CHECKING:
         keep_run as keep_run,
         list_baselines as list_baselines,
         read_together as read_together,
-        reading_arguments as reading_arguments,
         require_own_files as require_own_files,
         sum_over_sets as sum_over_sets,
     )
@@ -135,6 +133,11 @@ if TYPE_CHECKING:
         sources as sources,
     )
     from vestige.evaluate._tail_patch import tail_patch as tail_patch, train_temporarily as train_temporarily
-    from vestige.evaluate._truth import Truth as Truth, check_disjoint as check_disjoint, open_truth as open_truth
+    from vestige.evaluate._truth import (
+        Truth as Truth,
+        check_disjoint as check_disjoint,
+        open_truth as open_truth,
+        retrain as retrain,
+    )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

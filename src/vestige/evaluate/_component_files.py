@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from vestige.evaluate._result import Evaluation, format_value
+from vestige.evaluate._result import Evaluation, format_value, make_cells
 from vestige.figures import (
     BROAD,
     COLOURS,
@@ -28,7 +28,7 @@ from vestige.figures import (
     render_figure,
     write_plainly,
 )
-from vestige.progress import format_count, format_seconds
+from vestige.progress import format_count
 
 FULL, CHANCE = "full gradient", "random"
 PATHS, PARAMETERS, SIMILARITY = "greedy_paths", "parameters_per_component", "self_similarity"
@@ -152,10 +152,8 @@ def _draw_lines(axes: Axes, lines: Sequence[_Line], value: Value, level: float |
 
 def _draw_boxes(axes: Axes, parts: Sequence[Part], full: float) -> None:
     """Draw quartiles of accuracy by number of parameters, with all components, and the full gradient as a line."""
-    known, sizes = (
-        [one for one in parts if math.isfinite(accuracy_of(one))],
-        sorted({one["parameters"] for one in parts}),
-    )
+    known = [one for one in parts if math.isfinite(accuracy_of(one))]
+    sizes = sorted({one["parameters"] for one in parts})
     groups = [[accuracy_of(one) for one in known if one["parameters"] == size] for size in sizes]
     line = {"color": COLOURS[0]}
     axes.boxplot(groups, whis=0, showcaps=False, showfliers=False, widths=0.6, boxprops=line, medianprops=line)
@@ -299,16 +297,8 @@ def as_component_list(words: str, found: Part, objective: str) -> str:
 
 def as_markdown(evaluation: Evaluation, choices: Mapping[str, Part]) -> str:
     """Return the whole result as Markdown."""
-    head = ["representation", *evaluation.rows[0].values, "seconds"]
-    rows = [
-        [
-            row.method,
-            *map(format_value, row.values.values()),
-            "" if row.seconds is None else format_seconds(row.seconds),
-        ]
-        for row in evaluation.rows
-    ]
-    lines = [f"# {evaluation.title}", "", *_markdown_table(head, rows), ""]
+    head, rows = make_cells(evaluation.rows)
+    lines = [f"# {evaluation.title}", "", *_markdown_table(["representation", *head[1:]], rows), ""]
     lines += [f"- {note}" for note in evaluation.notes]
     for words, found in choices.items():
         head = ["component", "parameters", "backward", "accuracy", "agreement", "centred", "layer output"]

@@ -93,9 +93,10 @@ class Findings:
         """Return cosines of each component for some queries, as CSV: query, candidate, right, component, cosine."""
         lines = ["query,candidate,right,component,cosine"]
         for query in self._most_divergent():
-            cosine = self.products.of([query]).each()[:, 0, :_CANDIDATES_DRAWN]
+            products = self.products.of([query]).first(_CANDIDATES_DRAWN)
+            cosines = np.stack([products.cosine([number])[0] for number in range(len(products.names))])
             quoted = '"' + self._result.inputs.queries.examples[query].id.replace('"', '""') + '"'
-            for candidate, values in enumerate(cosine.T):
+            for candidate, values in enumerate(cosines.T):
                 start = f"{quoted},{candidate},{int(self.right[query, candidate])}"
                 pairs = zip(self.products.names, values, strict=True)
                 lines += [f"{start},{name},{value:.6g}" for name, value in pairs]
@@ -104,7 +105,7 @@ class Findings:
     def _most_divergent(self) -> list[int]:
         """Return the three queries with the lowest cosine between the lists of the best component and the full one."""
         best = int(np.argmax([one["accuracy"].value for one in self.components]))
-        cosine, full = self.products.each([best])[0], self.full
+        cosine, full = self.products.cosine([best]), self.full
         lengths = np.sqrt((cosine**2).sum(1) * (full**2).sum(1))
         alike = np.where(lengths > 0, (cosine * full).sum(1) / np.maximum(lengths, 1e-300), 1.0)
         return np.argsort(alike, kind="stable")[:3].tolist()
@@ -193,7 +194,7 @@ class Findings:
         work = [self._result.seconds.get(name, 0.0) for name in ("gradients", "products")]
         whole: Finding = {"numbers": total, "parameters": total, "backward": float(shares.max()), "seconds": sum(work)}
         # Every component counts the same, however long its gradient is.
-        cosines = sum((products.each([number])[0] for number in range(len(sizes))), np.zeros(products.rows.shape))
+        cosines = sum((products.cosine([number]) for number in range(len(sizes))), np.zeros(products.rows.shape))
         rows = [
             self._measure(FULL, self.full, **whole),
             self._measure("full gradient, inner product", products.values.sum(0, dtype=np.float64), **whole),
@@ -220,7 +221,7 @@ class Findings:
             for form, label in ((result.projected, ""), (result.published, ", as published")):
                 one = form[self.words]
                 cost["numbers"] = int(one.parameters[number])
-                rows.append(self._measure(f"projection {name}{label}", one.each([number])[0], **cost))
+                rows.append(self._measure(f"projection {name}{label}", one.cosine([number]), **cost))
         return rows
 
     def _measure_baselines(self) -> list[Finding]:
@@ -243,7 +244,7 @@ class Findings:
     def _measure_component(self, number: int) -> Finding:
         """Return one component by itself; `output_accuracy` is that of its module's outputs, where that has its own."""
         outputs, part = self._result.outputs[self.words], self._result.inputs.components[number]
-        cosine, listed = self.products.each([number])[0], self.products.listed
+        cosine, listed = self.products.cosine([number]), self.products.listed
         tapped = [outputs.names.index(use.module) for use in part.uses if use.module in outputs.names[:-1]]
         return {
             "name": part.name,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -124,14 +124,6 @@ class Candidates(NamedTuple):
     """Whether the original was put there although BM25 did not list it."""
 
 
-class Portion(NamedTuple):
-    """Candidates whose products are one piece."""
-
-    batches: list[np.ndarray]
-    held: int | None
-    """The piece of queries that they are, or None: their gradients are still to be computed."""
-
-
 @dataclass(frozen=True)
 class ComponentInputs:
     """Everything that is read before the work begins, and how the work is divided."""
@@ -180,20 +172,20 @@ class ComponentInputs:
         }
 
     @cached_property
-    def held(self) -> list[list[np.ndarray]]:
-        """Batches of queries, piece by piece."""
-        return self._divide(np.arange(len(self.wanted)), 64, 2**28)
+    def query_batches(self) -> list[Int[np.ndarray, " example"]]:
+        """Batches of queries."""
+        return [batch for group in self._groups for batch in group if batch[0] < len(self.wanted)]
 
     @cached_property
-    def portions(self) -> list[Portion]:
-        """The sources of the pieces of products: first candidates that are queries too, then all others."""
-        both = [Portion(batches, place) for place, batches in enumerate(self.held)]
+    def portions(self) -> list[list[Int[np.ndarray, " example"]]]:
+        """The batches of each piece of products: first candidates that are queries too, then all others."""
+        return [group for group in self._groups if self.wanted[:, np.concatenate(group)].any()]
+
+    @cached_property
+    def _groups(self) -> list[list[Int[np.ndarray, " example"]]]:
         # Every piece of candidates reads the queries' gradients, so of these there are fewer.
-        fresh = self._divide(np.arange(len(self.wanted), len(self.data)), 16, 2**30)
-        return [
-            *(one for one in both if self.wanted[:, np.concatenate(one.batches)].any()),
-            *(Portion(batches, None) for batches in fresh),
-        ]
+        queries, everything = len(self.wanted), np.arange(len(self.data))
+        return [*self._divide(everything[:queries], 64, 2**28), *self._divide(everything[queries:], 16, 2**30)]
 
     @cached_property
     def factor_bytes(self) -> Int[np.ndarray, " example"]:
@@ -259,11 +251,7 @@ def read_component_inputs(settings: ComponentsSettings) -> ComponentInputs:
 
 
 def _read_column(settings: ComponentsSettings) -> list[dict[str, Any]]:
-    """Return rows whose turns are those in a column; what else a row has stays, and its id names the original.
-
-    Raises:
-        DataError: A row lacks the column, or is tokens already.
-    """
+    """Return rows whose turns are those in a column; what else a row has stays, and its id names the original."""
     name, rows = settings.query_column, list[dict[str, Any]]()
     for example, columns in load_records(
         settings.queries, limit=settings.limit_queries, on_bad_text=settings.on_bad_text
@@ -332,9 +320,7 @@ def _read_candidates(
         if unknown := [name for name in names if str(name) not in place]:
             raise DataError(f"Query {query.id!r}: the candidate {unknown[0]!r} is no id of the training data.")
         lists.append(list(dict.fromkeys(place[str(name)] for name in names)))
-    rows = np.full((len(lists), max(map(len, lists))), -1, dtype=np.int64)
-    for number, names in enumerate(lists):
-        rows[number, : len(names)] = names
+    rows = np.array(list(zip_longest(*lists, fillvalue=-1)), dtype=np.int64).T
     own = np.take_along_axis(right, np.maximum(rows, 0), axis=1) & (rows >= 0)
     # Candidates of `vestige data candidates` are reported here like candidates found here.
     rank = np.array([int(query.extra.get("original_rank") or 0) for query in queries], dtype=np.int64)

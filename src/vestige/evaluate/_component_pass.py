@@ -6,17 +6,19 @@ candidates' are computed, piece by piece, and multiplied with them. What stays i
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import FiniteFloat, TypeAdapter
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vestige.data import make_batch
@@ -52,6 +54,7 @@ _DENSE = 0.25
 """Share of a block's pairs from which all of them are computed at once."""
 _EXAMPLES = "examples"
 _COSTS = TypeAdapter(dict[str, FiniteFloat])
+Spent = defaultdict[str, float]
 """Of a piece: seconds by kind of work, and the number of `examples` whose gradients were computed."""
 
 
@@ -94,20 +97,22 @@ def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
             check_disk(settings.out, int(inputs.factor_bytes[: len(inputs.wanted)].sum()))
         run_pieces(work.queries, settings, command)
     pieces = run_pieces(work.products, settings, command)
-    projections = {one.name: sum(one.sizes) for one in inputs.projections}
+    work.factors.remove()
+    parts = {part.name: part.size for part in inputs.components}
     outputs = dict(zip([*_output_modules(inputs), HIDDEN], pieces[0]["widths"].tolist(), strict=True))
-    kinds, start = [], 0
-    for sizes in ({part.name: part.size for part in inputs.components}, outputs, projections, projections):
-        kinds.append(_collect_products(inputs, pieces, slice(start, start + len(sizes)), sizes))
-        start += len(sizes)
-    spent = _read_costs(settings)
+    projections = {one.name: sum(one.sizes) for one in inputs.projections}
+    sizes = [parts, outputs, projections, projections]
+    ends = np.cumsum(list(map(len, sizes))).tolist()
+    kinds = [_collect_products(inputs, pieces, end, one) for end, one in zip(ends, sizes, strict=True)]
+    spent = _read_costs(settings.out)
     return OnePassResult(inputs, *kinds, computed=round(spent.pop(_EXAMPLES, 0)), seconds=spent)
 
 
 def _collect_products(
-    inputs: ComponentInputs, pieces: Sequence[Mapping[str, Tensor]], kind: slice, sizes: Mapping[str, int]
+    inputs: ComponentInputs, pieces: Sequence[Mapping[str, Tensor]], end: int, sizes: Mapping[str, int]
 ) -> dict[str, ComponentProducts]:
-    """Return one kind of products from all pieces, for each choice of candidates."""
+    """Return one kind of products, those before `end` in all pieces, for each choice of candidates."""
+    kind, counts = slice(end - len(sizes), end), np.array([*sizes.values()], dtype=np.int64)
     pairs, rows = (np.concatenate([one[name].numpy() for one in pieces]) for name in ("pairs", "rows"))
     number = np.full(inputs.wanted.shape, -1, dtype=np.int64)
     number[pairs[:, 0], pairs[:, 1]] = np.arange(len(pairs))
@@ -119,7 +124,7 @@ def _collect_products(
     for words, candidates in inputs.candidates.items():
         place = np.where(candidates.rows >= 0, inputs.example_place[candidates.rows], -1)
         pair = np.where(place >= 0, number[inputs.query_place[:, None], place], -1)
-        listed, counts = np.where(pair >= 0, values[:, pair], 0), np.array([*sizes.values()], dtype=np.int64)
+        listed = np.where(pair >= 0, values[:, pair], 0)
         found[words] = ComponentProducts(tuple(sizes), counts, listed, query, example, place)
     return found
 
@@ -146,7 +151,7 @@ _RunPass = Callable[[np.ndarray], _Passed]
 
 
 @contextmanager
-def _open_pass(inputs: ComponentInputs, spent: dict[str, float]) -> Iterator[_RunPass]:
+def _open_pass(inputs: ComponentInputs, spent: Spent) -> Iterator[_RunPass]:
     """Yield the function that runs one pass over some rows; the model is tapped while the context lasts."""
     model, sink, hidden = inputs.loaded.model, KeepingSink(inputs.components), list[Tensor]()
     modules = _output_modules(inputs)
@@ -183,7 +188,7 @@ def _open_pass(inputs: ComponentInputs, spent: dict[str, float]) -> Iterator[_Ru
             gradients += [Gradients(len(rows), (1, part.shape[2]), (), part) for part in own]
             norms += [part.square().sum((1, 2)) for part in own]
             squared = torch.stack([one.cpu().double() for one in norms])
-            _add(spent, _EXAMPLES, len(rows))
+            spent[_EXAMPLES] += len(rows)
             if not bool(squared.isfinite().all()):
                 bad = int((~squared.isfinite().all(0)).nonzero()[0, 0])
                 raise NonFinite(
@@ -196,14 +201,10 @@ def _open_pass(inputs: ComponentInputs, spent: dict[str, float]) -> Iterator[_Ru
 
 
 @contextmanager
-def _timing(spent: dict[str, float], name: str) -> Iterator[None]:
+def _timing(spent: Spent, name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    _add(spent, name, time.perf_counter() - started)
-
-
-def _add(spent: dict[str, float], name: str, amount: float) -> None:
-    spent[name] = spent.get(name, 0.0) + amount
+    spent[name] += time.perf_counter() - started
 
 
 def _shrink(gradients: Gradients) -> Gradients:
@@ -221,30 +222,29 @@ def _one_example(gradients: Gradients, place: int) -> Gradients:
     return Gradients(1, gradients.shape, tuple(Piece(found[0], *found[1]) for found in inside if found is not None))
 
 
-def _as_tensors(passed: _Passed, name: str) -> Tensors:
+def _as_tensors(passed: _Passed) -> Tensors:
     """Return everything as named tensors, for a file; `_read_passed` undoes it."""
-    tensors = {f"{name}.norms": passed.norms}
+    tensors = {"norms": passed.norms}
     for number, gradients in enumerate(passed.gradients):
         if gradients.matrices is not None:
-            tensors[f"{name}.{number}.matrices"] = gradients.matrices
-        for place, piece in enumerate(gradients.pieces):
-            one_hot = isinstance(piece.left, OneHot)
-            key, left = f"{name}.{number}.{place}", piece.left.ids if isinstance(piece.left, OneHot) else piece.left
-            tensors |= {f"{key}.{'ids' if one_hot else 'left'}": left, f"{key}.right": piece.right}
-            tensors[f"{key}.examples"] = torch.tensor([piece.examples.start, piece.examples.stop])
+            tensors[f"{number}.matrices"] = gradients.matrices
+        for place, (examples, left, right) in enumerate(gradients.pieces):
+            key = f"{number}.{place}"
+            tensors |= {f"{key}.ids": left.ids} if isinstance(left, OneHot) else {f"{key}.left": left}
+            tensors |= {f"{key}.right": right, f"{key}.examples": torch.tensor([examples.start, examples.stop])}
     # Tensors that share memory (one input of several layers) are written as what they are: tensors of their own.
     return {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
 
 
-def _read_passed(tensors: Tensors, name: str, inputs: ComponentInputs) -> _Passed:
-    device, norms = next(inputs.loaded.model.parameters()).device, tensors[f"{name}.norms"]
+def _read_passed(tensors: Tensors, inputs: ComponentInputs) -> _Passed:
+    device, norms = next(inputs.loaded.model.parameters()).device, tensors["norms"]
     gradients = []
     for number in range(len(norms)):
-        matrices, pieces = tensors.get(f"{name}.{number}.matrices"), list[Piece]()
+        matrices, pieces = tensors.get(f"{number}.matrices"), list[Piece]()
         # Vectors are matrices of one row, on the CPU.
         of_component = number < len(inputs.components)
         shape = inputs.components[number].shape if of_component or matrices is None else (1, matrices.shape[2])
-        while (key := f"{name}.{number}.{len(pieces)}") + ".right" in tensors:
+        while (key := f"{number}.{len(pieces)}") + ".right" in tensors:
             ids, right = tensors.get(f"{key}.ids"), tensors[f"{key}.right"].to(device)
             left = tensors[f"{key}.left"].to(device) if ids is None else OneHot(ids.to(device), shape[0])
             pieces.append(Piece(slice(*tensors[f"{key}.examples"].tolist()), left, right))
@@ -257,18 +257,18 @@ class _OnePass:
     """Both jobs: the gradients of all queries as factors on disk, and the products of the candidates with them."""
 
     def __init__(self, inputs: ComponentInputs) -> None:
-        self._inputs, self._checked, self._spent = inputs, set[int](), dict[str, float]()
+        self._inputs, self._checked, self._spent = inputs, set[int](), Spent(float)
         kept = {name: value for name, value in inputs.identity.items() if name != "pairs"}
-        self.factors = PieceFiles(inputs.settings.out / "gradients", digest(kept))
+        self.factors = PieceFiles(inputs.settings.out / "gradients", digest(kept | {"piece": "a batch"}))
         self.table = PieceFiles(inputs.settings.out / "products", digest(inputs.identity))
-        queries = [sum(map(len, batches)) for batches in inputs.held]
-        candidates = [sum(map(len, portion.batches)) for portion in inputs.portions]
+        self._number = {int(batch[0]): number for number, batch in enumerate(inputs.query_batches)}
+        queries, candidates = list(map(len, inputs.query_batches)), [sum(map(len, one)) for one in inputs.portions]
         keep, multiply = partial(self._open, self._keep), partial(self._open, self._multiply)
         # Every product needs the gradients of queries, so a share of the products does not wait for other shares.
         self.queries = replace(
             tensor_pieces("Query gradients", self.factors, queries, keep, lambda _: None), for_all=True
         )
-        self.products = tensor_pieces("Products", self.table, candidates, multiply, self._finish)
+        self.products = tensor_pieces("Products", self.table, candidates, multiply, list[Tensors])
 
     @contextmanager
     def _open(self, compute: Callable[[_RunPass, int], Tensors]) -> Iterator[Callable[[int], Tensors]]:
@@ -276,32 +276,31 @@ class _OnePass:
             yield partial(compute, run)
 
     def _keep(self, run: _RunPass, piece: int) -> Tensors:
-        """Return the gradients of one piece of queries."""
-        tensors: Tensors = {}
-        for number, batch in enumerate(self._inputs.held[piece]):
-            tensors |= _as_tensors(run(batch), str(number))
-            step_done(len(batch))
+        """Return the gradients of one batch of queries."""
+        batch = self._inputs.query_batches[piece]
+        tensors = _as_tensors(run(batch))
+        step_done(len(batch))
         self._write_costs(f"queries-{piece:05d}")
         return tensors
 
     def _multiply(self, run: _RunPass, piece: int) -> Tensors:
         """Return the products of one portion of candidates, whose gradients are never kept, with all queries."""
-        batches, held = self._inputs.portions[piece]
-        found = [run(batch) for batch in batches] if held is None else self._read(held, range(len(batches)))
+        inputs, batches = self._inputs, self._inputs.portions[piece]
+        known = [self._number.get(int(batch[0])) for batch in batches]
+        found = [run(batch) if one is None else self._read(one) for batch, one in zip(batches, known, strict=True)]
         rows, norms = np.concatenate(batches), torch.cat([one.norms for one in found], dim=1)
-        wanted = self._inputs.wanted[:, rows]
+        wanted = inputs.wanted[:, rows]
         table, query_norms = norms.new_zeros(len(norms), *wanted.shape), norms.new_zeros(len(norms), len(wanted))
-        for number, queries in enumerate(self._inputs.held):
-            some = [place for place, own in enumerate(queries) if piece == 0 or wanted[own].any()]
-            for place, passed in zip(some, self._read(number, some) if some else [], strict=True):
-                own = torch.as_tensor(queries[place])
-                query_norms[:, own] = passed.norms
+        for number, own in enumerate(inputs.query_batches):
+            if piece == 0 or wanted[own].any():
+                queries = self._read(number)
+                query_norms[:, own] = queries.norms
                 with _timing(self._spent, "products"):
-                    table[:, own] = _multiply_batches(passed, found, wanted[queries[place]])
+                    table[:, own] = _multiply_batches(queries, found, wanted[own])
         self._write_costs(f"candidates-{piece:05d}")
         step_done(len(rows))
         query, column = map(torch.as_tensor, np.nonzero(wanted))
-        outputs = found[0].gradients[len(self._inputs.components) : len(norms) - 2 * len(self._inputs.projections)]
+        outputs = found[0].gradients[len(inputs.components) : len(norms) - 2 * len(inputs.projections)]
         return {
             "pairs": torch.stack([query, torch.as_tensor(rows)[column]], dim=1),
             "rows": torch.as_tensor(rows),
@@ -311,23 +310,12 @@ class _OnePass:
             "query_norms": query_norms if piece == 0 else query_norms[:0],
         }
 
-    def _read(self, piece: int, batches: Sequence[int]) -> list[_Passed]:
-        """Read some batches of a piece of queries; its bytes are compared with its marker once in a process."""
+    def _read(self, piece: int) -> _Passed:
+        """Read a batch of queries; its bytes are compared with its marker once in a process."""
         if piece not in self._checked:
             self.factors.check(piece)
             self._checked.add(piece)
-        found = []
-        with safe_open(self.factors.path(piece), "pt") as file:
-            for number in batches:
-                keys = [key for key in file.keys() if key.startswith(f"{number}.")]  # noqa: SIM118 (not a dict)
-                found.append(_read_passed({key: file.get_tensor(key) for key in keys}, str(number), self._inputs))
-        return found
-
-    def _finish(self, pieces: Iterator[Tensors]) -> list[Tensors]:
-        """Return the tables of all pieces; delete the queries' gradients."""
-        tables = list(pieces)
-        self.factors.remove()
-        return tables
+        return _read_passed(load_file(self.factors.path(piece)), self._inputs)
 
     def _write_costs(self, name: str) -> None:
         """Write the cost of a piece beside the pieces: their bytes depend on no clock."""
@@ -343,33 +331,26 @@ def _multiply_batches(
     """Return the wanted products of a batch of queries with batches of candidates, zero in place of others."""
     memory, table = FormingBudget(_FORMED_BYTES), queries.norms.new_zeros(len(queries.norms), *wanted.shape)
     held = [HeldGradients(one, memory, len(found)) for one in queries.gradients]
-    start = 0
-    for passed in found:
-        columns = slice(start, start + passed.norms.shape[1])
-        start, own = columns.stop, wanted[:, columns]
+    starts = np.cumsum([one.norms.shape[1] for one in found])[:-1]
+    blocks = zip(found, np.split(wanted, starts, axis=1), table.tensor_split(starts.tolist(), dim=2), strict=True)
+    for passed, own, block in blocks:
         if own.mean() >= _DENSE:
             for part, (one, mine) in enumerate(zip(held, passed.gradients, strict=True)):
-                table[part, :, columns] = one.products(mine).T
+                block[part] = one.products(mine).T
             continue
         for query, candidate in np.argwhere(own).tolist():
             for part, (one, mine) in enumerate(zip(queries.gradients, passed.gradients, strict=True)):
-                table[part, query, start - len(own[0]) + candidate] = products(
-                    _one_example(one, query), _one_example(mine, candidate)
-                )
+                block[part, query, candidate] = products(_one_example(one, query), _one_example(mine, candidate))
     return table
 
 
-def _read_costs(settings: ComponentsSettings) -> dict[str, float]:
-    """Return how many gradients were computed for the result that is there, and the seconds of everything.
-
-    Raises:
-        CorruptFile: A file is not what Vestige writes.
-    """
-    total = dict[str, float]()
-    for path in sorted((settings.out / "seconds").glob("*.json")):
+def _read_costs(folder: Path) -> Spent:
+    """Return how many gradients were computed for the result that is there, and the seconds of everything."""
+    total = Spent(float)
+    for path in sorted((folder / "seconds").glob("*.json")):
         try:
             for name, amount in _COSTS.validate_json(path.read_bytes()).items():
-                _add(total, name, amount)
+                total[name] += amount
         except (OSError, ValueError) as error:
             raise CorruptFile(f"{path} is damaged ({error}). Delete it: it says only what the work cost.") from None
     return total

@@ -4,7 +4,7 @@ One matrix of products `d[c, q, n]` and the squared norms of both sides are all 
 components is `sum_c d / sqrt(sum_c |q|^2 sum_c |n|^2)`. Arrays to arrays; uses no model and no file.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -53,18 +53,10 @@ class ComponentProducts:
 
     def cosine(self, components: Sequence[int] | None = None) -> Float[np.ndarray, "query candidate"]:
         """Return the cosine of the joint gradients of components, all by default; float64, zero where not listed."""
-        values, query, example = (part.sum(0, dtype=np.float64) for part in self._parts(components))
-        return _cosines(values, query, example[self.rows])
-
-    def each(self, components: Sequence[int] | None = None) -> Float[np.ndarray, "component query candidate"]:
-        """Return the cosine of every component by itself, in float64."""
-        values, query, example = (part.astype(np.float64) for part in self._parts(components))
-        return _cosines(values, query, example[:, self.rows])
-
-    def _parts(self, components: Sequence[int] | None) -> Iterator[np.ndarray]:
-        """Yield products and the squared norms of both sides of these components; each adds up over a set."""
         chosen = slice(None) if components is None else np.asarray(components, dtype=np.int64)
-        return (part[chosen] for part in (self.values, self.query, self.example))
+        parts = (self.values, self.query, self.example)
+        values, query, example = (part[chosen].sum(0, dtype=np.float64) for part in parts)
+        return _cosines(values, query, example[self.rows])
 
 
 def _cosines(

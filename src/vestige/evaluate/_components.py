@@ -75,7 +75,7 @@ def write_components(settings: ComponentsSettings, result: OnePassResult, comman
         "components",
         f"Originals of {len(inputs.queries)} queries among {len(inputs.train)} examples "
         f"({', '.join(settings.candidates)} candidates), {len(inputs.components)} components",
-        tuple(sorted(rows, key=lambda row: row.opponent)) if several else tuple(rows),
+        tuple(sorted(rows, key=lambda row: row.opponent)),
         tuple(_notes(settings, result, passes, findings)),
         {
             "command": command or settings.command_line("evaluate components"),

@@ -1,11 +1,13 @@
 """`vestige evaluate lds`: do scores predict the losses of models retrained on random subsets?"""
 
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vestige.errors import DataError
+from vestige.errors import DataError, SpecError
 from vestige.evaluate import (
     AlignedScores,
     Estimate,
@@ -29,6 +31,8 @@ from vestige.evaluate import (
     sum_over_sets,
     write_evaluation,
 )
+from vestige.progress import announce
+from vestige.runs import FIRST_RUNG, LadderRecord, Scores, add_part
 from vestige.settings import AttributeSettings, LdsSettings, with_settings
 
 _TRUTHS = {"loss": "minus the loss", "margin": "the margin"}
@@ -71,7 +75,8 @@ def lds(settings: LdsSettings) -> Evaluation:
     truth = open_truth(settings.bank, settings.value)
     found = collect_scores(settings, "lds")
     warnings = [check_disjoint(settings.bank, truth, one, allowed=settings.shared_model) for one in found.scored]
-    results = {one.name: _measure(settings, truth, one) for one in found.scored}
+    drawn = settings.draws, settings.seed
+    results = {one.name: judge_by(truth, truth.scores_of(one), *drawn) for one in found.scored}
     limit = ceiling(truth.losses, truth.bank.subsets, truth.bank.seeds, seed=settings.seed)
     rows = [EvaluationRow.of(one, _values(results[one.name])) for one in found.scored]
     grid_rows, grid_notes, grid = _vary_damping(settings, truth) if settings.damping_grid else ((), (), None)
@@ -111,16 +116,11 @@ def lds(settings: LdsSettings) -> Evaluation:
     return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
-def _measure(settings: LdsSettings, truth: Truth, scored: Scored) -> Lds:
-    return datamodeling_score(
-        truth.scores_of(scored),
-        truth.bank.membership,
-        truth.losses,
-        subset=truth.bank.subsets,
-        seeds=truth.bank.seeds,
-        draws=settings.draws,
-        seed=settings.seed,
-    )
+def judge_by(truth: Truth, scores: AlignedScores | np.ndarray, draws: int, seed: int) -> Lds:
+    """Return the linear datamodeling score of scores in the order of the truth."""
+    bank = truth.bank
+    numbers = {"subset": bank.subsets, "seeds": bank.seeds}
+    return datamodeling_score(scores, bank.membership, truth.losses, **numbers, draws=draws, seed=seed)
 
 
 def _values(result: Lds) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _vary_damping(settings: LdsSettings, truth: Truth) -> tuple[tuple[Evaluation
         folder = settings.out / "runs" / f"{method}-{damping:g}"
         run = keep_run(settings, folder, {"method": method, "damping": damping})
         runs.append(Scored(f"{method} damping {damping:g}", run))
-    results = [_measure(settings, truth, run) for run in runs]
+    results = [judge_by(truth, truth.scores_of(run), settings.draws, settings.seed) for run in runs]
     best, others = choose_held_out([each.per_query for each in results], seed=settings.seed)
     values = results[best].per_query[others]
     row = {
@@ -261,3 +261,42 @@ def choose_held_out(
     count = max(1, round(share * len(order)))
     means = [mean_of_known(each[order[:count]]) for each in candidates]
     return int(np.nanargmax(np.nan_to_num(means, nan=-np.inf))), np.sort(order[count:])
+
+
+def judge_ladder(run: str | Path, bank: str | Path, *, draws: int = 1000, seed: int = 0) -> LadderRecord:
+    """Measure the linear datamodeling score of the first and the last rung, and add it to the run's record.
+
+    Both are judged by the candidates alone, what is not scored counting nothing: so the difference is what exact scores
+    buy. The first rung is judged by all rows as well.
+
+    Args:
+        run: Folder of a run with `rerank`, made with all scores (`dense`).
+        bank: Folder of a bank of the same data and queries.
+        draws: Of the bootstrap, for intervals.
+        seed: Of the draws.
+
+    Raises:
+        SpecError: The run has one ranking alone.
+        IndexMismatch: The bank is of other data or queries.
+        UserError: The run lacks the scores of all its rows.
+    """
+    folder, truth = Path(run), open_truth(Path(bank))
+    last = Scores.open(folder)
+    ladder = last.run.ladder
+    if ladder is None:
+        raise SpecError(f"{folder} has one ranking alone. Make it with vestige attribute --rerank 50.")
+    rungs = [Scored(one.run.method, one) for one in (Scores.open(folder / FIRST_RUNG), last)]
+    for rung in rungs:
+        if warning := check_disjoint(Path(bank), truth, rung, allowed=False):
+            announce(warning)
+    tables = [truth.scores_of(rung) for rung in rungs]
+    below, exact = (np.stack([table.of_query(query) for query in range(table.shape[0])]) for table in tables)
+    scored = np.isfinite(exact)
+    measure = partial(judge_by, truth, draws=draws, seed=seed)
+    of_all, of_some = measure(below).estimate, measure(np.where(scored, below, 0.0)).estimate
+    found = list(ladder.rungs)
+    found[0] = found[0].model_copy(update={"lds": tuple(of_some), "lds_of_all": tuple(of_all)})
+    found[-1] = found[-1].model_copy(update={"lds": tuple(measure(np.where(scored, exact, 0.0)).estimate)})
+    ladder = ladder.model_copy(update={"rungs": found})
+    add_part(folder, last.run, "", ladder=ladder)
+    return ladder

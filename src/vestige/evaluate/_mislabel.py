@@ -43,7 +43,12 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
     """
     if settings.data is None:
         raise SpecError("Which labels are wrong is a column of the data. Type --data FILE, and --truth COLUMN.")
-    _require_varying(settings.methods)
+    for name in settings.methods:
+        if constant := METHODS.find(name).constant_self_score:
+            raise SpecError(
+                f"Self-influence with {name} is {constant}, wrong or right. It would find nothing. "
+                "Type --methods influence,grad-dot."
+            )
     found = collect_scores(settings, "mislabel", self_influence=True)
     records = load_records(settings.data, **settings.reading)
     wrong = read_wrong_labels((example for example, _ in records), settings.truth)
@@ -79,16 +84,6 @@ def mislabel(settings: MislabelSettings) -> Evaluation:
     lines.append(Line("random", percent, percent, opponent=True))
     figure = line_figure("mislabel", lines, "% of the data inspected", "% of the wrong labels found")
     return write_evaluation(result, settings.out, figure, settings.report_to)
-
-
-def _require_varying(methods: Iterable[str]) -> None:
-    """Raise if a method's self-influence is the same for every example."""
-    for name in methods:
-        if constant := METHODS.find(name).constant_self_score:
-            raise SpecError(
-                f"Self-influence with {name} is {constant}, wrong or right. It would find nothing. "
-                "Type --methods influence,grad-dot."
-            )
 
 
 def read_wrong_labels(examples: Iterable[Example], column: str) -> Bool[np.ndarray, "example"]:

@@ -104,11 +104,7 @@ def _describe_correlation(found: dict[str, Any]) -> str:
 
 
 def _read_tops(scored: Scored, k: int) -> Tops:
-    """Return the rows of the first `k` examples of each query.
-
-    Raises:
-        UserError: The run keeps fewer.
-    """
+    """Return the rows of the first `k` examples of each query."""
     run = scored.run
     wanted = min(k, run.run.data.examples)
     tops = [[row.row for row in run.top(name, wanted)] for name in run.queries]

@@ -195,19 +195,20 @@ def sketch_products(
     """
     ends = [np.cumsum([one.size for one in compressors]).tolist() for compressors in sketches]
     sinks = [CompressingSink(maps, [0, *end[:-1]], end[-1]) for maps, end in zip(sketches, ends, strict=True)]
-    found = [_Collector(sink.columns, samples) for sink in sinks]
     seconds = np.zeros(len(sinks))
-    for side, rows in samples.sides:
+
+    def compress(side: str, rows: Rows) -> list[Tensor]:
         for sink in sinks:
             sink.begin(len(rows.positions), source.device)
         timed = _TimedSinks(sinks)
         source.gradient_pass.run(rows.batch, timed)
-        for sink, sketch in zip(sinks, found, strict=True):
-            sketch.add(side, rows.positions, sink.gradients)
         if side == "test":
-            seconds += timed.seconds
+            seconds[:] += timed.seconds
         advance(len(rows.positions))
-    return [Computed(_require_finite(one.products), spent) for one, spent in zip(found, seconds.tolist(), strict=True)]
+        return [sink.gradients for sink in sinks]
+
+    found = multiply_gradients([list(sink.columns) for sink in sinks], samples, compress)
+    return [Computed(one, spent) for one, spent in zip(found, seconds.tolist(), strict=True)]
 
 
 def project_products(
@@ -225,47 +226,43 @@ def project_products(
     """
     ends = np.cumsum([0, *(one.size for one in compressors)]).tolist()
 
-    def compress(_side: str, rows: Rows) -> Tensor:
+    def compress(_side: str, rows: Rows) -> list[Tensor]:
         gradients = source.gradients_of(rows.batch, len(rows.positions))
         advance(len(rows.positions))
-        return torch.cat([compress_gradient(*pair) for pair in zip(compressors, gradients, strict=True)], dim=1)
+        return [torch.cat([compress_gradient(*pair) for pair in zip(compressors, gradients, strict=True)], dim=1)]
 
-    return multiply_gradients([slice(*pair) for pair in pairwise(ends)], samples, compress)
+    return multiply_gradients([[slice(*pair) for pair in pairwise(ends)]], samples, compress)[0]
 
 
 def multiply_gradients(
-    columns: Sequence[slice], samples: Samples, gradients_of: Callable[[str, Rows], Float[Tensor, "example column"]]
-) -> Products:
-    """Compute inner products of compressed gradients: `gradients_of(side, rows)` returns some; a slice per component.
+    columns: Sequence[Sequence[slice]],
+    samples: Samples,
+    gradients_of: Callable[[str, Rows], Sequence[Float[Tensor, "example column"]]],
+) -> list[Products]:
+    """Compute inner products of compressed gradients, for one or several ways to compress them.
+
+    Args:
+        columns: For each way, a slice of its columns per component.
+        samples: The examples.
+        gradients_of: From a side and some of its rows to their gradients, one array for each way.
 
     Raises:
         NonFinite: An inner product is NaN or infinite.
     """
-    found = _Collector(columns, samples)
+    kept = [torch.zeros(samples.counts[0], max(one.stop for one in parts), dtype=torch.float64) for parts in columns]
+    found = [Products.zeros(len(parts), samples) for parts in columns]
     for side, rows in samples.sides:
-        found.add(side, rows.positions, gradients_of(side, rows))
-    return _require_finite(found.products)
-
-
-class _Collector:
-    """Keeps the references' compressed gradients, and turns the tests' into products when they come."""
-
-    def __init__(self, columns: Sequence[slice], samples: Samples) -> None:
-        self._columns = list(columns)
-        width = max(part.stop for part in self._columns)
-        self._references = torch.zeros(samples.counts[0], width, dtype=torch.float64)
-        self.products = Products.zeros(len(self._columns), samples)
-
-    def add(self, side: str, positions: np.ndarray, gradients: Float[Tensor, "example column"]) -> None:
-        """Note the compressed gradients of one batch."""
-        rows, gradients = torch.as_tensor(positions), gradients.double().cpu()
-        norms = torch.stack([gradients[:, part].square().sum(1) for part in self._columns])
-        getattr(self.products, side)[:, rows] = norms
-        if side == "reference":
-            self._references[rows] = gradients
-            return
-        for number, part in enumerate(self._columns):
-            self.products.values[number][:, rows] = self._references[:, part] @ gradients[:, part].T
+        positions = torch.as_tensor(rows.positions)
+        each = [gradients.double().cpu() for gradients in gradients_of(side, rows)]
+        for parts, references, products, gradients in zip(columns, kept, found, each, strict=True):
+            norms = torch.stack([gradients[:, part].square().sum(1) for part in parts])
+            getattr(products, side)[:, positions] = norms
+            if side == "reference":
+                references[positions] = gradients
+                continue
+            for number, part in enumerate(parts):
+                products.values[number][:, positions] = references[:, part] @ gradients[:, part].T
+    return [_require_finite(products) for products in found]
 
 
 class _TimedSinks:

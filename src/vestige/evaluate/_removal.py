@@ -21,13 +21,12 @@ from vestige.evaluate import (
     estimate_mean,
     line_figure,
     read_together,
-    reading_arguments,
+    retrain,
     write_evaluation,
 )
 from vestige.methods import METHODS
 from vestige.runs import id_array
-from vestige.settings import MemberSettings, RemovalSettings, with_settings
-from vestige.training import bank
+from vestige.settings import RemovalSettings, with_settings
 
 RANDOM = "random lists"
 _QUERIES_LISTED = 10
@@ -67,7 +66,8 @@ def removal(settings: RemovalSettings) -> Evaluation:
     drops = _read_lists(settings, ids)
     listed = [drop.method for drop in drops]
     drops += _draw_lists(settings, drops, found, tables, ids, groups)
-    truth = _retrain(settings, drops)
+    lists = {drop.name: drop.ids for drop in drops}
+    truth = retrain(settings, lists, model=settings.model if settings.start is None else settings.start)
     rises = _Rises(truth, drops)
     values = {name: rises.values(name, settings) for name in [*listed, *(one.name for one in found.scored), RANDOM]}
     result = Evaluation(
@@ -84,7 +84,7 @@ def removal(settings: RemovalSettings) -> Evaluation:
             "queries": list(truth.query_ids),
             "rise_by_seed": {drop.name: rises.of[drop.name].mean(1).tolist() for drop in drops},
             "rise_by_query": {drop.name: rises.of[drop.name].mean(0).tolist() for drop in drops},
-            "lists": {drop.name: drop.ids for drop in drops},
+            "lists": lists,
             "bank": truth.identity,
         },
     )
@@ -176,49 +176,30 @@ def _rank_by_mean(table: AlignedScores) -> Int[np.ndarray, "example"]:
     return np.lexsort((np.random.default_rng(0).permutation(len(scores)), -scores))
 
 
-def _retrain(settings: RemovalSettings, drops: list[Drop]) -> Bank:
-    return bank(
-        **reading_arguments(settings),
-        **{name: getattr(settings, name) for name in MemberSettings.model_fields},
-        model=settings.model if settings.start is None else settings.start,
-        data=settings.data,
-        queries=settings.queries,
-        out=settings.out / "bank",
-        leave_out_lists={drop.name: drop.ids for drop in drops},
-        seeds=settings.seeds,
-        seed=settings.seed,
-    )
-
-
 class _Rises:
     """What the queries lose without each list."""
 
     def __init__(self, truth: Bank, drops: Sequence[Drop]) -> None:
-        number, losses = (
-            {name: place for place, name in enumerate(truth.subset_names)},
-            truth.by_subset(truth.query_losses),
-        )
-        self._drops, self._queries = drops, truth.query_ids
+        losses = dict(zip(truth.subset_names, truth.by_subset(truth.query_losses), strict=True))
+        self._queries = truth.query_ids
         self.of: dict[str, Float[np.ndarray, "seed query"]] = {
-            drop.name: losses[number[drop.name]] - losses[number[EVERYTHING]] for drop in drops
+            drop.name: losses[drop.name] - losses[EVERYTHING] for drop in drops
         }
-
-    def _by_length(self, method: str) -> dict[int, list[np.ndarray]]:
-        """Return the rises of each list of a method by their length, ascending."""
-        lengths = sorted({drop.length for drop in self._drops if drop.method == method})
-        own = [drop for drop in self._drops if drop.method == method]
-        return {length: [self.of[drop.name] for drop in own if drop.length == length] for length in lengths}
+        self._found: dict[str, dict[int, list[np.ndarray]]] = {}
+        """The rises of each list of a method by their length, ascending."""
+        for drop in sorted(drops, key=lambda drop: drop.length):
+            self._found.setdefault(drop.method, {}).setdefault(drop.length, []).append(self.of[drop.name])
 
     def values(self, method: str, settings: RemovalSettings) -> dict[str, Value]:
         """Return the columns of a row."""
         return {
             f"without {length}": estimate_mean(np.concatenate(found).mean(0), settings.draws, settings.seed)
-            for length, found in self._by_length(method).items()
+            for length, found in self._found[method].items()
         }
 
     def line(self, method: str, opponent: bool) -> Line:
         """Return the curve of a method, with the spread over seeds."""
-        heights, spreads, found = [0.0], [0.0], self._by_length(method)
+        heights, spreads, found = [0.0], [0.0], self._found[method]
         for each in found.values():
             runs = np.concatenate([rise.mean(1) for rise in each])
             heights.append(float(runs.mean()))
@@ -230,8 +211,8 @@ class _Rises:
         if len(self._queries) > _QUERIES_LISTED:
             return
         for name in lists:
-            length, (own, *_) = next(iter(self._by_length(name).items()))
-            alike = np.concatenate(self._by_length(RANDOM)[length]).mean(0)
+            length, (own, *_) = next(iter(self._found[name].items()))
+            alike = np.concatenate(self._found[RANDOM][length]).mean(0)
             pairs = zip(self._queries, own.mean(0), alike, strict=True)
             words = "; ".join(f"{query} {rise:+.2f} ({chance:+.2f})" for query, rise, chance in pairs)
             yield f"Without {name}, by query (random lists in brackets): {words}."

@@ -13,13 +13,13 @@ from rich.console import Group
 from rich.table import Table
 from scipy.stats import rankdata
 
-from vestige.errors import CorruptFile, IndexMismatch, UserError
+from vestige.errors import CorruptFile, IndexMismatch, differences
 from vestige.evaluate._scored import Scored
 from vestige.figures import COLOURS, choose_colours, finish_axes, make_figure, render_figure
 from vestige.parsing import parse_object
 from vestige.progress import format_bytes, format_seconds
-from vestige.storage import is_temporary, make_folder, remove_strays_of, write_durably
-from vestige.terminal import as_text
+from vestige.storage import make_folder, remove_strays_of, require_no_others, write_durably
+from vestige.terminal import as_text, shorten
 
 CONFIDENCE = 0.95
 MARKERS = "osD^vP*X<>"
@@ -233,22 +233,26 @@ def as_plain(value: Any) -> Any:
     return value
 
 
-def _table(rows: Sequence[EvaluationRow]) -> Table:
+def make_cells(rows: Sequence[EvaluationRow]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads of the columns of a table, and the cells of each row."""
     columns = list(dict.fromkeys(name for row in rows for name in row.values))
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    costs = ["seconds", *(["memory"] if any(row.memory_bytes is not None for row in rows) else [])]
-    for name in (*columns, *costs):
-        table.add_column(name, justify="right", no_wrap=True)
-    for place, row in enumerate(rows):
-        last_requested = not row.opponent and place + 1 < len(rows) and rows[place + 1].opponent
-        table.add_row(
-            row.method,
-            *(format_value(row.values.get(name)) for name in columns),
-            "" if row.seconds is None else format_seconds(row.seconds),
-            *([] if len(costs) == 1 else ["" if row.memory_bytes is None else format_bytes(row.memory_bytes)]),
-            end_section=last_requested,
-        )
+    has_memory = any(row.memory_bytes is not None for row in rows)
+    cells = []
+    for row in rows:
+        seconds = "" if row.seconds is None else format_seconds(row.seconds)
+        memory = "" if row.memory_bytes is None else format_bytes(row.memory_bytes)
+        values = (format_value(row.values.get(name)) for name in columns)
+        cells.append([row.method, *values, seconds, *([memory] if has_memory else [])])
+    return ["method", *columns, "seconds", *(["memory"] if has_memory else [])], cells
+
+
+def _table(rows: Sequence[EvaluationRow]) -> Table:
+    table, (head, cells) = Table(), make_cells(rows)
+    for place, name in enumerate(head):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    opponents = [row.opponent for row in rows]
+    for each, *pair in zip(cells, opponents, [*opponents[1:], False], strict=True):
+        table.add_row(*each, end_section=pair == [False, True])
     return table
 
 
@@ -282,30 +286,19 @@ def open_folder(folder: Path, identity: Mapping[str, Any], *own: str) -> None:
     """
     path = folder / "compared.json"
     if not path.exists():
-        known = {*own, path.name}
-        foreign = not folder.is_dir() or any(
-            one.name not in known and not is_temporary(one) for one in folder.iterdir()
-        )
-        if folder.exists() and foreign:
-            raise UserError(f"{folder} holds other files. Give a new or empty folder as --out.")
+        require_no_others(folder, own)
         make_folder(folder)
         write_durably(path, [json.dumps(identity, indent=1).encode()])
         return
     try:
-        found = parse_object(path.read_bytes())
+        found = differences(parse_object(path.read_bytes()), identity, {}, {})
     except ValueError as error:
         raise CorruptFile(f"{path} does not read as JSON ({error}). Give another --out.") from error
-    names = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
-    if names:
-        lines = [f"  {name}: {_cut(found.get(name))} there, {_cut(identity.get(name))} now" for name in names]
+    if found:
+        lines = [f"  {one.field}: {shorten(one.old, 60)} there, {shorten(one.new, 60)} now" for one in found]
         raise IndexMismatch(
             "\n".join([f"{folder} evaluated something else; nothing was changed.", *lines, "Give another --out."])
         )
-
-
-def _cut(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class Mark(NamedTuple):

@@ -179,11 +179,6 @@ def require_own_files(settings: Settings, kind: str) -> None:
         )
 
 
-def reading_arguments(settings: ReadingSettings) -> dict[str, Any]:
-    """Return the settings of how text is read and the model runs, as arguments."""
-    return {name: getattr(settings, name) for name in ReadingSettings.model_fields}
-
-
 def keep_run(
     settings: ScoredSettings, folder: Path, arguments: dict[str, Any], live: dict[str, Any] | None = None
 ) -> Scores:
@@ -234,9 +229,8 @@ def _run_method(settings: ScoredSettings, name: str, self_influence: bool) -> Sc
 
 
 def _attribute_arguments(settings: ScoredSettings) -> dict[str, Any]:
-    arguments = reading_arguments(settings) | {
-        name: getattr(settings, name) for name in ("model", "queries", "damping", "seed")
-    }
+    names = (*ReadingSettings.model_fields, "model", "queries", "damping", "seed")
+    arguments: dict[str, Any] = {name: getattr(settings, name) for name in names}
     arguments |= {"dense": True, "trust": False, "k": 50, "self_influence": False}
     if settings.index is None:
         return arguments | {"data": settings.data, "components": settings.components}

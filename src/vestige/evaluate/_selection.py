@@ -1,7 +1,7 @@
 """`vestige evaluate selection`: does training on chosen data beat training on random data of the same size?"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,24 +23,20 @@ from vestige.evaluate import (
     estimate_mean,
     interval_figure,
     make_interval,
-    reading_arguments,
     require_own_files,
+    retrain,
     write_evaluation,
 )
 from vestige.selection import SelectedData
-from vestige.settings import LaunchSettings, MemberSettings, SelectionSettings, with_settings
+from vestige.settings import SelectionSettings, with_settings
 from vestige.storage import make_folder, write_durably
-from vestige.training import bank, steps_per_epoch
+from vestige.training import steps_per_epoch
 
 RANDOM = "random"
 
 
-class TrainingSet(NamedTuple):
-    """Examples to train on."""
-
-    name: str
-    """Of the bank's subset."""
-    ids: frozenset[str]
+TrainingSets = dict[str, frozenset[str]]
+"""Ids of the examples to train on, by the name of the bank's subset."""
 
 
 @with_settings(SelectionSettings)
@@ -59,24 +55,23 @@ def selection(settings: SelectionSettings) -> Evaluation:
     examples = load_examples(settings.data, **settings.reading)
     ids, groups = [example.id for example in examples], text_groups(examples)
     chosen = _open_chosen(settings, ids)
-    random = {size: _random_sets(settings, ids, groups, size) for size in sorted({len(one.ids) for one in chosen})}
-    for one in chosen:
-        if all(each.ids in (one.ids, frozenset()) for each in random[len(one.ids)]):
+    random = {size: _random_sets(settings, ids, groups, size) for size in sorted(set(map(len, chosen.values())))}
+    for name, own in chosen.items():
+        if all(each in (own, frozenset()) for each in random[len(own)].values()):
             raise SpecError(
-                f"There is no random set of {len(one.ids)} rows but {one.name!r} itself: too few other texts fit with "
+                f"There is no random set of {len(own)} rows but {name!r} itself: too few other texts fit with "
                 "all their copies. Give more data, or select with another --budget."
             )
     # Random sets come first, so that further chosen sets of the same size extend the bank.
-    sets = [*(one for group in random.values() for one in group), *chosen]
+    sets = {name: own for group in (*random.values(), chosen) for name, own in group.items()}
     truth = _train(settings, ids, sets, max(random))
     found = _Measured(settings, truth)
-    gains = {one.name: found.gain(one, random[len(one.ids)]) for one in chosen}
-    rows = [EvaluationRow(one.name, found.values([one], len(one.ids), gains[one.name])) for one in chosen]
+    gains = {name: found.gain(name, random[len(own)]) for name, own in chosen.items()}
+    rows = [EvaluationRow(name, found.values([name], len(own), gains[name])) for name, own in chosen.items()]
     for size, group in random.items():
         name = RANDOM if len(random) == 1 else f"{RANDOM} {size}"
         rows.append(EvaluationRow(name, found.values(group, _rows_of(group)), opponent=True))
-    everything = TrainingSet(EVERYTHING, frozenset(ids))
-    rows.append(EvaluationRow(EVERYTHING, found.values([everything], len(ids)), opponent=True))
+    rows.append(EvaluationRow(EVERYTHING, found.values([EVERYTHING], len(ids)), opponent=True))
     result = Evaluation(
         "selection",
         f"Trained on chosen data: mean loss per token, in nats, and accuracy on {len(truth.query_ids)} queries",
@@ -84,7 +79,7 @@ def selection(settings: SelectionSettings) -> Evaluation:
         _notes(settings, truth, groups),
         {
             "gain_by_seed": {name: gain.by_seed.tolist() for name, gain in gains.items()},
-            "sets": {one.name: sorted(one.ids) for one in sets},
+            "sets": {name: sorted(own) for name, own in sets.items()},
             "losses": found.losses_by_seed(),
             "bank": truth.identity,
         },
@@ -94,9 +89,9 @@ def selection(settings: SelectionSettings) -> Evaluation:
     return write_evaluation(result, settings.out, figure, settings.report_to)
 
 
-def _rows_of(sets: Sequence[TrainingSet]) -> int | str:
+def _rows_of(sets: TrainingSets) -> int | str:
     """Return how many rows each set has; fewer where no further text fitted with all its copies."""
-    sizes = [len(one.ids) for one in sets]
+    sizes = list(map(len, sets.values()))
     return sizes[0] if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
@@ -149,22 +144,21 @@ class _Measured:
 
     def __init__(self, settings: SelectionSettings, truth: Bank) -> None:
         self._settings = settings
-        self._number = {name: place for place, name in enumerate(truth.subset_names)}
-        self._losses = truth.by_subset(truth.query_token_losses)
-        self._accuracies = truth.by_subset(truth.values("query_accuracy"))
+        arrays = (truth.by_subset(values) for values in (truth.query_token_losses, truth.values("query_accuracy")))
+        self._losses, self._accuracies = (dict(zip(truth.subset_names, array, strict=True)) for array in arrays)
 
-    def gain(self, chosen: TrainingSet, random: Sequence[TrainingSet]) -> Gain:
+    def gain(self, chosen: str, random: Iterable[str]) -> Gain:
         """Return the gain of a chosen set over random ones of its size."""
-        own, others = self._losses[self._number[chosen.name]], self._of(self._losses, random)
-        return measure_gain(own, others, self._settings.draws, self._settings.seed)
+        others = _stack(self._losses, random)
+        return measure_gain(self._losses[chosen], others, self._settings.draws, self._settings.seed)
 
-    def values(self, sets: Sequence[TrainingSet], size: int | str, gain: Gain | None = None) -> dict[str, Value]:
+    def values(self, sets: Iterable[str], size: int | str, gain: Gain | None = None) -> dict[str, Value]:
         """Return the columns of one row."""
         draws, seed = self._settings.draws, self._settings.seed
         found: dict[str, Value] = {
             "examples": size,
-            "loss": estimate_mean(self._of(self._losses, sets).mean((0, 1)), draws, seed),
-            "accuracy": estimate_mean(self._of(self._accuracies, sets).mean((0, 1)), draws, seed),
+            "loss": estimate_mean(_stack(self._losses, sets).mean((0, 1)), draws, seed),
+            "accuracy": estimate_mean(_stack(self._accuracies, sets).mean((0, 1)), draws, seed),
         }
         if gain is not None:
             ahead = f"{int((gain.by_seed > 0).sum())} of {len(gain.by_seed)}"
@@ -173,14 +167,15 @@ class _Measured:
 
     def losses_by_seed(self) -> dict[str, list[float]]:
         """Return the mean loss of every set, seed by seed."""
-        return {name: self._losses[place].mean(1).tolist() for name, place in self._number.items()}
-
-    def _of(self, values: np.ndarray, sets: Sequence[TrainingSet]) -> Float[np.ndarray, "set seed query"]:
-        return values[[self._number[one.name] for one in sets]]
+        return {name: losses.mean(1).tolist() for name, losses in self._losses.items()}
 
 
-def _open_chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[TrainingSet]:
-    known, found = set(ids), []
+def _stack(values: Mapping[str, np.ndarray], sets: Iterable[str]) -> Float[np.ndarray, "set seed query"]:
+    return np.stack([values[name] for name in sets])
+
+
+def _open_chosen(settings: SelectionSettings, ids: Sequence[str]) -> TrainingSets:
+    known, names, found = set(ids), [Path(folder).name for folder in settings.selected], TrainingSets()
     for folder in map(Path, settings.selected):
         own = frozenset(SelectedData.open(folder).ids)
         if absent := own - known:
@@ -190,8 +185,7 @@ def _open_chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[Traini
             )
         if len(own) == len(known):
             raise SpecError(f"{folder} is all of the data: there is nothing to compare it with.")
-        found.append(TrainingSet(folder.name, own))
-    names = [one.name for one in found]
+        found[folder.name] = own
     taken = [name for name in names if name == EVERYTHING or name.startswith(f"{RANDOM} ") or names.count(name) > 1]
     if taken:
         raise SpecError(f"Selections are called by their folders' names, and {taken[0]!r} is taken. Rename one.")
@@ -200,9 +194,9 @@ def _open_chosen(settings: SelectionSettings, ids: Sequence[str]) -> list[Traini
 
 def _random_sets(
     settings: SelectionSettings, ids: list[str], groups: Int[np.ndarray, "example"], size: int
-) -> list[TrainingSet]:
+) -> TrainingSets:
     """Return sets of `size` rows of random texts, each with all its copies; what does not fit is passed over."""
-    sets, copies = [], np.bincount(groups)
+    sets, copies = TrainingSets(), np.bincount(groups)
     for number in range(settings.random_sets):
         generator = np.random.default_rng([settings.seed, size, number])
         first = generator.choice(len(copies), min(size, len(copies)), replace=False)
@@ -214,30 +208,16 @@ def _random_sets(
                 drawn.append(text)
                 left -= copies[text]
         rows = np.flatnonzero(np.isin(groups, drawn))
-        sets.append(TrainingSet(f"{RANDOM} {size} #{number}", frozenset(ids[row] for row in rows)))
+        sets[f"{RANDOM} {size} #{number}"] = frozenset(ids[row] for row in rows)
     return sets
 
 
-def _train(settings: SelectionSettings, ids: Sequence[str], sets: Sequence[TrainingSet], largest: int) -> Bank:
-    lists = {one.name: [name for name in ids if name not in one.ids] for one in sets}
+def _train(settings: SelectionSettings, ids: Sequence[str], sets: TrainingSets, largest: int) -> Bank:
+    lists = {name: [each for each in ids if each not in own] for name, own in sets.items()}
     make_folder(settings.out)
     path = settings.out / "left-out.json"
     content = (json.dumps(lists) + "\n").encode()
     if not path.exists() or path.read_bytes() != content:
         write_durably(path, [content])
-    return bank(
-        **reading_arguments(settings),
-        **{
-            name: getattr(settings, name)
-            for name in (*LaunchSettings.model_fields, *MemberSettings.model_fields)
-            if name not in ("epochs", "steps")
-        },
-        model=settings.model,
-        data=settings.data,
-        queries=settings.queries,
-        out=settings.out / "bank",
-        leave_out_lists=str(path),
-        seeds=settings.seeds,
-        steps=settings.steps or (settings.passes or 0) * steps_per_epoch(largest, settings),
-        seed=settings.seed,
-    )
+    steps = settings.steps or (settings.passes or 0) * steps_per_epoch(largest, settings)
+    return retrain(settings, str(path), epochs=None, steps=steps)

@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
 from vestige.compress import CompressionSpec, Compressor, parse_spec
-from vestige.data import TokenizedData, make_batch, plan_batches
-from vestige.errors import DataError, IndexMismatch, SpecError
+from vestige.errors import SpecError
 from vestige.evaluate._products import (
     Advance,
     Computed,
     KeptProducts,
+    Products,
     Rows,
-    Samples,
     Source,
     exact_products,
     multiply_gradients,
@@ -29,11 +27,11 @@ from vestige.evaluate._products import (
     references_at_once,
     sketch_products,
 )
-from vestige.evaluate._sketch_report import Measured, SketchReport, build_report, measure_quality, write_report
-from vestige.evaluate._sketch_stored import compare_stored
+from vestige.evaluate._sketch_inputs import SketchInputs, read_sketch_inputs
+from vestige.evaluate._sketch_report import SketchPoint, SketchReport, average_seeds, quality, write_report
 from vestige.gradients import CausalLoss, GradientPass
-from vestige.indexes import Index, batch_tokens, read_inputs, tokens_at_most
-from vestige.models import Component, LoadedModel, batch_sharing, select_components
+from vestige.indexes import IMPORTED_SPEC, Index
+from vestige.models import Component, LoadedModel, select_components
 from vestige.progress import announce, progress
 from vestige.settings import SketchSettings, with_settings
 from vestige.training import report_numbers
@@ -90,169 +88,100 @@ class _Sketch(NamedTuple):
     family: str
     """What sketches on one curve have in common."""
     size: int
-    spec: CompressionSpec
+    """Numbers that it keeps of the component of which it keeps most."""
     seed: int
+    name: str
+    """The name that its inner products are kept under."""
+    numbers: int
+    """Numbers that it keeps of an example."""
+    spec: CompressionSpec | None
+    """None for an index that other software made."""
     stored: Index | None = None
     """Where it is on disk already."""
 
     @property
-    def name(self) -> str:
-        """The name that its inner products are kept under."""
-        stored = f" of index {self.stored.fingerprint}" if self.stored else ""
-        return f"{self.spec.canonical} seed {self.seed}{stored}"
-
-    @property
     def projected_name(self) -> str:
         """The name that the inner products of exact gradients under the same maps are kept under."""
+        assert self.spec is not None, "nothing is projected without a model"
         return f"projected {self.spec.canonical} seed {self.seed}"
 
     def compressors(self, source: Source) -> list[Compressor]:
         """Build its maps again from what a manifest holds: spec, seed, names and shapes."""
+        assert self.spec is not None, "nothing is projected without a model"
         return [self.spec.build(one.name, one.shape, self.seed, source.device) for one in source.components]
 
 
-class _Inputs(NamedTuple):
-    """Everything that is read before the work begins."""
-
-    loaded: LoadedModel
-    samples: Samples
-    components: tuple[Component, ...]
-    """Whose gradients are compressed."""
-    indexes: tuple[Index, ...]
-    test_tokens: int
-    """Tokens of all tests."""
-    parameters: int
-    """Of the whole model."""
-    identity: dict[str, Any]
-    """What every inner product depends on."""
-
-
 class _Work(NamedTuple):
-    """One piece of computing, which keeps its results itself."""
+    """One piece of computing."""
 
     examples: int
     """Gradients that it computes or reads."""
-    run: Callable[[Advance], None]
+    run: Callable[[Advance], dict[str, Computed]]
+    """Returns inner products by their names."""
 
 
 @with_settings(SketchSettings)
 def sketch(settings: SketchSettings) -> SketchReport:
     """Measure errors of compressed inner products against exact ones, by compressor and size, with table and figures.
 
+    Without a model, finished indexes of the same examples are compared with the widest of them, or with that of rank=K.
     In `settings.out`: `sketch.json`, and the figures `rmse`, `relative` and `loglog`, each as PDF and PNG.
 
     Raises:
         UserError: Something about the model, the data, the settings, the memory or the disk needs the caller.
     """
-    if settings.model is None:
-        return compare_stored(settings)
-    inputs = _read_inputs(settings)
+    inputs = read_sketch_inputs(settings)
     sketches = _plan_sketches(settings, inputs)
-    reference_of = _references(settings, sketches)
+    reference, reference_of = _references(settings, inputs, sketches)
     kept = KeptProducts(settings.out, inputs.identity)
     work = [*_plan_references(settings, inputs, kept, reference_of), *_plan_products(inputs, kept, sketches)]
     if work:
         with progress(sum(one.examples for one in work), "Comparing", "gradients") as bar:
             for one in work:
-                one.run(bar.advance)
+                for name, found in one.run(bar.advance).items():
+                    kept.write(name, found)
     computed = {name: kept.read(name) for name in sorted({*(one.name for one in sketches), *reference_of.values()})}
-    points: dict[str, dict[int, list[Measured]]] = {}
+    points: dict[str, dict[int, list[SketchPoint]]] = {}
     for one in sketches:
-        numbers = sum(one.spec.size_for(component.shape) for component in inputs.components)
-        # What an index stores of an example; of a sketch that was not stored, its numbers in float32.
-        size = one.stored.manifest.row_bytes if one.stored else 4 * numbers
-        time = None if one.stored else 1e6 * computed[one.name].seconds / inputs.test_tokens
-        products = computed[one.name].products, computed[reference_of[one]].products
-        found = Measured(one.seed, numbers, size, time, measure_quality(*products))
-        points.setdefault(one.family, {}).setdefault(one.size, []).append(found)
-    report = build_report(settings, points, inputs.samples.counts, inputs.components, inputs.parameters)
-    write_report(report, settings.out)
+        # A reference has no error against itself; the one that was projected again shows how far rounding goes.
+        if one.name != reference_of[one]:
+            found = _measure(one, inputs, computed[one.name], computed[reference_of[one]].products)
+            points.setdefault(one.family, {}).setdefault(one.size, []).append(found)
+    curves = {
+        family: tuple(average_seeds(of_size[size]) for size in sorted(of_size)) for family, of_size in points.items()
+    }
+    counts, parameters = inputs.samples.counts, sum(component.size for component in inputs.components)
+    report = write_report(
+        SketchReport(curves, reference, *counts, sum(counts), parameters, inputs.parameters), settings.out
+    )
     every = [point for curve in report.curves.values() for point in curve]
     numbers = {f"{one.compress}/{one.size}/{name}": value for one in every for name, value in vars(one).items()}
     report_numbers(settings.report_to, settings.out, "sketch", numbers)
     return report
 
 
-def _read_inputs(settings: SketchSettings) -> _Inputs:
-    """Read the model, the examples and the indexes.
-
-    Raises:
-        DataError: There are no examples besides the references.
-        IndexMismatch: An index is of another model, of other data, or of other parameters than the first one.
-        SpecError: Components were chosen although the indexes say them.
-    """
-    indexes = tuple(Index.open(folder) for folder in settings.index)
-    if indexes and settings.components != SketchSettings.model_fields["components"].default:
-        raise SpecError("--components and --index were both given, and the indexes say which parameters. Drop one.")
-    patterns = ("all",) if indexes else settings.components
-    loaded, data, selection = read_inputs(settings, settings.model, settings.data, patterns)
-    components = selection.components
-    for index in indexes:
-        _require_belongs(index, settings, loaded, data)
-        components = _components_of(index, components, indexes[0])
-    samples, tokens = _divide(settings, data, loaded)
-    identity = {
-        "model": loaded.fingerprint,
-        "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        "data": data.fingerprint,
-        "references": samples.counts[0],
-        "examples": sum(samples.counts),
-        "loss": settings.loss,
-        "max_length": tokens_at_most(settings, loaded),
-        "components": [component.name for component in components],
-    }
-    return _Inputs(loaded, samples, components, indexes, tokens, selection.total_parameters, identity)
-
-
-def _divide(settings: SketchSettings, data: TokenizedData, loaded: LoadedModel) -> tuple[Samples, int]:
-    """Return references and tests, and the tokens of the tests."""
-    total = min(settings.samples, len(data))
-    if settings.num_ref >= total:
-        raise DataError(
-            f"{settings.num_ref} references leave nothing to compare with: {total} examples take part. "
-            "Give a smaller --num-ref, or more examples (--samples, and --limit if it was given)."
-        )
-    rest, device = np.arange(settings.num_ref, total), next(loaded.model.parameters()).device
-    lengths = data.lengths[rest]
-    planned = plan_batches(lengths, batch_tokens(settings, loaded), sharing=batch_sharing(loaded.model))
-    reference = tuple(
-        Rows(np.array([row]), make_batch(data, np.array([row])).to(device)) for row in range(settings.num_ref)
+def _measure(one: _Sketch, inputs: SketchInputs, computed: Computed, exact: Products) -> SketchPoint:
+    """Return the errors of one sketch with one seed."""
+    found = quality(computed.products.values[0], exact.values[0], exact.lengths[0])
+    return SketchPoint(
+        one.family,
+        one.size,
+        (one.seed,),
+        one.numbers,
+        one.stored.manifest.row_bytes if one.stored else 4 * one.numbers,
+        None if one.stored else 1e6 * computed.seconds / inputs.test_tokens,
+        found.rmse,
+        found.rmse_std,
+        100 * found.relative,
+        0.0,
+        found.nrmse,
+        found.spearman,
+        found.pearson,
     )
-    test = tuple(Rows(places, make_batch(data, rest[places]).to(device)) for places in planned)
-    return Samples(reference, test), int(lengths.sum())
 
 
-def _require_belongs(index: Index, settings: SketchSettings, loaded: LoadedModel, data: TokenizedData) -> None:
-    manifest = index.manifest
-    pairs = (
-        ("model", manifest.model.fingerprint, loaded.fingerprint),
-        ("data", manifest.data.fingerprint, data.fingerprint),
-        ("loss", manifest.loss, settings.loss),
-    )
-    for name, there, here in pairs:
-        if there != here:
-            raise IndexMismatch(
-                f"The index {index.folder} was made with another {name} ({there[:12]}) than this evaluation "
-                f"({here[:12]}), so their inner products cannot agree. Give the --{name} it was made with "
-                "(and its --max-length, --chat and --limit), or make another index."
-            )
-
-
-def _components_of(index: Index, components: Sequence[Component], first: Index) -> tuple[Component, ...]:
-    """Return the components that an index holds, in its order."""
-    known = {component.name: component for component in components}
-    wanted = [(part.name, part.shape) for part in index.manifest.components]
-    if [(part.name, part.shape) for part in first.manifest.components] != wanted:
-        raise IndexMismatch(f"{index.folder} and {first.folder} hold different parameters. Evaluate them one by one.")
-    return tuple(known[name] for name, _ in wanted)
-
-
-def _plan_sketches(settings: SketchSettings, inputs: _Inputs) -> list[_Sketch]:
-    """Return everything to be measured, curve by curve; the size of the reference is among the sizes.
-
-    Raises:
-        SpecError: A compressor does not parse.
-    """
+def _plan_sketches(settings: SketchSettings, inputs: SketchInputs) -> list[_Sketch]:
+    """Return everything to be measured, curve by curve; the size of the reference is among the sizes."""
     shapes, templates = [component.shape for component in inputs.components], settings.compress
     if not templates and not inputs.indexes:
         templates = _choose_published(settings, inputs.components)
@@ -261,20 +190,25 @@ def _plan_sketches(settings: SketchSettings, inputs: _Inputs) -> list[_Sketch]:
     for family in map(Family, templates):
         specs = [(size, family.at(size)) for size in sizes]
         if not family.sized:
-            specs = [(_rank(specs[0][1], shapes), specs[0][1])]
-        seeds = range(settings.seeds if specs[0][1].stages else 1)
-        found += [_Sketch(family.template, size, spec, seed) for size, spec in specs for seed in seeds]
-    for index in inputs.indexes:
-        spec = index.spec
-        words = " | ".join(stage.name for stage in spec.stages) or "none"
-        family_name = f"index of {words}, {index.manifest.dtype}"
-        found.append(_Sketch(family_name, _rank(spec, shapes), spec, index.manifest.seed, index))
-    return found
+            specs = [(max(specs[0][1].size_for(shape) for shape in shapes), specs[0][1])]
+        for size, spec in specs:
+            numbers = sum(spec.size_for(shape) for shape in shapes)
+            for seed in range(settings.seeds if spec.stages else 1):
+                name = f"{spec.canonical} seed {seed}"
+                found.append(_Sketch(family.template, size, seed, name, numbers, spec))
+    return [*found, *(_describe_index(index, inputs) for index in inputs.indexes)]
 
 
-def _rank(spec: CompressionSpec, shapes: Sequence[tuple[int, int]]) -> int:
-    """Return the numbers that a spec keeps of the component of which it keeps most: its size, where no K is in it."""
-    return max(spec.size_for(shape) for shape in shapes)
+def _describe_index(index: Index, inputs: SketchInputs) -> _Sketch:
+    """Return what is on disk as one of the sketches."""
+    manifest = index.manifest
+    spec = None if manifest.compression.spec == IMPORTED_SPEC else index.spec
+    words = "other software" if spec is None else " | ".join(stage.name for stage in spec.stages) or "none"
+    name = index.fingerprint
+    if inputs.loaded is not None and spec is not None:
+        name = f"{spec.canonical} seed {manifest.seed} of index {name}"
+    size = max(span.columns.stop - span.columns.start for span in index.spans)
+    return _Sketch(f"index of {words}, {manifest.dtype}", size, manifest.seed, name, manifest.width, spec, index)
 
 
 def _choose_published(settings: SketchSettings, components: Sequence[Component]) -> tuple[str, ...]:
@@ -289,15 +223,16 @@ def _choose_published(settings: SketchSettings, components: Sequence[Component])
     return tuple(one for one in PUBLISHED if one not in left_out)
 
 
-def _references(settings: SketchSettings, sketches: Sequence[_Sketch]) -> dict[_Sketch, str]:
-    """Return the name of the inner products that each sketch's are compared with.
-
-    Raises:
-        SpecError: There is no sketch of the reference's size among those on a sketch's curve.
-    """
+def _references(
+    settings: SketchSettings, inputs: SketchInputs, sketches: Sequence[_Sketch]
+) -> tuple[str, dict[_Sketch, str]]:
+    """Return what is right, in words, and the name of the inner products that each sketch's are compared with."""
     mode, size = settings.reference_mode, settings.reference_size
+    if inputs.loaded is None:
+        right = _find_right(size or max(one.size for one in sketches), sketches)
+        return str(right.stored and right.stored.folder), dict.fromkeys(sketches, right.name)
     if size is None:
-        return dict.fromkeys(sketches, f"exact {mode}")
+        return settings.reference, dict.fromkeys(sketches, f"exact {mode}")
     of_size = {(one.family, one.seed): one for one in sketches if one.size == size}
     found = {}
     for one in sketches:
@@ -309,31 +244,43 @@ def _references(settings: SketchSettings, sketches: Sequence[_Sketch]) -> dict[_
                 f"only of {', '.join(map(str, sorted(sizes)))}. Give one of these, or --reference full_layers."
             )
         found[one] = right.name if mode == "rank" else right.projected_name
-    return found
+    return settings.reference, found
+
+
+def _find_right(wanted: int, indexes: Sequence[_Sketch]) -> _Sketch:
+    """Return the index that the others are compared with."""
+    found = [one for one in indexes if one.size == wanted]
+    if len(found) != 1:
+        raise SpecError(
+            f"{len(found)} of the indexes keep {wanted} numbers of a parameter, and one is to be right. They keep "
+            f"{', '.join(map(str, sorted(one.size for one in indexes)))}: type --reference rank=K with one of these "
+            "that is there once."
+        )
+    return found[0]
 
 
 def _plan_references(
-    settings: SketchSettings, inputs: _Inputs, kept: KeptProducts, reference_of: dict[_Sketch, str]
+    settings: SketchSettings, inputs: SketchInputs, kept: KeptProducts, reference_of: dict[_Sketch, str]
 ) -> list[_Work]:
     """Return the work for reference products that are missing; the sketches' own are made with the sketches."""
-    if settings.reference_mode == "rank":
+    if settings.reference_mode == "rank" or inputs.loaded is None:
         return []
     if settings.reference_size is None:
         name = f"exact {settings.reference_mode}"
-        return [] if kept.has(name) else [_plan_exact(settings, inputs, kept, name)]
+        return [] if kept.has(name) else [_plan_exact(settings, inputs, inputs.loaded, name)]
 
-    def project(one: _Sketch, advance: Advance) -> None:
+    def project(one: _Sketch, advance: Advance) -> dict[str, Computed]:
         with _open_source(inputs, inputs.components) as source:
-            products = project_products(source, inputs.samples, one.compressors(source), advance)
-        kept.write(one.projected_name, Computed(products))
+            found = project_products(source, inputs.samples, one.compressors(source), advance)
+        return {one.projected_name: Computed(found)}
 
     of_size = {one.projected_name: one for one in reference_of if one.size == settings.reference_size}
     missing = [one for name, one in of_size.items() if not kept.has(name)]
     return [_Work(sum(inputs.samples.counts), partial(project, one)) for one in missing]
 
 
-def _plan_exact(settings: SketchSettings, inputs: _Inputs, kept: KeptProducts, name: str) -> _Work:
-    components = _all_components(inputs.loaded) if settings.reference_mode == "full" else inputs.components
+def _plan_exact(settings: SketchSettings, inputs: SketchInputs, loaded: LoadedModel, name: str) -> _Work:
+    components = _all_components(loaded) if settings.reference_mode == "full" else inputs.components
     device = inputs.samples.test[0].batch.input_ids.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     memory = settings.memory_bytes or free // 2
@@ -341,9 +288,9 @@ def _plan_exact(settings: SketchSettings, inputs: _Inputs, kept: KeptProducts, n
     with _open_source(inputs, components) as source:
         passes = -(-references // references_at_once(source, memory))
 
-    def run(advance: Advance) -> None:
+    def run(advance: Advance) -> dict[str, Computed]:
         with _open_source(inputs, components) as source:
-            kept.write(name, Computed(exact_products(source, inputs.samples, memory, advance)))
+            return {name: Computed(exact_products(source, inputs.samples, memory, advance))}
 
     return _Work(references + passes * tests, run)
 
@@ -359,42 +306,44 @@ def _all_components(loaded: LoadedModel) -> tuple[Component, ...]:
     return selection.components
 
 
-def _plan_products(inputs: _Inputs, kept: KeptProducts, sketches: Sequence[_Sketch]) -> list[_Work]:
+def _plan_products(inputs: SketchInputs, kept: KeptProducts, sketches: Sequence[_Sketch]) -> list[_Work]:
     """Return a pass for each sketch, or for all seeds of one spec where their maps are small; indexes are only read."""
-    groups: dict[Any, dict[str, _Sketch]] = {}
+    total, groups, work = sum(inputs.samples.counts), dict[Any, list[_Sketch]](), list[_Work]()
     for one in sketches:
-        if not kept.has(one.name):
-            first = one.spec.stages[0] if one.spec.stages else None
-            # Maps of the size of a side: those of several seeds fit beside one another.
-            small = first is not None and (first.on_sides or first.kind.product == "circular")
-            groups.setdefault(one.spec if small and one.stored is None else one.name, {})[one.name] = one
-    return [_Work(sum(inputs.samples.counts), _plan_group(inputs, kept, group)) for group in groups.values()]
+        if kept.has(one.name):
+            continue
+        if one.stored is not None:
+            work.append(_Work(total, partial(_read_index, inputs, one.stored, one.name)))
+            continue
+        first = one.spec.stages[0] if one.spec is not None and one.spec.stages else None
+        # Maps of the size of a side: those of several seeds fit beside one another.
+        small = first is not None and (first.on_sides or first.kind.product == "circular")
+        groups.setdefault(one.spec if small else one.name, []).append(one)
+    return [*(_Work(total, partial(_compress, inputs, group)) for group in groups.values()), *work]
 
 
-def _plan_group(inputs: _Inputs, kept: KeptProducts, group: dict[str, _Sketch]) -> Callable[[Advance], None]:
-    """Return the function that computes the products of some sketches in one pass, or those of a stored one."""
-    references, stored = inputs.samples.counts[0], next(iter(group.values())).stored
+def _compress(inputs: SketchInputs, group: Sequence[_Sketch], advance: Advance) -> dict[str, Computed]:
+    """Compute the products of some sketches in one pass."""
+    with _open_source(inputs, inputs.components) as source:
+        found = sketch_products(source, inputs.samples, [one.compressors(source) for one in group], advance)
+    return dict(zip((one.name for one in group), found, strict=True))
 
-    def run(advance: Advance) -> None:
-        with _open_source(inputs, inputs.components) as source:
-            maps = [one.compressors(source) for one in group.values()]
-            results = sketch_products(source, inputs.samples, maps, advance)
-        for name, result in zip(group, results, strict=True):
-            kept.write(name, result)
 
-    def read(index: Index, advance: Advance) -> None:
-        def gradients_of(side: str, rows: Rows) -> Tensor:
-            advance(len(rows.positions))
-            return index.gradients_of(rows.positions if side == "reference" else rows.positions + references)
+def _read_index(inputs: SketchInputs, index: Index, name: str, advance: Advance) -> dict[str, Computed]:
+    """Compute the products of what an index holds."""
+    references = inputs.samples.counts[0]
 
-        columns = [span.columns for span in index.spans]
-        kept.write(next(iter(group)), Computed(multiply_gradients(columns, inputs.samples, gradients_of)))
+    def gradients_of(side: str, rows: Rows) -> list[Tensor]:
+        advance(len(rows.positions))
+        return [index.gradients_of(rows.positions if side == "reference" else rows.positions + references)]
 
-    return run if stored is None else partial(read, stored)
+    (products,) = multiply_gradients([[span.columns for span in index.spans]], inputs.samples, gradients_of)
+    return {name: Computed(products)}
 
 
 @contextmanager
-def _open_source(inputs: _Inputs, components: Sequence[Component]) -> Iterator[Source]:
+def _open_source(inputs: SketchInputs, components: Sequence[Component]) -> Iterator[Source]:
+    assert inputs.loaded is not None, "indexes are read without a model"
     model = inputs.loaded.model
     with GradientPass(model, components, CausalLoss(inputs.identity["loss"])) as gradient_pass:
         yield Source.of(gradient_pass, components, model)

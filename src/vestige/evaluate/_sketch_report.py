@@ -2,31 +2,25 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.rcsetup import cycler
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Group
 from rich.table import Table
-from scipy.stats import rankdata
 from torch import Tensor
 
-from vestige.evaluate._products import Products
-from vestige.evaluate._result import MARKERS, TEXT_WIDTH, as_plain
+from vestige.evaluate._result import MARKERS, TEXT_WIDTH, as_plain, mean_of_known, pearson, spearman
 from vestige.figures import COLOURS, finish_axes, make_figure, render_figure
-from vestige.models import Component
 from vestige.progress import format_bytes
-from vestige.settings import SketchSettings
 from vestige.storage import write_durably
 from vestige.terminal import as_text
 
-_FIGURES = ("rmse", "relative", "loglog")
 _COLOURS = (*COLOURS[:6], "#000000", *COLOURS[6:], "#777777")
 
 
@@ -63,44 +57,17 @@ def quality(
         NaN for a correlation where no reference's products vary.
     """
     estimate, exact, lengths = (values.double().cpu() for values in (estimate, exact, lengths))
-    errors = estimate - exact
+    errors, known = estimate - exact, lengths > 0
     rmse = errors.square().mean(1).sqrt()
-    known = lengths > 0
-    cosine = (errors[known] / lengths[known]).square().mean().sqrt()
-    ranks = (torch.from_numpy(np.asarray(rankdata(one.numpy(), axis=1), np.float64)) for one in (estimate, exact))
+    by_reference = estimate.T.numpy(), exact.T.numpy()
     return Quality(
         float(rmse.mean()),
         float(rmse.std(correction=0)),
         float(rmse.mean() / exact.square().mean().sqrt()),
-        float(cosine),
-        _correlate(*ranks),
-        _correlate(estimate, exact),
+        float((errors[known] / lengths[known]).square().mean().sqrt()),
+        mean_of_known(spearman(*by_reference)),
+        mean_of_known(pearson(*by_reference)),
     )
-
-
-def _correlate(first: Tensor, second: Tensor) -> float:
-    """Return the mean over rows of the correlation of two rows, those left out in which one does not vary."""
-    first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
-    spread = first.norm(dim=1) * second.norm(dim=1)
-    varies = spread > 0
-    if not bool(varies.any()):
-        return float("nan")
-    return float(((first * second).sum(1)[varies] / spread[varies]).mean())
-
-
-class Measured(NamedTuple):
-    """One sketch of one size with one seed."""
-
-    seed: int
-    numbers_per_example: int
-    bytes_per_example: int
-    microseconds_per_token: float | None
-    quality: Quality
-
-
-def measure_quality(estimate: Products, exact: Products) -> Quality:
-    """Return the errors of the products of whole gradients."""
-    return quality(estimate.values[0], exact.values[0], exact.lengths[0])
 
 
 @dataclass(frozen=True)
@@ -125,27 +92,19 @@ class SketchPoint:
     spearman: float
     pearson: float
 
-    @classmethod
-    def of(cls, compress: str, size: int, found: Sequence[Measured]) -> "SketchPoint":
-        """Return the mean of what was measured with several seeds."""
-        first, relative = found[0], [one.quality.relative for one in found]
-        mean = Quality(*(fmean(values) for values in zip(*(one.quality for one in found), strict=True)))
-        times = [one.microseconds_per_token for one in found if one.microseconds_per_token is not None]
-        return cls(
-            compress,
-            size,
-            tuple(one.seed for one in found),
-            first.numbers_per_example,
-            first.bytes_per_example,
-            fmean(times) if times else None,
-            mean.rmse,
-            mean.rmse_std,
-            100 * mean.relative,
-            100 * stdev(relative) if len(found) > 1 else 0.0,
-            mean.nrmse,
-            mean.spearman,
-            mean.pearson,
-        )
+
+def average_seeds(points: Sequence[SketchPoint]) -> SketchPoint:
+    """Return the mean of what was measured of one compressor at one size, with one seed each."""
+    names = ("rmse", "rmse_std", "relative_error_percent", "nrmse", "spearman", "pearson")
+    relative = [one.relative_error_percent for one in points]
+    times = [one.microseconds_per_token for one in points if one.microseconds_per_token is not None]
+    return replace(
+        points[0],
+        seeds=tuple(seed for one in points for seed in one.seeds),
+        microseconds_per_token=fmean(times) if times else None,
+        relative_error_percent_std=stdev(relative) if len(points) > 1 else 0.0,
+        **{name: fmean(getattr(one, name) for one in points) for name in names},
+    )
 
 
 @dataclass(frozen=True)
@@ -188,56 +147,23 @@ class SketchReport:
         return facts | {"curves": curves}
 
 
-def build_report(
-    settings: SketchSettings,
-    points: Mapping[str, Mapping[int, Sequence[Measured]]],
-    counts: tuple[int, int],
-    components: Sequence[Component],
-    total_parameters: int,
-) -> SketchReport:
-    """Return the errors of every sketch, averaged over seeds.
-
-    Args:
-        settings: What was requested.
-        points: What was measured, by family and size.
-        counts: Of references and tests.
-        components: Whose gradients are compressed.
-        total_parameters: Of the whole model.
-    """
-    # A reference has no error against itself; the one that was projected again shows how far rounding goes.
-    left_out = settings.reference_size if settings.reference_mode == "rank" else None
-    curves = {
-        family: tuple(SketchPoint.of(family, size, of_size[size]) for size in sorted(of_size) if size != left_out)
-        for family, of_size in points.items()
-    }
-    names = ("sketch.json", *(f"{name}.{kind}" for name in _FIGURES for kind in ("pdf", "png")))
-    parameters = sum(component.size for component in components)
-    files = tuple(str(settings.out / name) for name in names)
-    return SketchReport(curves, settings.reference, *counts, sum(counts), parameters, total_parameters, files)
-
-
-def write_report(report: SketchReport, folder: Path) -> None:
-    """Write `sketch.json` and three figures, each as PDF and PNG."""
-    write_durably(folder / "sketch.json", [(json.dumps(report.to_json(), indent=1) + "\n").encode()])
-    curves = {name: points for name, points in report.curves.items() if points}
-    for name in _FIGURES:
+def write_report(report: SketchReport, folder: Path) -> SketchReport:
+    """Write `sketch.json` and three figures, each as PDF and PNG; return the report with the names of the files."""
+    files = {"sketch.json": (json.dumps(report.to_json(), indent=1) + "\n").encode()}
+    for name in ("rmse", "relative", "loglog"):
         figure, (axes,) = make_figure(7.2, 4.2)
-        _draw(axes, name, curves, report.reference)
-        for file, content in render_figure(figure, name).items():
-            write_durably(folder / file, [content])
+        _draw(axes, name, report.curves, report.reference)
+        files |= render_figure(figure, name)
+    for name, content in files.items():
+        write_durably(folder / name, [content])
+    return replace(report, files=tuple(str(folder / name) for name in files))
 
 
 def _draw(axes: Axes, kind: str, curves: Mapping[str, Sequence[SketchPoint]], reference: str) -> None:
     sizes = sorted({point.size for points in curves.values() for point in points})
-    for number, (name, points) in enumerate(curves.items()):
-        style: dict[str, Any] = {
-            "label": name,
-            "color": _COLOURS[number % len(_COLOURS)],
-            "marker": MARKERS[number % len(_COLOURS)],
-            "linestyle": ("-", "--")[number // len(_COLOURS) % 2],
-            "markersize": 5,
-            "linewidth": 1.4,
-        }
+    axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=_COLOURS, marker=[*MARKERS]))
+    for name, points in curves.items():
+        style: dict[str, Any] = {"label": name, "markersize": 5, "linewidth": 1.4}
         errors = [(point.relative_error_percent, point.relative_error_percent_std) for point in points]
         if kind == "rmse":
             errors = [(point.rmse, point.rmse_std) for point in points]
@@ -254,10 +180,8 @@ def _draw(axes: Axes, kind: str, curves: Mapping[str, Sequence[SketchPoint]], re
     else:
         axes.set_ylim(bottom=0)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sizes))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(sizes, list(map(str, sizes)))
+    axes.xaxis.minorticks_off()
     label = "RMSE of inner products" if kind == "rmse" else "relative error in %"
     finish_axes(axes, "K, numbers per component", label, legend=bool(curves))
 
@@ -269,7 +193,7 @@ def _draw_slope(axes: Axes, curves: Mapping[str, Sequence[SketchPoint]], sizes: 
     if len(sizes) > 1 and best:
         error, first = min(best)
         line = [error * (first / size) ** 0.5 for size in sizes]
-        axes.plot(sizes, line, color="#999999", linestyle=":", linewidth=1.2, zorder=0, label="slope of 1/√K")
+        axes.plot(sizes, line, ":", color="#999999", linewidth=1.2, zorder=0, label="slope of 1/√K")
     if best:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))

@@ -24,7 +24,7 @@ from vestige.evaluate import (
 )
 from vestige.gradients import CausalLoss, token_losses
 from vestige.indexes import batch_tokens, read_data
-from vestige.models import LoadedModel, batch_sharing, load_model
+from vestige.models import batch_sharing, load_model
 from vestige.progress import progress
 from vestige.settings import TailPatchSettings, with_settings
 from vestige.training import read_questions
@@ -44,7 +44,9 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
     if settings.model is None or settings.data is None or settings.queries is None:
         raise SpecError("A step is taken on the model itself. Type --model, --data and --queries, beside the runs too.")
     found = collect_scores(settings, "tail-patch")
-    loaded, data, queries = _read_inputs(settings)
+    loaded = load_model(settings.model, **settings.loading)
+    data = read_data(settings, settings.data, loaded)
+    queries = read_questions(settings.arguments()["queries"], settings, loaded, data, "queries")
     tops = {one.name: _read_tops(one, data, queries, settings.k) for one in found.scored}
     before, after = measure_steps(
         loaded.model, data, queries, tops.values(), settings.learning_rate, batch_tokens(settings, loaded)
@@ -74,12 +76,6 @@ def tail_patch(settings: TailPatchSettings) -> Evaluation:
     marks = [Mark.of(row, "rise of probability") for row in rows]
     figure = interval_figure("tail-patch", marks, "mean rise of the target's probability (95 % intervals)")
     return write_evaluation(result, settings.out, figure, settings.report_to)
-
-
-def _read_inputs(settings: TailPatchSettings) -> tuple[LoadedModel, TokenizedData, TokenizedData]:
-    loaded = load_model(settings.model, **settings.loading)
-    data = read_data(settings, settings.data, loaded)
-    return loaded, data, read_questions(settings.arguments()["queries"], settings, loaded, data, "queries")
 
 
 def measure_steps(

@@ -1,7 +1,7 @@
 """A bank as the truth about some scores: its arrays in the order of the scores, and what speaks against it."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -10,8 +10,9 @@ from vestige.banks import Bank
 from vestige.errors import DataError, IndexMismatch, SpecError
 from vestige.evaluate._scored import AlignedScores, Scored, align_scores
 from vestige.methods import METHODS
-from vestige.settings import TruthValue
+from vestige.settings import BankSettings, RemovalSettings, SelectionSettings, TruthValue
 from vestige.storage import sha256_of
+from vestige.training import bank
 
 
 class Truth(NamedTuple):
@@ -59,6 +60,12 @@ def open_truth(folder: Path, value: TruthValue | None = None) -> Truth:
     if value is None:
         value = "margin" if bank.holds("query_margin") and not bank.holds("query_loss") else "loss"
     return Truth(bank, bank.query_losses if value == "loss" else -bank.query_margins, value)
+
+
+def retrain(settings: RemovalSettings | SelectionSettings, leave_out: Any, **changes: Any) -> Bank:
+    """Return the bank in OUT/bank without each of some lists of ids, made as the settings say but for the changes."""
+    shared = {name: getattr(settings, name) for name in BankSettings.model_fields if hasattr(settings, name)}
+    return bank(**shared | {"out": settings.out / "bank", "leave_out_lists": leave_out} | changes)
 
 
 def check_disjoint(folder: Path, truth: Truth, scored: Scored, *, allowed: bool) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,8 +91,7 @@ def read_rows(settings: SelectSettings, scores: ScoreSource | None, index: Index
     if not ids:
         raise DataError(f"{name} holds no rows. Give data with at least one.")
     if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = next(one for one in ids if one in seen or seen.add(one))
+        twice = next(one for one, count in Counter(ids).items() if count > 1)
         raise DataError(f"{name} has two rows with the id {twice!r}, so the choice would be ambiguous. Rename one.")
     rows = Rows(name, ids, sources, groups, digest.hexdigest(), read)
     if scores is not None:

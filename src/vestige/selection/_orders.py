@@ -54,32 +54,19 @@ def uniforms(ids: Sequence[str], seed: int, purpose: Literal["ties", "random", "
     return ((numbers >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
 
 
-def order_by_mean(scores: ScoreSource, ties: Scored, least: float | None) -> Order:
-    """Order by the highest mean score over all queries."""
-    count = len(scores.queries)
-    over = "score" if count == 1 else f"mean score over {count} queries"
-    for place, row, score, _ in _best_first(scores, [range(count)], ties, least):
-        yield Candidate(row, score, None, f"place {place} by {over}")
+def order_by_best(scores: ScoreSource, targets: dict[str, list[int]], ties: Scored, least: float | None) -> Order:
+    """Order by the highest score for any one target, the mean over its queries; without targets over all queries.
 
-
-def order_by_target(scores: ScoreSource, targets: dict[str, list[int]], ties: Scored, least: float | None) -> Order:
-    """Order by the highest score for any one target: the selection of LESS (Xia et al. 2024, arXiv:2402.04333).
-
-    A score for a target is the mean over its queries.
+    With targets it is the selection of LESS (Xia et al. 2024, arXiv:2402.04333).
     """
-    names = list(targets)
-    for place, row, score, number in _best_first(scores, list(targets.values()), ties, least):
-        yield Candidate(row, score, names[number], f"place {place} by best target, {names[number]}")
-
-
-def _best_first(
-    scores: ScoreSource, groups: Sequence[Sequence[int]], ties: Scored, least: float | None
-) -> Iterator[tuple[int, int, float, int]]:
-    """Yield place, row, score and group of the examples by their best mean over a group."""
-    means, group = scores.best(groups)
+    names, count = list(targets), len(scores.queries)
+    over = "score" if count == 1 else f"mean score over {count} queries"
+    means, group = scores.best(list(targets.values()) or [range(count)])
     found = head(_drop_lower(means, least), scores.reliable, ties)
     for place, (row, score) in enumerate(zip(*found, strict=True), 1):
-        yield place, int(row), float(score), int(group[row])
+        target = names[group[row]] if names else None
+        by = over if target is None else f"best target, {target}"
+        yield Candidate(int(row), float(score), target, f"place {place} by {by}")
     if len(found[0]) == scores.reliable and not scores.complete:
         raise scores.needs_all("A budget of this size")
 

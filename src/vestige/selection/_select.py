@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -16,9 +15,7 @@ from vestige.errors import DataError, SpecError, UserError
 from vestige.indexes import Index
 from vestige.progress import announce, format_bytes, progress
 from vestige.selection._inputs import (
-    Rows,
     Scored,
-    ScoreSource,
     head,
     open_scores,
     read_lengths,
@@ -30,17 +27,16 @@ from vestige.selection._orders import (
     Order,
     keep_texts_whole,
     order_at_random,
+    order_by_best,
     order_by_diversity,
     order_by_gumbel,
-    order_by_mean,
-    order_by_target,
     order_round_robin,
     uniforms,
     without_twins,
 )
-from vestige.selection._store import Choice, SelectedData, digest_of, find_finished, remove_selection, write_selection
+from vestige.selection._store import FILES, RECORD, Choice, SelectedData, digest_of, find_finished, write_selection
 from vestige.settings import SelectSettings, with_settings
-from vestige.storage import sha256_of
+from vestige.storage import remove_result, sha256_of
 
 _MOST_BYTES = 4 * 2**30
 """Of gradients in memory, for facility location."""
@@ -62,8 +58,8 @@ def select(settings: SelectSettings) -> SelectedData:
     """
     started = time.perf_counter()
     if settings.overwrite:
-        remove_selection(settings.out)
-    job = _open_job(settings)
+        remove_result(settings.out, FILES, RECORD)
+    job = _Job(settings)
     identity = job.identity()
     if (found := find_finished(settings.out, identity)) is not None:
         announce(f"{settings.out} holds this selection already.")
@@ -90,30 +86,21 @@ def select(settings: SelectSettings) -> SelectedData:
     return write_selection(settings.out, about, lines, choices, others)
 
 
-def _open_job(settings: SelectSettings) -> "_Job":
-    scores = None if settings.scores is None else open_scores(settings.scores)
-    index = None if settings.index is None else Index.open(settings.index)
-    rows = read_rows(settings, scores, index)
-    by_target = scores is not None and settings.strategy == "per-target"
-    targets = read_targets(settings, scores) if scores is not None and by_target else {}
-    lengths = read_lengths(settings, rows, index)
-    dropped = () if settings.drop is None else rows_listed(settings.drop, rows.ids, rows.name)
-    return _Job(settings, rows, scores, index, lengths, targets, frozenset(dropped))
-
-
-@dataclass(frozen=True)
 class _Job:
     """One selection: its settings, and everything that is chosen by."""
 
-    settings: SelectSettings
-    rows: Rows
-    scores: ScoreSource | None
-    index: Index | None
-    lengths: np.ndarray | None
-    """Tokens of each example, int64; known with a budget of tokens."""
-    targets: dict[str, list[int]]
-    dropped: frozenset[int]
-    """Rows that `drop` names."""
+    def __init__(self, settings: SelectSettings) -> None:
+        self.settings = settings
+        self.scores = None if settings.scores is None else open_scores(settings.scores)
+        self.index = None if settings.index is None else Index.open(settings.index)
+        self.rows = read_rows(settings, self.scores, self.index)
+        by_target = self.scores if settings.strategy == "per-target" else None
+        self.targets = {} if by_target is None else read_targets(settings, by_target)
+        self.lengths = read_lengths(settings, self.rows, self.index)
+        """Tokens of each example, int64; known with a budget of tokens."""
+        dropped = () if settings.drop is None else rows_listed(settings.drop, self.rows.ids, self.rows.name)
+        self.dropped = frozenset(dropped)
+        """Rows that `drop` names."""
 
     def identity(self) -> dict[str, Any]:
         """Return every setting and the digest of every input, in JSON terms."""
@@ -194,14 +181,12 @@ class _Job:
         if settings.strategy == "diverse":
             return self._order_by_diversity(ties)
         assert scores is not None, "checked with the settings"
-        if settings.strategy == "per-target":
-            return order_by_target(scores, self.targets, ties, least)
         if settings.strategy == "round-robin":
             return order_round_robin(scores, ties, least)
         if settings.strategy == "gumbel":
             draws = uniforms(self.rows.text_names(), settings.seed, "gumbel")
             return order_by_gumbel(scores, draws, ties, settings.temperature, least)
-        return order_by_mean(scores, ties, least)
+        return order_by_best(scores, self.targets, ties, least)
 
     def _order_by_diversity(self, ties: Scored) -> Order:
         """Order by facility location over the gradients of the pool."""

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 from rich.console import Group
 from rich.table import Table
 
-from vestige.errors import CorruptFile, IndexMismatch, UserError
+from vestige.errors import CorruptFile, IndexMismatch, UserError, differences
 from vestige.parsing import parse_object
 from vestige.storage import make_folder, remove_strays, require_no_others, sha256_of, write_durably
 from vestige.tables import write_table
@@ -21,7 +21,7 @@ from vestige.terminal import as_text, shorten
 
 FORMAT = 1
 RECORD, DATA, REASONS, REMOVED = "selection.json", "selected.jsonl", "selected.parquet", "removed.jsonl"
-_FILES = (RECORD, DATA, REASONS, REMOVED)
+FILES = (RECORD, DATA, REASONS, REMOVED)
 _SHOWN = 10
 
 _SCHEMA = pa.schema(
@@ -163,36 +163,17 @@ def find_finished(folder: Path, identity: dict[str, Any]) -> SelectedData | None
         IndexMismatch: Another selection is there; nothing was changed.
         UserError: The folder holds other files.
     """
-    record = _require_ours(folder)
+    record = read_record(folder)
+    require_no_others(folder, () if record is None else FILES)
     if record is None or "files" not in record:
         return None
-    old = record["identity"]
-    if names := [name for name in {**old, **identity} if old.get(name) != identity.get(name)]:
-        lines = [f"  {name}: {_short(old.get(name))} there, {_short(identity.get(name))} now" for name in names]
+    if found := differences(record["identity"], identity, {}, {}):
+        lines = [f"  {one.field}: {shorten(one.old, 60)} there, {shorten(one.new, 60)} now" for one in found]
         raise IndexMismatch(
             "\n".join([f"{folder} holds another selection; nothing was changed.", *lines])
             + "\nGive another --out, or replace it with --overwrite."
         )
     return SelectedData(folder, record) if _is_whole(folder, record) else None
-
-
-def _require_ours(folder: Path) -> dict[str, Any] | None:
-    """Return the record of the folder, finished or not; without one it must be empty."""
-    record = read_record(folder)
-    require_no_others(folder, () if record is None else _FILES)
-    return record
-
-
-def remove_selection(folder: Path) -> None:
-    """Remove the selection in `folder`, for `--overwrite`.
-
-    Raises:
-        UserError: The folder holds files that are not a selection's.
-    """
-    _require_ours(folder)
-    # The record first: what is left after a kill no longer counts.
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
 
 
 def write_selection(
@@ -231,12 +212,7 @@ def digest_of(words: Sequence[str]) -> str:
 
 def _is_whole(folder: Path, record: dict[str, Any]) -> bool:
     files = record["files"]
-    return set(files) <= set(_FILES) and all(
+    return set(files) <= set(FILES) and all(
         (folder / name).is_file() and isinstance(file, dict) and sha256_of(folder / name) == file.get("sha256")
         for name, file in files.items()
     )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -105,7 +105,7 @@ def write_component_similarities(folder: Path, out: Path) -> list[Path]:
         found = result.published[words]
         sizes = found.parameters.tolist()
         cosines["random_projection"] = {
-            str(size): _by_pair(result, words, found.each([number])[0]) for number, size in enumerate(sizes)
+            str(size): _by_pair(result, words, found.cosine([number])) for number, size in enumerate(sizes)
         }
     return [write_json(out / f"{name}.json", content, indent=_INDENT) for name, content in cosines.items()]
 

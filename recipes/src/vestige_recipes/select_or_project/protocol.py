@@ -243,7 +243,7 @@ def projection_errors(result: OnePassResult, words: str) -> dict[str, dict[str, 
         )
         lengths = query[:, None] * example[products.rows]
         weighted = values / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
-        right, published = (form[words].each([number])[0] for form in (result.projected, result.published))
+        right, published = (form[words].cosine([number]) for form in (result.projected, result.published))
         pairs = {"to_full": (right, full), "off": (published, full), "apart": (published, weighted)}
         found[one.name] = {name: float(np.abs(a - b)[listed].mean()) for name, (a, b) in pairs.items()}
     return found

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,12 +70,11 @@ def write_run_dataset(scores: Scores, out: Path) -> list[Path]:
 
 def _list_rows(scores: Scores) -> list[dict[str, Any]]:
     """Return one dictionary per listed score, proponents before opponents."""
-    ends: tuple[Literal["proponent", "opponent"], ...] = ("proponent", "opponent")
     return [
         {"query_id": query, "end": end, **{name: getattr(row, name) for name in _OF_ROW}}
         for query in scores.queries
-        for end in ends
-        for row in scores.listed(query, end)
+        for end, rows in scores.ends(query).items()
+        for row in rows
     ]
 
 

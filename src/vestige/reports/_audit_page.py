@@ -23,11 +23,19 @@ from vestige.reports._read import (
     cut_command,
     describe_cost,
     format_count,
-    format_span,
     join_versions,
     shorten_name,
 )
-from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, FindingRecord, JudgementRecord, Truth, mean_exposures
+from vestige.runs import (
+    CHANCE_BITS,
+    Audit,
+    EvidenceRow,
+    FindingRecord,
+    JudgementRecord,
+    Truth,
+    format_span,
+    mean_exposures,
+)
 from vestige.terminal import shorten
 
 SHOWN, SHOWN_SECRETS = 25, 12

@@ -31,10 +31,10 @@ from vestige.reports._read import (
     cut_command,
     format_duration,
     format_percent,
-    format_span,
     format_value,
     shorten_name,
 )
+from vestige.runs import format_span
 
 _CSV = f"{SIMILARITY}.csv"
 BM25 = "bm25 of the prompts"

@@ -13,7 +13,14 @@ import pyarrow.parquet as parquet
 from jaxtyping import Float
 
 from vestige.errors import DataError, MissingExtra, UserError
-from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
+from vestige.runs._audit_record import (
+    AuditRecord,
+    JudgementRecord,
+    Truth,
+    format_span,
+    low_stands_out,
+    read_audit_record,
+)
 from vestige.runs._listed import ScoreTable
 from vestige.storage import local_result, write_durably
 from vestige.tables import read_table, reading
@@ -383,13 +390,6 @@ def judgement_table(truth: str, rows: Sequence[JudgementRecord]) -> str:
         low = next((rate for rate in row.tpr_at if rate.level == 0.01), None)
         high = next(iter(row.fpr_at), None)
         unresolved = "" if low is None or low.resolved else "  (too few others for 1 %)"
-        cells = [_interval(row.auc), _interval(low.rate) if low else "", _interval(high.rate) if high else ""]
-        lines.append(f"  {row.measure:<18}{cells[0]:<24}{cells[1]:<24}{cells[2]}{unresolved}")
+        rates = ["" if rate is None else format_span(rate.rate, "undefined") for rate in (low, high)]
+        lines.append(f"  {row.measure:<18}{format_span(row.auc, 'undefined'):<24}{rates[0]:<24}{rates[1]}{unresolved}")
     return "\n".join(lines)
-
-
-def _interval(span: tuple[float | None, float | None, float | None]) -> str:
-    value, low, high = span
-    if value is None:
-        return "undefined"
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,5 +1,6 @@
 """`run.json` of an audit: the measured checkpoints, the meaning of each measure, and how well the measures judge."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,8 +10,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 
 from vestige.errors import UserError
-from vestige.parsing import parse_json
-from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, Part, read_known, require_unaltered
+from vestige.runs._digests import require_unaltered
+from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, Part, kind_of, read_known
 
 AUDIT_FORMAT = 1
 CHANCE_BITS = 1.4427
@@ -33,6 +34,14 @@ class SubjectRecord(Part):
     """Of the data's own examples: of their answers where they have any."""
     norms: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Of the weights, and of their `change` since the first checkpoint."""
+
+
+def format_span(span: Sequence[float | None], unknown: str = "–") -> str:
+    """Return a value and the ends of its interval as a reader takes them: 0.612 [0.550, 0.671]."""
+    value, low, high = span
+    if value is None or not math.isfinite(value):
+        return unknown
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def low_stands_out(high: str) -> bool:
@@ -249,11 +258,7 @@ class AuditRecord(Part):
 
 def is_audit(folder: Path) -> bool:
     """Return whether `folder` holds the run of an audit."""
-    try:
-        content = parse_json((folder / RECORD_FILE).read_bytes())
-        return isinstance(content, dict) and content.get("kind") == "audit"
-    except (OSError, ValueError):
-        return False
+    return kind_of(folder) == "audit"
 
 
 def read_audit_record(folder: str | Path, *, checked: bool = True) -> AuditRecord:

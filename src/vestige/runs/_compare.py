@@ -7,8 +7,7 @@ import numpy as np
 
 from vestige.errors import UserError
 from vestige.runs._dense import rank_scores
-from vestige.runs._listed import ScoreRow, ScoreTable
-from vestige.runs._summary import End
+from vestige.runs._listed import ScoreTable
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def _require_comparable(first: "Scores", other: "Scores", query: str) -> None:
     if first.run.data.fingerprint == other.run.data.fingerprint:
         return
     same = first.run.data.examples == other.run.data.examples
-    known, others = ({row.row: (row.example_id, row.text) for row in _listed(run)} for run in (first, other))
+    known, others = ({row.row: (row.example_id, row.text) for row in run.all_listed()} for run in (first, other))
     both = known.keys() & others.keys()
     if not same or not both or any(known[row] != others[row] for row in both):
         raise UserError(
@@ -87,12 +86,6 @@ def _require_comparable(first: "Scores", other: "Scores", query: str) -> None:
             f"{other.run.data.name} with {other.run.data.examples:,}), so a rank in one means nothing in the other. "
             "Compare runs of the same data."
         )
-
-
-def _listed(run: "Scores") -> list[ScoreRow]:
-    """Return every listed row of every query."""
-    ends: tuple[End, ...] = ("proponent", "opponent")
-    return [row for query in run.queries for end in ends for row in run.listed(query, end)]
 
 
 def _ranks(run: "Scores", query: str) -> dict[int, int]:

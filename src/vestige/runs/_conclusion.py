@@ -102,7 +102,7 @@ class _Reading:
 
     def __init__(self, scores: "Scores", query: str) -> None:
         self._scores, self._query = scores, query
-        self._proponents, self._opponents = scores.listed(query, "proponent"), scores.listed(query, "opponent")
+        self._proponents, self._opponents = scores.ends(query).values()
         distribution = scores.run.distribution.get(query)
         self._mean, self._std = (0.0, 0.0) if distribution is None else (distribution.mean, distribution.std)
         # Of sources, a run shows an excerpt for each and no texts.

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, final, overload
 
-from vestige.parsing import words_of
-from vestige.runs._tables import turns_of
+from vestige.parsing import parse_json, words_of
 from vestige.terminal import shorten
 
 PLAIN_WIDTH = 120
@@ -230,6 +229,20 @@ class Listed(NamedTuple):
     source: str | None
     turns: tuple[tuple[str, str], ...]
     wording: Wording
+
+
+def turns_of(cell: str | None) -> tuple[tuple[str, str], ...]:
+    """Return role and content of each turn in a cell of `messages`.
+
+    Raises:
+        ValueError: It is no JSON list of turns.
+    """
+    turns: Any = parse_json(cell) if cell else []
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
+    ):
+        raise ValueError("`messages` is no list of turns with role and content")
+    return tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
 
 
 def wording_of(row: Mapping[str, Any]) -> Wording:

@@ -1,7 +1,7 @@
 """The summary of a stream of scores: both ends, moments, a histogram, groups, all scores if requested."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
@@ -79,13 +79,7 @@ def _as_array(values: "Tensor | np.ndarray") -> np.ndarray:
     return (values.float() if values.is_floating_point() and values.dtype.itemsize < 4 else values).numpy()
 
 
-def _block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.ndarray, "query row"]]:
-    """Return rows (int64) and scores (float32, or float64 if given so) of a block on the CPU.
-
-    Raises:
-        NonFinite: a score is NaN or infinite.
-    """
-    rows, scores = block.arrays()
+def _require_finite(rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
     if not np.isfinite(scores).all():
         query, column = np.argwhere(~np.isfinite(scores))[0]
         raise NonFinite(
@@ -93,7 +87,6 @@ def _block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.n
             "A loss or an activation overflowed: run again with --precision float32, or leave that row out, by hand or "
             "with --skip-bad, of vestige index where there is one."
         )
-    return rows, scores
 
 
 class TopK:
@@ -131,7 +124,7 @@ class TopK:
         return [
             RankedScore(query, end, rank, int(row), float(score), float(percentile))
             for query in range(len(self._highest))
-            for end in ("proponent", "opponent")
+            for end in get_args(End)
             for rank, (row, score, percentile) in enumerate(
                 zip(self.rows(query, end), self.scores(query, end), self._percentiles(query, end), strict=True), 1
             )
@@ -245,10 +238,11 @@ class ScoreCollector:
             NonFinite: a score is NaN or infinite.
             VestigeError: a row was scored before.
         """
-        wanted = np.flatnonzero(~np.isin(block.arrays()[0], self._left_out)).tolist()
-        if len(wanted) < len(block.rows):
-            block = ScoreBlock(block.rows[wanted], block.scores[:, wanted])
-        rows, scores = _block_arrays(block)
+        rows, scores = block.arrays()
+        wanted = ~np.isin(rows, self._left_out)
+        if not wanted.all():
+            rows, scores = rows[wanted], scores[:, wanted]
+        _require_finite(rows, scores)
         if scores.shape != (self._queries, len(rows)):
             raise VestigeError(f"A score block of shape {scores.shape} for {self._queries} queries x {len(rows)} rows.")
         if (again := self._scored[rows]).any():

@@ -12,8 +12,10 @@ from vestige.errors import IndexMismatch, UserError, VestigeError
 from vestige.runs._audit import EVIDENCE_FILE, FIGURES, write_evidence
 from vestige.runs._audit_record import AuditRecord
 from vestige.runs._dense import names_of, write_dense
+from vestige.runs._digests import digests_of
 from vestige.runs._record import (
     DENSE_FILE,
+    FIRST_RUNG,
     RECORD_FILE,
     Check,
     CoverageRecord,
@@ -23,7 +25,6 @@ from vestige.runs._record import (
     RunRecord,
     TrustRecord,
     describe_process,
-    digests_of,
     is_run,
     read_record,
 )
@@ -41,8 +42,6 @@ from vestige.storage import (
 if TYPE_CHECKING:
     from vestige import data, models
 
-FIRST_RUNG = "first-rung"
-"""Folder, in a run that scored a few rows exactly, of the run that ranked all of them."""
 _LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size": 2**16}
 RUN_FILES = (
     RECORD_FILE,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,8 @@ from vestige.workspace._kinds import Kind, Summary
 
 SHOWN_IDS = 20
 """Ids of examples that were left out; all of them are in `run.json`."""
-POINTS, _RECORD = 300, "run.json"
-"""Points of a curve that is shown, at most; and where runs, audits and trainings keep their record."""
-
-
-class _Tag(BaseModel):
-    kind: str = "scores"
+POINTS = 300
+"""Points of a curve that is shown, at most."""
 
 
 class _Outline(BaseModel):
@@ -39,23 +34,6 @@ class _Outline(BaseModel):
     seconds: float
     peak_memory_bytes: int
     missing: list[str] = Field(default_factory=list)
-
-
-def _tag(folder: Path) -> str | None:
-    """Return the `kind` in a folder's `run.json`, "scores" where it has or reads none; None without a file."""
-    try:
-        stat = (folder / _RECORD).stat()
-    except OSError:
-        return None
-    return _read_tag(folder, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(4096)
-def _read_tag(folder: Path, *_: int) -> str:
-    try:
-        return _Tag.model_validate_json((folder / _RECORD).read_bytes()).kind
-    except (OSError, ValueError):
-        return _Tag().kind
 
 
 def _written(path: Path) -> str:
@@ -80,7 +58,7 @@ def _left_out(ids: Sequence[str]) -> str | None:
 
 
 def _summarise_run(folder: Path) -> Summary:
-    outline = runs.read_known(_Outline, folder / _RECORD, runs.RUN_FORMAT, whole=False)
+    outline = runs.read_known(_Outline, folder / runs.RECORD_FILE, runs.RUN_FORMAT, whole=False)
     asked = outline.config.get("queries")
     asked = asked[0] if isinstance(asked, list) and len(asked) == 1 else asked
     count = _count(outline.queries.examples if outline.queries else 0, "query")
@@ -89,7 +67,7 @@ def _summarise_run(folder: Path) -> Summary:
 
 
 def _summarise_audit(folder: Path) -> Summary:
-    outline = runs.read_known(_Outline, folder / _RECORD, runs.AUDIT_FORMAT, whole=False)
+    outline = runs.read_known(_Outline, folder / runs.RECORD_FILE, runs.AUDIT_FORMAT, whole=False)
     about = f"{_count(outline.data.examples, 'example')}, {_count(len(outline.checkpoints), 'checkpoint')}"
     return _summarise(outline, about, _count(len(outline.measures), "measure"))
 
@@ -129,7 +107,7 @@ def _describe_run(folder: Path) -> str:
 
 run = Kind(
     name="run",
-    matches=lambda folder: _tag(folder) not in (None, "audit", "training"),
+    matches=lambda folder: runs.kind_of(folder) not in (None, "audit", "training"),
     summarise=_summarise_run,
     describe=_describe_run,
     nests=True,
@@ -154,7 +132,7 @@ def _describe_audit(folder: Path) -> str:
     )
 
 
-audit = Kind("audit", lambda folder: _tag(folder) == "audit", _summarise_audit, _describe_audit)
+audit = Kind("audit", lambda folder: runs.kind_of(folder) == "audit", _summarise_audit, _describe_audit)
 
 
 def _model_of(run: "training.TrainingRun") -> str:
@@ -176,7 +154,7 @@ def _summarise_training(folder: Path) -> Summary:
         model=_model_of(run),
         data=run.record.get("names", {}).get("data", ""),
         method="full" if rank is None else f"LoRA, rank {rank}",
-        created=_written(folder / _RECORD),
+        created=_written(folder / runs.RECORD_FILE),
         seconds=run.record.get("seconds"),
         memory=run.record.get("peak_memory_bytes"),
         lacking="" if "seconds" in run.record else step or "its last checkpoints",
@@ -224,7 +202,7 @@ def _draw_losses(folder: Path) -> dict[str, Any]:
 
 trained = Kind(
     name="training",
-    matches=lambda folder: _tag(folder) == "training",
+    matches=lambda folder: runs.kind_of(folder) == "training",
     summarise=_summarise_training,
     describe=_describe_training,
     show=_draw_losses,

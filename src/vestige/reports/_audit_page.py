@@ -145,7 +145,7 @@ def _draw_panels(audit: Audit) -> list[Panel]:
     installed = {each.name for each in MEASURES}
     detailed = tuple(f"{each.name}_" for each in MEASURES if each.detail)
     measures = [name for name in audit.measures if name in installed or not name.startswith(detailed)]
-    drawn = Drawn(audit.run, measures, audit.values, known, _own_examples(audit))
+    drawn = Drawn(audit.run, measures, audit.values, known, audit.own)
     return [
         *_draw_secrets(drawn),
         *_draw_course(drawn),
@@ -155,13 +155,9 @@ def _draw_panels(audit: Audit) -> list[Panel]:
     ]
 
 
-def _own_examples(audit: Audit) -> np.ndarray:
-    return np.array(audit.examples["part"].to_pylist()) == "data"
-
-
 def _find_known(audit: Audit) -> list[Known]:
     """Return what is to be found, and where it is known, as far as the run's own tables have it."""
-    own, known = _own_examples(audit), list[Known]()
+    own, known = audit.own, list[Known]()
     if not own.all():
         texts = audit.examples["text"].to_pylist()
         trained = {text for text, mine in zip(texts, own, strict=True) if mine}

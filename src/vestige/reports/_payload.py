@@ -226,8 +226,8 @@ def _describe_query(
         "explained": query.explained,
         "text": describe_text(pieces),
         "ranked": ranked,
-        "distribution": _drop_nonfinite(scores.run.distribution.get(name)),
-        "groups": _drop_nonfinite(scores.run.groups.get(name, [])),
+        "distribution": _round_all(scores.run.distribution.get(name)),
+        "groups": _round_all(scores.run.groups.get(name, [])),
     }
 
 
@@ -263,16 +263,16 @@ def _list_token_scores(scores: Scores, query: str, example: str, pieces: Pieces)
     return [round_number(known.get(position, 0.0), 5) for position in range(len(pieces.texts))]
 
 
-def _drop_nonfinite(value: Any) -> Any:
-    """Return a part of run.json as JSON can carry it: every NaN and infinity replaced by None."""
+def _round_all(value: Any) -> Any:
+    """Return a part of run.json with numbers cut to the digits that a reader can use."""
     if isinstance(value, BaseModel):
-        return _drop_nonfinite(value.model_dump())
+        return _round_all(value.model_dump())
     if isinstance(value, float):
         return round_number(value)
     if isinstance(value, list | tuple):
-        return [_drop_nonfinite(item) for item in value]
+        return [_round_all(item) for item in value]
     if isinstance(value, dict):
-        return {key: _drop_nonfinite(item) for key, item in value.items()}
+        return {key: _round_all(item) for key, item in value.items()}
     return value
 
 

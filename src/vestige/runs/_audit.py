@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from vestige.errors import DataError, MissingExtra, UserError
 from vestige.runs._audit_record import (
@@ -226,6 +226,11 @@ class Audit:
         """Row, id, part (`data` or `holdout`), source, label, class, flag, target tokens and text of each example."""
         return read_table(self.folder / EXAMPLES_FILE, EXAMPLES, REMEDY, required=("row", "example_id", "part", "text"))
 
+    @property
+    def own(self) -> Bool[np.ndarray, "example"]:
+        """True for the data's own examples, False for the holdout's, in the order of `examples`."""
+        return np.array(self.examples["part"].to_pylist()) == "data"
+
     @cached_property
     def tokens(self) -> pa.Table | None:
         """Each token of the examples that lead the list, with its log-probability (nats) and what it is compared with.
@@ -310,8 +315,7 @@ class Audit:
         """
         name = measure or self.preferred
         values = self.values(name, checkpoint=checkpoint)
-        own = np.array(self.examples["part"].to_pylist()) == "data"
-        rows = np.flatnonzero(own & ~np.isnan(values))
+        rows = np.flatnonzero(self.own & ~np.isnan(values))
         ordered = values[rows] if self.lowest_first(name) != reverse else -values[rows]
         chosen = rows[np.lexsort((-self.examples["targets"].to_numpy()[rows], ordered))][:k]
         ids, texts = self.examples["example_id"], self.examples["text"]

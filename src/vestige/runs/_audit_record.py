@@ -11,6 +11,7 @@ from pydantic import Field
 
 from vestige.errors import UserError
 from vestige.runs._digests import require_unaltered
+from vestige.runs._groups import student_half_width
 from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, Part, kind_of, read_known
 
 AUDIT_FORMAT = 1
@@ -306,12 +307,11 @@ def roc_curve(
     scores: Float[np.ndarray, "example"], found: Bool[np.ndarray, "example"]
 ) -> tuple[Float[np.ndarray, "point"], Float[np.ndarray, "point"]]:
     """Return false and true positive rates from the highest score down; equal scores are flagged together."""
+    from sklearn.metrics import roc_curve as compute_curve
+
     known = ~np.isnan(scores)
-    scores, found = scores[known], found[known]
-    order = np.argsort(-scores, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
-    right, wrong = np.cumsum(found[order])[ends], np.cumsum(~found[order])[ends]
-    return np.append(0.0, wrong / max((~found).sum(), 1)), np.append(0.0, right / max(found.sum(), 1))
+    wrong, right, _ = compute_curve(found[known], scores[known], drop_intermediate=False)
+    return wrong, right
 
 
 def agreement(columns: Mapping[str, Float[np.ndarray, "example"]]) -> tuple[list[str], Float[np.ndarray, "one other"]]:
@@ -348,8 +348,6 @@ class Exposed(NamedTuple):
 
 def mean_exposures(canaries: Sequence[CanaryRecord]) -> list[Exposed]:
     """Return mean exposure by number of copies and then by checkpoint; secrets without a finite loss do not count."""
-    from scipy.stats import t
-
     groups: dict[tuple[int, int], list[CanaryRecord]] = {}
     for each in canaries:
         if each.exposure is not None:
@@ -360,7 +358,7 @@ def mean_exposures(canaries: Sequence[CanaryRecord]) -> list[Exposed]:
         values, most = np.array([each.exposure for each in group]), max(each.most for each in group)
         count, mean, reach = len(values), float(values.mean()), np.nan
         if count > 1:
-            reach = float(t.ppf(0.975, count - 1) * values.std(ddof=1) / np.sqrt(count))
+            reach = float(student_half_width(count) * values.std(ddof=1) / np.sqrt(count))
         ends = (max(mean - reach, 0.0), min(mean + reach, most)) if count > 1 else (np.nan, np.nan)
         found.append(Exposed(None if copies < 0 else copies, checkpoint, count, mean, *ends))
     return found

@@ -6,17 +6,14 @@ from pathlib import Path, PurePosixPath
 from vestige.errors import CorruptFile
 from vestige.storage import sha256_of, sha256_once
 
-Digests = Mapping[str, str]
-"""sha256 by name, `figures/roc.png` for a file in a folder."""
-
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """Return the digests of all files in a folder and the folders in it."""
+    """Return sha256 by name of all files in a folder and the folders in it: `figures/roc.png`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
-def require_unaltered(folder: Path, digests: Digests, *names: str) -> None:
+def require_unaltered(folder: Path, digests: Mapping[str, str], *names: str) -> None:
     """Compare files with their digests, each once per process; one that has none is of an earlier version.
 
     Raises:
@@ -30,7 +27,7 @@ def require_unaltered(folder: Path, digests: Digests, *names: str) -> None:
             )
 
 
-def file_faults(folder: Path, digests: Digests) -> dict[str, str | None]:
+def file_faults(folder: Path, digests: Mapping[str, str]) -> dict[str, str | None]:
     """Return what is wrong with each file of a run, None where nothing is; reads every byte."""
     return {name: _fault(folder, name, digest, sha256_of) for name, digest in digests.items()}
 

@@ -368,7 +368,7 @@ class Words:
             return equal and self._texts.overlap(words, others) >= NEAR_COPY
         return _numbers(words) == _numbers(others) and self._texts.overlap(words, others) >= NEAR_COPY_OF_TEXT
 
-    def telling(self, query: Wording) -> frozenset[str]:
+    def telling(self, query: Question) -> frozenset[str]:
         """Return the words of an answer that its question lacks and few answers have, cut to four letters."""
         new = _stems(query.answer) - _stems(query.question)
         return frozenset(stem for stem in new if not self._answers.is_common(stem))

@@ -31,7 +31,7 @@ def draw_ranking(scores: "Scores", query: str) -> "Figure":
     bars.axvline(0, color="#BBBBBB", linewidth=0.9, zorder=0)
     finish_axes(bars, "score", "", "x")
     _draw_histogram(histogram, scores, query, [row.score for row in rows])
-    figure.suptitle(shorten(scores.query_wording(query).question or query, 100), fontsize="medium", parse_math=False)
+    figure.suptitle(shorten(scores.query(query).question or query, 100), fontsize="medium", parse_math=False)
     return figure
 
 

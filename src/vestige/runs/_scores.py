@@ -15,9 +15,7 @@ from jaxtyping import Float
 
 from vestige import runs
 from vestige.errors import MissingExtra, UserError
-from vestige.runs._compare import Comparison, compare
 from vestige.runs._dense import open_dense
-from vestige.runs._ends import TITLE_WIDTH, Standing, list_end, list_standing
 from vestige.runs._listed import (
     ComponentScore,
     Question,
@@ -29,15 +27,16 @@ from vestige.runs._listed import (
     Words,
     excerpt,
     question_of,
-    relative_strength,
     render_html,
     turns_or_text,
     wording_of,
 )
 from vestige.runs._proofs import Proofs, VerbatimSpan, list_spans, prove
+from vestige.runs._rankings import TITLE_WIDTH, Comparison, Standing, compare, list_end, list_standing
 from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
 from vestige.runs._stored import REMEDY, PartTable, StoredTables
 from vestige.runs._summary import End
+from vestige.runs._tables import SCHEMAS
 from vestige.storage import local_result
 from vestige.tables import reading
 from vestige.terminal import shorten
@@ -114,10 +113,7 @@ class Scores:
 
     def listed(self, query: int | str, end: End) -> list[ScoreRow]:
         """Return every row that the run lists at one end of a query's ranking, best first."""
-        name = self.query_id(query)
-        first = self.tables.ranking.get((name, "proponent"), ())
-        highest = first[0]["score"] if first else 0.0
-        return [self._score_row(row, highest) for row in self.tables.ranking.get((name, end), ())]
+        return self.tables.ranking.get((self.query_id(query), end), [])
 
     def ends(self, query: int | str) -> dict[End, list[ScoreRow]]:
         """Return every row that the run lists for a query: proponents, then opponents, each best first."""
@@ -138,10 +134,6 @@ class Scores:
                 f"{self.folder} lists no training row {row}. Give the `row` of one from `scores.top(query)`."
             )
         return self.tables.listed[row].wording
-
-    def query_wording(self, query: int | str) -> Wording:
-        """Return question and answer of a query."""
-        return wording_of(self.tables.queries[self.query_id(query)])
 
     def query(self, query: int | str = 0) -> Question:
         """Return a query: question, answer, what it is explained instead of or which part, and its loss.
@@ -204,13 +196,13 @@ class Scores:
     @cached_property
     def words(self) -> Words:
         """The words of all listed examples and queries, by which two of them are compared."""
-        queries = [self.query_wording(query) for query in self.queries]
+        queries = map(wording_of, self.tables.queries.values())
         return Words([*queries, *(example.wording for example in self.tables.listed.values())])
 
     def count_leading(self, first: int) -> Counter[int]:
         """Return for how many queries each row is among the first proponents."""
         ends = (rows for (_, end), rows in self.tables.ranking.items() if end == "proponent")
-        return Counter(row["row"] for rows in ends for row in rows[:first])
+        return Counter(row.row for rows in ends for row in rows[:first])
 
     def components(self, query: int | str, example_id: str) -> list[ComponentScore]:
         """Split the score of a listed example over the model's components: the parts add up to it.
@@ -276,6 +268,16 @@ class Scores:
         at = self.queries.index(self.query_id(query))
         return open_dense(self.folder).read(queries=slice(at, at + 1))[0]
 
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return a dictionary for each listed row of each query, proponents before opponents."""
+        names = ("rank", "example_id", "score", "percentile", "text", "source", "row")
+        return [
+            {"query_id": query, "end": end, **{name: getattr(row, name) for name in names}}
+            for query in self.queries
+            for end, rows in self.ends(query).items()
+            for row in rows
+        ]
+
     def to_pandas(self, *, dense: bool = False) -> "pandas.DataFrame":
         """Return the run as a pandas data frame.
 
@@ -294,9 +296,7 @@ class Scores:
         if dense:
             index = pandas.Index(self.tables.dense_ids, name="example_id")
             return pandas.DataFrame(self.dense().T, index=index, columns=pandas.Index(self.queries, name="query_id"))
-        frame = pandas.DataFrame([row for rows in self.tables.ranking.values() for row in rows])
-        texts = [self.tables.listed[row] for row in frame["row"]]
-        return frame.assign(text=[text.text for text in texts], source=[text.source for text in texts])
+        return pandas.DataFrame(self.to_rows(), columns=[*SCHEMAS["scores"].names, "text", "source"])
 
     def compare(self, other: "Scores", query: int | str = 0, k: int = 10) -> Comparison:
         """Compare the ranking of a query with that of another run: two methods, checkpoints or settings.
@@ -347,12 +347,6 @@ class Scores:
     def _title(self) -> str:
         run = self.run
         return f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"
-
-    def _score_row(self, row: dict[str, Any], highest: float) -> ScoreRow:
-        found = self.tables.listed[row["row"]]
-        fields = (row["rank"], row["example_id"], row["score"], row["percentile"])
-        strength = relative_strength(row["score"], highest)
-        return ScoreRow(*fields, found.text, found.source, row["row"], found.turns, strength)
 
     def query_id(self, query: int | str) -> str:
         """Return the id of a query that is given by its position or its id.

@@ -11,7 +11,16 @@ import pyarrow as pa
 
 from vestige.errors import CorruptFile
 from vestige.runs._dense import open_dense
-from vestige.runs._listed import ComponentScore, Listed, TokenScore, row_text, turns_of, wording_of
+from vestige.runs._listed import (
+    ComponentScore,
+    Listed,
+    ScoreRow,
+    TokenScore,
+    relative_strength,
+    row_text,
+    turns_of,
+    wording_of,
+)
 from vestige.runs._record import RunRecord
 from vestige.runs._summary import RankedScore
 from vestige.runs._tables import MEASURED, SCHEMAS
@@ -65,7 +74,7 @@ class StoredTables:
         }
 
     @cached_property
-    def ranking(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    def ranking(self) -> dict[tuple[str, str], list[ScoreRow]]:
         """The rows of `scores.parquet` by query and end, best first; each has its query and its example."""
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in sorted(self.read("scores").to_pylist(), key=lambda row: row["rank"]):
@@ -76,7 +85,16 @@ class StoredTables:
                 file = self._folder / "examples.parquet"
                 raise CorruptFile(f"{file} lacks row {row['row']}, which has a score. {REMEDY}")
             found.setdefault((row["query_id"], row["end"]), []).append(row)
-        return found
+        highest = {query: rows[0]["score"] for (query, end), rows in found.items() if end == "proponent"}
+        return {
+            (query, end): [self._describe(row, highest.get(query, 0.0)) for row in rows]
+            for (query, end), rows in found.items()
+        }
+
+    def _describe(self, row: dict[str, Any], highest: float) -> ScoreRow:
+        found, strength = self.listed[row["row"]], relative_strength(row["score"], highest)
+        fields = (row["rank"], row["example_id"], row["score"], row["percentile"])
+        return ScoreRow(*fields, found.text, found.source, row["row"], found.turns, strength)
 
     @cached_property
     def dense_ids(self) -> list[str]:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from vestige import data, models
 
 _LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size": 2**16}
+_NESTED = ("damping-*", FIRST_RUNG)
 RUN_FILES = (
     RECORD_FILE,
     *(f"{name}.parquet" for name in ("scores", "examples", "queries", "components", "tokens", "self_influence")),
@@ -50,10 +51,8 @@ RUN_FILES = (
     "flagged.jsonl",
     *("evidence.parquet", "curves.parquet", DENSE_FILE, "profile.json", "report.html"),
     *(f"figures/*.{kind}" for kind in ("png", "pdf")),
-    *(f"damping-*/{name}.parquet" for name in ("scores", "examples", "queries", "components")),
-    *(f"damping-*/{name}" for name in (RECORD_FILE, DENSE_FILE, "report.html")),
-    *(f"{FIRST_RUNG}/{name}.parquet" for name in ("scores", "examples", "queries", "components")),
-    *(f"{FIRST_RUNG}/{name}" for name in (RECORD_FILE, DENSE_FILE, "report.html")),
+    *(f"{folder}/{name}.parquet" for folder in _NESTED for name in ("scores", "examples", "queries", "components")),
+    *(f"{folder}/{name}" for folder in _NESTED for name in (RECORD_FILE, DENSE_FILE, "report.html")),
 )
 """What a run may consist of; anything else in its folder is not ours, and keeps it from being replaced."""
 
@@ -213,7 +212,13 @@ def write_run(
     """
 
     def fill(attempt: Path) -> None:
-        _write_tables(attempt, record, content)
+        for name, table in make_tables(content, record.components).items():
+            _write_table(name, table, attempt / f"{name}.parquet")
+        if content.dense is not None:
+            shape, expected = content.dense.shape, (len(content.queries), len(content.train))
+            if shape != expected:
+                raise VestigeError(f"Dense scores of shape {shape} for {expected[0]} queries x {expected[1]} examples.")
+            write_dense(attempt / DENSE_FILE, content.dense, ids, names_of(content.train.examples))
         if add is not None:
             add(attempt)
 
@@ -297,17 +302,6 @@ def _write_folder(
 
 def _spell_record(record: RunRecord | AuditRecord, indent: int) -> str:
     return record.model_dump_json(indent=indent) + "\n"
-
-
-def _write_tables(folder: Path, record: RunRecord, content: RunTables) -> None:
-    for name, table in make_tables(content, record.components).items():
-        _write_table(name, table, folder / f"{name}.parquet")
-    if content.dense is not None:
-        shape, expected = content.dense.shape, (len(content.queries), len(content.train))
-        if shape != expected:
-            raise VestigeError(f"Dense scores of shape {shape} for {expected[0]} queries x {expected[1]} examples.")
-        ids = names_of(content.queries.examples), names_of(content.train.examples)
-        write_dense(folder / DENSE_FILE, content.dense, *ids)
 
 
 def _write_table(name: str, table: pa.Table, where: Any) -> None:

@@ -314,15 +314,14 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _summarise_evaluation(folder: Path) -> Summary:
-    path, content = _find_evaluation(folder), _read_evaluation(folder)
-    assert path is not None, "only called on an evaluation"
+    content = _read_evaluation(folder)
     seconds = [row["seconds"] for row in content["rows"] if row.get("seconds") is not None]
     return Summary(
         about=content["title"],
         method=content["kind"],
-        created=_written(path),
+        created=_written(folder / f"{content['kind']}.json"),
         seconds=sum(seconds) if seconds else None,
-        page=path.stem == "components",
+        page=content["kind"] == "components",
     )
 
 

@@ -17,7 +17,6 @@ from vestige.runs import (
     CanaryRecord,
     JudgementRecord,
     agreement,
-    format_span,
     group_of,
     mean_exposures,
     roc_curve,
@@ -151,7 +150,9 @@ def draw_roc(axes: Axes, drawn: Drawn, truth: "Known") -> None:
         column = drawn.values(record.measure)
         if column is not None:
             x, y = roc_curve((record.sign * column)[truth.judged], found)
-            label = f"{record.measure}, AUC {format_span(record.auc)}"
+            value, low, high = record.auc
+            interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+            label = f"{record.measure}, AUC {value:.3f}{interval}"
             axes.step(np.maximum(x, floor), np.maximum(y, floor), where="post", color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.1))
     axes.set(xlabel="false positive rate", ylabel="true positive rate")

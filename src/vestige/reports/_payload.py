@@ -172,13 +172,8 @@ def _make_run_grid(scores: Scores) -> Grid | None:
 def describe_text(pieces: Pieces) -> Json:
     """Return a text in pieces, with the role of each and the turns they make up."""
     targets = "".join("1" if target else "0" for target in pieces.targets)
-    return {
-        "pieces": pieces.texts,
-        "roles": pieces.roles,
-        "turns": pieces.turns,
-        "targets": targets,
-        "tokens": pieces.from_tokens,
-    }
+    shown = {"pieces": pieces.texts, "roles": pieces.roles, "turns": pieces.turns}
+    return shown | {"targets": targets, "tokens": pieces.from_tokens}
 
 
 def describe_example(row: Mapping[str, Any], pieces: Pieces, hub: float | None = None) -> Json:

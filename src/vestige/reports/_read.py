@@ -34,14 +34,8 @@ class Wording:
 
 def make_wording(row: Mapping[str, Any]) -> Wording:
     """Return the words of a row of `queries.parquet` or `examples.parquet`."""
-    return Wording(
-        text=row["text"],
-        prompt=row["prompt"],
-        completion=row["completion"],
-        messages=turns_of(row["messages"]),
-        tokens=tuple(row["tokens"] or ()) or None,
-        targets=tuple(row["targets"] or ()) or None,
-    )
+    tokens, targets = (tuple(row[name] or ()) or None for name in ("tokens", "targets"))
+    return Wording(row["text"], row["prompt"], row["completion"], turns_of(row["messages"]), tokens, targets)
 
 
 def read_run(run: str | Path) -> Scores:
@@ -61,8 +55,7 @@ def read_run(run: str | Path) -> Scores:
         for name in ("queries", "examples", "scores"):
             if not (folder / f"{name}.parquet").is_file():
                 raise UserError(f"{folder} has run.json but no {name}.parquet.\n{advice}")
-        for query in scores.queries:
-            scores.ends(query)
+        scores.all_listed()
         for part in ("components", "tokens"):
             scores.tables.parts(part)
     except CorruptFile as error:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -321,14 +322,14 @@ def agreement(columns: Mapping[str, Float[np.ndarray, "example"]]) -> tuple[list
     varying = {name: values for name, values in columns.items() if len(np.unique(values[~np.isnan(values)])) > 1}
     names = list(varying)
     table = np.full((len(names), len(names)), np.nan)
-    for one, first in enumerate(names):
-        for other, second in enumerate(names):
-            both = ~np.isnan(varying[first]) & ~np.isnan(varying[second])
-            if both.sum() < 3:
-                continue
-            ranks = [rankdata(varying[name][both]) for name in (first, second)]
-            if all(each.std() > 0 for each in ranks):
-                table[one, other] = np.corrcoef(*ranks)[0, 1]
+    for one, other in combinations_with_replacement(range(len(names)), 2):
+        first, second = varying[names[one]], varying[names[other]]
+        both = ~np.isnan(first) & ~np.isnan(second)
+        if both.sum() < 3:
+            continue
+        ranks = rankdata(first[both]), rankdata(second[both])
+        if all(each.std() > 0 for each in ranks):
+            table[one, other] = table[other, one] = np.corrcoef(*ranks)[0, 1]
     return names, table
 
 
@@ -356,9 +357,8 @@ def mean_exposures(canaries: Sequence[CanaryRecord]) -> list[Exposed]:
     found = []
     for (copies, checkpoint), group in sorted(groups.items()):
         values, most = np.array([each.exposure for each in group]), max(each.most for each in group)
-        count, mean, reach = len(values), float(values.mean()), np.nan
-        if count > 1:
-            reach = float(student_half_width(count) * values.std(ddof=1) / np.sqrt(count))
-        ends = (max(mean - reach, 0.0), min(mean + reach, most)) if count > 1 else (np.nan, np.nan)
+        count, mean = len(values), float(values.mean())
+        reach = student_half_width(count) * values.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
+        ends = np.clip([mean - reach, mean + reach], 0.0, most).tolist()
         found.append(Exposed(None if copies < 0 else copies, checkpoint, count, mean, *ends))
     return found

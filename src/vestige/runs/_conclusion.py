@@ -109,6 +109,8 @@ class _Reading:
         scored = scores.run.data.examples - len(scores.run.left_out)
         is_part = scores.run.ladder is not None
         self._sources = distribution is not None and distribution.count < scored and not is_part
+        self._noun = "source" if self._sources else "row"
+        self._listed = {row.row for row in (*self._proponents, *self._opponents)}
 
     def conclude(self) -> Conclusion:
         standing = self._count_standing()
@@ -119,10 +121,6 @@ class _Reading:
         sentences = [*self._describe_first(kind, standing, hubs), *self._describe_answer(kind)]
         sentences += [*self._describe_opponent(), *self._describe_conflicts(conflicts), *self._describe_sign()]
         return Conclusion(self._query, kind, tuple(sentences), rows, self._lead, conflicts)
-
-    @property
-    def _noun(self) -> str:
-        return "source" if self._sources else "row"
 
     @cached_property
     def _texts(self) -> list[_Text]:
@@ -271,10 +269,6 @@ class _Reading:
         if self._sources or not self._asked.question or not telling:
             return True
         return any(words.share_stated(telling, self._scores.wording(row)) >= STATED for row in self._listed)
-
-    @property
-    def _listed(self) -> set[int]:
-        return {row.row for row in (*self._proponents, *self._opponents)}
 
     def _describe_answer(self, kind: Kind) -> list[str]:
         """Return that no listed row states the answer, unless the headline does."""

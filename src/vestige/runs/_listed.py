@@ -301,11 +301,7 @@ class Rarity:
     """How rare each word is among some texts: rare words are what tells two texts of one kind apart."""
 
     def __init__(self, texts: Iterable[Sequence[str]]) -> None:
-        """Count the texts that hold each word.
-
-        Args:
-            texts: The words of each; equal ones count once.
-        """
+        """Count the texts that hold each word, from the words of each; equal texts count once."""
         distinct = {tuple(words) for words in texts} - {()}
         self._texts = max(len(distinct), 1)
         self._holding = Counter(word for words in distinct for word in set(words))
@@ -329,11 +325,7 @@ class Words:
     """The words of all listed rows and queries of a run, by which two of its rows are compared."""
 
     def __init__(self, wordings: Sequence[Wording]) -> None:
-        """Count them.
-
-        Args:
-            wordings: Of every listed row and of every query.
-        """
+        """Count them, from the wordings of every listed row and of every query."""
         self._questions = Rarity(words_of(wording.question) for wording in wordings)
         self._texts = Rarity(words_of("\n".join(wording)) for wording in wordings)
         self._answers = Rarity(tuple(_stems(wording.answer)) for wording in wordings)

@@ -64,13 +64,7 @@ class Proofs(NamedTuple):
 
 
 def list_spans(rows: Sequence[dict[str, Any]], query: str, least: int) -> ScoreTable[VerbatimSpan]:
-    """Return the spans of a query, given by its id, the rarest first.
-
-    Args:
-        rows: Of the table `verbatim`.
-        query: Its id.
-        least: Tokens of the shortest span that was searched for.
-    """
+    """Return the spans of a query out of the rows of `verbatim`; `least` tokens were searched for, or more."""
     spans = []
     for _, same in groupby((row for row in rows if row["query_id"] == query), key=lambda row: row["span"]):
         listed = list(same)

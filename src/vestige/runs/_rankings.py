@@ -66,13 +66,7 @@ def _list_further(scores: "Scores", query: str, end: End, k: int) -> list[ScoreR
 
 
 def _list_below(ladder: LadderRecord, first: Sequence[ScoreRow], count: int) -> list[ScoreRow]:
-    """Return rows that the last rung did not score, without a score.
-
-    Args:
-        ladder: Of the run.
-        first: Rows that the first rung lists, in its order.
-        count: How many.
-    """
+    """Return the first `count` of the rows of the first rung that the last one did not score, without a score."""
     scored = set(ladder.candidates)
     below = [row for row in first if row.row not in scored][:count]
     unscored = {"score": math.nan, "percentile": None, "strength": None}

@@ -134,9 +134,7 @@ class RunTables(NamedTuple):
 def make_tables(content: RunTables, components: Sequence[str]) -> dict[str, pa.Table]:
     """Return the tables of a run by name; of those that a run may lack, the ones whose content is there.
 
-    Args:
-        content: What they hold.
-        components: Names of the components that scores are split over.
+    `components` are the names of those that scores are split over.
     """
     rows: dict[str, Iterable[dict[str, Any]]] = {
         "scores": (_pair(content, score.query, score.row) | score._asdict() for score in content.ranked),

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from vestige.errors import UserError
-from vestige.reports._read import make_wording, shorten_name
+from vestige.reports._read import shorten_name
 from vestige.reports._texts import Pieces, Word, cut, find_overlap, find_rare_words, find_system, split_words
-from vestige.runs import NO_SOURCE, ScoreRow, Scores, conclude, find_source_lift
+from vestige.runs import NO_SOURCE, Listed, Question, ScoreRow, Scores, conclude, find_source_lift
 
 COMPARED = 10
 """First proponents of two runs that are counted where they agree."""
@@ -92,9 +92,8 @@ def make_payload(scores: Scores, other: Json | None = None) -> Json:
         scores: What the page shows, as `read_run` opens it.
         other: What `make_comparison` says of the run beside it.
     """
-    queries = {name: make_wording(row) for name, row in scores.tables.queries.items()}
-    examples = {row: make_wording(each) for row, each in scores.tables.examples.items()}
-    pieces = {row: cut(wording) for row, wording in examples.items()}
+    queries, examples = scores.tables.queries, scores.tables.examples
+    pieces = {row: cut(each.wording) for row, each in examples.items()}
     words = {row: split_words(piece) for row, piece in pieces.items()}
     rare = find_rare_words(words.values())
     grid = _make_run_grid(scores)
@@ -106,13 +105,14 @@ def make_payload(scores: Scores, other: Json | None = None) -> Json:
         "missing": scores.run.missing,
         "causal": scores.meaning.causal,
         "noSource": NO_SOURCE,
-        "system": {"queries": find_system(queries.values()), "examples": find_system(examples.values())},
-        "examples": {
-            str(row): describe_example(each, pieces[row], hubs.get(row)) for row, each in scores.tables.examples.items()
+        "system": {
+            "queries": find_system(query.wording for query in queries.values()),
+            "examples": find_system(each.wording for each in examples.values()),
         },
+        "examples": {str(row): describe_example(each, pieces[row], hubs.get(row)) for row, each in examples.items()},
         "queries": [
-            _describe_query(scores, name, cut(wording), words, rare, grid, pieces) | _describe_findings(scores, name)
-            for name, wording in queries.items()
+            _describe_query(scores, query, words, rare, grid, pieces) | _describe_findings(scores, query.id)
+            for query in queries.values()
         ],
         "other": other,
     }
@@ -176,14 +176,10 @@ def describe_text(pieces: Pieces) -> Json:
     return shown | {"targets": targets, "tokens": pieces.from_tokens}
 
 
-def describe_example(row: Mapping[str, Any], pieces: Pieces, hub: float | None = None) -> Json:
-    """Return a row of `examples.parquet` as the page lists it; `hub` is the share of queries that it leads for."""
-    return {
-        "id": row["example_id"],
-        **{name: row[name] for name in ("row", "source", "label", "length", "duplicates")},
-        "hub": round_number(hub, 3),
-        "text": describe_text(pieces),
-    }
+def describe_example(example: Listed, pieces: Pieces, hub: float | None = None) -> Json:
+    """Return an example as the page lists it; `hub` is the share of queries that it leads for."""
+    shown = {name: value for name, value in example._asdict().items() if name != "wording"}
+    return shown | {"hub": round_number(hub, 3), "text": describe_text(pieces)}
 
 
 def _describe_row(end: str, row: ScoreRow) -> Json:
@@ -193,14 +189,14 @@ def _describe_row(end: str, row: ScoreRow) -> Json:
 
 def _describe_query(
     scores: Scores,
-    name: str,
-    pieces: Pieces,
+    query: Question,
     words: Mapping[int, list[Word]],
     rare: frozenset[str],
     grid: Grid | None,
     pieces_of: Mapping[int, Pieces],
 ) -> Json:
-    query, query_words, ranked = scores.query(name), split_words(pieces), []
+    name, pieces, ranked = query.id, cut(query.wording), []
+    query_words = split_words(pieces)
     for end, row in _list_ends(scores, name):
         shared = find_overlap(query_words, words[row.row], rare)
         ranked.append(
@@ -290,7 +286,7 @@ def make_comparison(mine: Scores, theirs: Scores) -> Json:
         "compared": COMPARED,
         "queries": {query: _describe_ranking(mine, theirs, query) for query in common},
         "examples": {
-            str(row): describe_example(each, cut(make_wording(each)))
+            str(row): describe_example(each, cut(each.wording))
             for row, each in theirs.tables.examples.items()
             if row not in mine.tables.examples
         },
@@ -307,7 +303,7 @@ def _tell_apart(*both: Scores) -> Sequence[str]:
 def _describe_ranking(mine: Scores, theirs: Scores, query: str) -> Json:
     """Return the ranking of `theirs`, what both share, and its answer where that is another one."""
     found = mine.compare(theirs, query, COMPARED)
-    wording, own = (make_wording(each.tables.queries[query]) for each in (theirs, mine))
+    wording, own = theirs.query(query).wording, mine.query(query).wording
     return {
         "text": describe_text(cut(wording)) if wording != own else None,
         "ranked": [_describe_row(end, row) for end, row in _list_ends(theirs, query)],

@@ -4,38 +4,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vestige.errors import CorruptFile, UserError
 from vestige.progress import format_count, format_memory
-from vestige.runs import PARTS, Check, RunRecord, Scores, is_run, turns_of
+from vestige.runs import PARTS, Check, RunRecord, Scores, is_run
 
 COMPONENTS = "components.json"
 """The result of `vestige evaluate components`."""
 VERDICTS = {"good": ("good", "✓"), "warn": ("look closer", "!"), "unknown": ("unknown", "?")}
 """Word and sign of each verdict: colour is never the only carrier."""
-
-
-@dataclass(frozen=True)
-class Wording:
-    """The words of a query or an example, and the tokens that the model saw."""
-
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    messages: tuple[tuple[str, str], ...] = ()
-    """(role, content) of each turn."""
-    tokens: tuple[str, ...] | None = None
-    targets: tuple[bool, ...] | None = None
-    """One per token: True where its prediction enters the loss."""
-
-
-def make_wording(row: Mapping[str, Any]) -> Wording:
-    """Return the words of a row of `queries.parquet` or `examples.parquet`."""
-    tokens, targets = (tuple(row[name] or ()) or None for name in ("tokens", "targets"))
-    return Wording(row["text"], row["prompt"], row["completion"], turns_of(row["messages"]), tokens, targets)
 
 
 def read_run(run: str | Path) -> Scores:

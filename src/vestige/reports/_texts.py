@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from vestige.reports._read import Wording
+from vestige.runs import SYSTEM_ROLES, Wording
 
 SYSTEM, PROMPT, ANSWER, TEMPLATE = "s", "p", "a", "t"
-SYSTEM_ROLES = ("system", "developer")
 _MARKER = re.compile(r"<\|.*\|>|</?s>|<(?:pad|eos|bos|unk)>|\[/?INST\]")
 _LOCATE_BY = 24
 """Characters that locate a field whose end was cut off by the context length."""

@@ -49,17 +49,23 @@ if TYPE_CHECKING:
         open_dense as open_dense,
         write_dense as write_dense,
     )
-    from vestige.runs._digests import file_faults as file_faults
+    from vestige.runs._folder import (
+        file_faults as file_faults,
+        is_complete as is_complete,
+        is_run as is_run,
+        kind_of as kind_of,
+        read_known as read_known,
+        read_record as read_record,
+        require_run as require_run,
+    )
     from vestige.runs._groups import (
         NO_SOURCE as NO_SOURCE,
         SourceLift as SourceLift,
         find_source_lift as find_source_lift,
     )
     from vestige.runs._listed import (
-        Question as Question,
         ScoreRow as ScoreRow,
         relative_strength as relative_strength,
-        turns_of as turns_of,
     )
     from vestige.runs._plot import draw_ranking as draw_ranking
     from vestige.runs._proofs import (
@@ -88,12 +94,6 @@ if TYPE_CHECKING:
         Verdict as Verdict,
         describe_process as describe_process,
         environment as environment,
-        is_complete as is_complete,
-        is_run as is_run,
-        kind_of as kind_of,
-        read_known as read_known,
-        read_record as read_record,
-        require_run as require_run,
     )
     from vestige.runs._scores import Scores as Scores
     from vestige.runs._stored import read_ranked as read_ranked, read_run_table as read_run_table
@@ -110,6 +110,12 @@ if TYPE_CHECKING:
         RunTables as RunTables,
         TokenScores as TokenScores,
         token_texts as token_texts,
+    )
+    from vestige.runs._words import (
+        SYSTEM_ROLES as SYSTEM_ROLES,
+        Listed as Listed,
+        Question as Question,
+        Wording as Wording,
     )
     from vestige.runs._write import (
         add_part as add_part,

@@ -22,8 +22,8 @@ from vestige.runs._audit_record import (
     read_audit_record,
 )
 from vestige.runs._listed import ScoreTable
-from vestige.storage import local_result, write_durably
-from vestige.tables import read_table, reading
+from vestige.storage import local_result
+from vestige.tables import read_table, reading, write_table
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def write_evidence(path: str | Path, tables: Sequence[pa.Table]) -> None:
     distinct = whole.select(keys).group_by(keys).aggregate([])
     if len(distinct) != len(whole):
         raise DataError("Two rows are about the same example at the same checkpoint and layer. Merge their measures.")
-    sink = pa.BufferOutputStream()
-    parquet.write_table(whole, sink)
-    write_durably(Path(path), [sink.getvalue().to_pybytes()])
+    write_table(Path(path), whole)
 
 
 def read_evidence(

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 
 from vestige.errors import UserError
-from vestige.runs._digests import require_unaltered
+from vestige.runs._folder import kind_of, read_known, require_unaltered
 from vestige.runs._groups import student_half_width
-from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, Part, kind_of, read_known
+from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, Part
 
 AUDIT_FORMAT = 1
 CHANCE_BITS = 1.4427

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple, final
 
-from vestige.runs._listed import ScoreRow, Wording, same_answer
+from vestige.runs._listed import ScoreRow
+from vestige.runs._words import Wording, same_answer
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_json
-from vestige.runs._digests import require_unaltered
-from vestige.runs._record import DENSE_FILE, is_run, read_record
+from vestige.runs._folder import is_run, read_record, require_unaltered
+from vestige.runs._record import DENSE_FILE
 
 if TYPE_CHECKING:
     from vestige.data import Example

@@ -9,15 +9,7 @@ import numpy as np
 from vestige import runs
 from vestige.errors import UserError
 from vestige.runs._dense import rank_scores
-from vestige.runs._listed import (
-    HEADINGS,
-    ScoreRow,
-    ScoreTable,
-    cells_of,
-    excerpt,
-    relative_strength,
-    turns_or_text,
-)
+from vestige.runs._listed import HEADINGS, ScoreRow, ScoreTable, cells_of, excerpt, relative_strength
 from vestige.runs._record import FIRST_RUNG, LadderRecord
 from vestige.runs._summary import End
 from vestige.terminal import shorten
@@ -47,7 +39,7 @@ def list_end(scores: "Scores", query: str, end: End, k: int) -> ScoreTable[Score
         note = f"(the run lists {kept} of {scored}; for more: k={min(k, scored)} or dense=True)"
     explained = scores.query(query).explained
     about = f" ({shorten(explained, TITLE_WIDTH)})" if explained else ""
-    words = excerpt(turns_or_text(scores.tables.queries[query]), TITLE_WIDTH)
+    words = excerpt(scores.query(query).wording.shown, TITLE_WIDTH)
     return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(query)}: {words}{about}", note)
 
 
@@ -58,8 +50,10 @@ def _list_further(scores: "Scores", query: str, end: End, k: int) -> list[ScoreR
     highest, ids = float(np.nanmax(values)), scores.tables.dense_ids
     found: list[ScoreRow] = []
     for row in [row for row in order.tolist() if row not in listed][: k - len(listed)]:
-        text = scores.tables.listed.get(row)
-        shown = ("", None, row, ()) if text is None else (text.text, text.source, row, text.turns)
+        known = scores.tables.examples.get(row)
+        shown = ("", None, row, ())
+        if known is not None:
+            shown = (known.wording.whole, known.source, row, known.wording.messages)
         rank, score = len(listed) + len(found) + 1, float(values[row])
         found.append(ScoreRow(rank, ids[row], score, percentiles(score), *shown, relative_strength(score, highest)))
     return found

@@ -16,27 +16,15 @@ from jaxtyping import Float
 from vestige import runs
 from vestige.errors import MissingExtra, UserError
 from vestige.runs._dense import open_dense
-from vestige.runs._listed import (
-    ComponentScore,
-    Question,
-    ScoreRow,
-    ScoreTable,
-    SelfInfluence,
-    TokenScore,
-    Wording,
-    Words,
-    excerpt,
-    question_of,
-    render_html,
-    turns_or_text,
-    wording_of,
-)
+from vestige.runs._folder import read_record
+from vestige.runs._listed import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, excerpt, render_html
 from vestige.runs._proofs import Proofs, VerbatimSpan, list_spans, prove
 from vestige.runs._rankings import TITLE_WIDTH, Comparison, Standing, compare, list_end, list_standing
-from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
+from vestige.runs._record import DENSE_FILE, Meaning, RunRecord
 from vestige.runs._stored import REMEDY, PartTable, StoredTables
 from vestige.runs._summary import End
 from vestige.runs._tables import SCHEMAS
+from vestige.runs._words import Question, Wording, Words
 from vestige.storage import local_result
 from vestige.tables import reading
 from vestige.terminal import shorten
@@ -90,7 +78,7 @@ class Scores:
     @property
     def generated(self) -> int:
         """Return how many of the queries are answers that the model gave itself."""
-        return sum(bool(row["generated"]) for row in self.tables.queries.values())
+        return sum(query.generated for query in self.tables.queries.values())
 
     def top(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
         """Return the `k` proponents of a query: the training examples with the highest scores, highest first.
@@ -129,11 +117,11 @@ class Scores:
         Raises:
             UserError: The run does not list it.
         """
-        if row not in self.tables.listed:
+        if row not in self.tables.examples:
             raise UserError(
                 f"{self.folder} lists no training row {row}. Give the `row` of one from `scores.top(query)`."
             )
-        return self.tables.listed[row].wording
+        return self.tables.examples[row].wording
 
     def query(self, query: int | str = 0) -> Question:
         """Return a query: question, answer, what it is explained instead of or which part, and its loss.
@@ -141,7 +129,7 @@ class Scores:
         Args:
             query: Position or id of the query.
         """
-        return question_of(self.tables.queries[self.query_id(query)])
+        return self.tables.queries[self.query_id(query)]
 
     def ladder(self, query: int | str = 0, k: int = 10) -> ScoreTable[Standing]:
         """Return where the first proponents of a query stood at each rung, of a run with `rerank`.
@@ -196,8 +184,7 @@ class Scores:
     @cached_property
     def words(self) -> Words:
         """The words of all listed examples and queries, by which two of them are compared."""
-        queries = map(wording_of, self.tables.queries.values())
-        return Words([*queries, *(example.wording for example in self.tables.listed.values())])
+        return Words([each.wording for each in (*self.tables.queries.values(), *self.tables.examples.values())])
 
     def count_leading(self, first: int) -> Counter[int]:
         """Return for how many queries each row is among the first proponents."""
@@ -326,15 +313,15 @@ class Scores:
         return runs.draw_ranking(self, self.query_id(query))
 
     def __repr__(self) -> str:
-        words = (excerpt(turns_or_text(row), 90) for row in islice(self.tables.queries.values(), _SHOWN))
+        words = (excerpt(query.wording.shown, 90) for query in islice(self.tables.queries.values(), _SHOWN))
         lines = [self._title, *(f"  {number}: {shown}" for number, shown in enumerate(words))]
         more = (self._more, self.meaning.sign, self.run.describe_missing())
         return "\n".join(line for line in (*lines, *more) if line)
 
     def _repr_html_(self) -> str:
         rows = [
-            (shorten(query), excerpt(turns_or_text(row), TITLE_WIDTH), runs.conclude(self, query).sentences[0])
-            for query, row in islice(self.tables.queries.items(), _SHOWN)
+            (shorten(name), excerpt(query.wording.shown, TITLE_WIDTH), runs.conclude(self, name).sentences[0])
+            for name, query in islice(self.tables.queries.items(), _SHOWN)
         ]
         caption = " ".join(part for part in (self._title, self._more, self.run.describe_missing()) if part)
         return render_html(caption, ("query", "question and answer", "conclusion"), rows)
@@ -379,7 +366,7 @@ class Scores:
         query = self.query_id(query)
         if (query, example_id) in pairs:
             return pairs[query, example_id]
-        same = sum(row["example_id"] == example_id for row in self.tables.examples.values())
+        same = sum(each.id == example_id for each in self.tables.examples.values())
         if same > 1:
             raise UserError(
                 f"{same} listed examples have the id {example_id!r}, so their {name} cannot be distinguished.\n"

@@ -11,19 +11,11 @@ import pyarrow as pa
 
 from vestige.errors import CorruptFile
 from vestige.runs._dense import open_dense
-from vestige.runs._listed import (
-    ComponentScore,
-    Listed,
-    ScoreRow,
-    TokenScore,
-    relative_strength,
-    row_text,
-    turns_of,
-    wording_of,
-)
+from vestige.runs._listed import ComponentScore, ScoreRow, TokenScore, relative_strength
 from vestige.runs._record import RunRecord
 from vestige.runs._summary import RankedScore
 from vestige.runs._tables import MEASURED, SCHEMAS
+from vestige.runs._words import Listed, Question, make_listed, make_question, turns_of
 from vestige.tables import read_table
 
 REMEDY = "Run `vestige attribute` again."
@@ -55,23 +47,15 @@ class StoredTables:
         return read_run_table(self._folder, name, columns)
 
     @cached_property
-    def queries(self) -> dict[str, dict[str, Any]]:
-        """The rows of `queries.parquet` by id, in order."""
+    def queries(self) -> dict[str, Question]:
+        """The queries by id, in order."""
         rows = sorted(self.read("queries").to_pylist(), key=lambda row: row["row"])
-        return {row["query_id"]: row for row in rows}
+        return {row["query_id"]: make_question(row) for row in rows}
 
     @cached_property
-    def examples(self) -> dict[int, dict[str, Any]]:
-        """The rows of `examples.parquet`, the listed examples, by their position in the training data."""
-        return {row["row"]: row for row in self.read("examples").to_pylist()}
-
-    @cached_property
-    def listed(self) -> dict[int, Listed]:
-        """What a ranking shows of each listed example, by the same position."""
-        return {
-            row: Listed(row_text(found), found["source"], turns_of(found["messages"]), wording_of(found))
-            for row, found in self.examples.items()
-        }
+    def examples(self) -> dict[int, Listed]:
+        """The listed examples by their position in the training data."""
+        return {row["row"]: make_listed(row) for row in self.read("examples").to_pylist()}
 
     @cached_property
     def ranking(self) -> dict[tuple[str, str], list[ScoreRow]]:
@@ -92,9 +76,9 @@ class StoredTables:
         }
 
     def _describe(self, row: dict[str, Any], highest: float) -> ScoreRow:
-        found, strength = self.listed[row["row"]], relative_strength(row["score"], highest)
-        fields = (row["rank"], row["example_id"], row["score"], row["percentile"])
-        return ScoreRow(*fields, found.text, found.source, row["row"], found.turns, strength)
+        found, words = self.examples[row["row"]], self.examples[row["row"]].wording
+        fields = (row["rank"], row["example_id"], row["score"], row["percentile"], words.whole, found.source)
+        return ScoreRow(*fields, found.row, words.messages, relative_strength(row["score"], highest))
 
     @cached_property
     def dense_ids(self) -> list[str]:
@@ -110,7 +94,7 @@ class StoredTables:
             return None
         if name not in self._parts:
             kind = _PARTS[name]
-            table, uses = self.read(name), Counter(row["example_id"] for row in self.examples.values())
+            table, uses = self.read(name), Counter(each.id for each in self.examples.values())
             columns = (table[column].to_pylist() for column in ("query_id", "example_id", *kind._fields))
             pairs = self._parts[name] = {}
             for query, example, *part in zip(*columns, strict=True):

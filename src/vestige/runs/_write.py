@@ -12,7 +12,7 @@ from vestige.errors import IndexMismatch, UserError, VestigeError
 from vestige.runs._audit import EVIDENCE_FILE, FIGURES, write_evidence
 from vestige.runs._audit_record import AuditRecord
 from vestige.runs._dense import names_of, write_dense
-from vestige.runs._digests import digests_of
+from vestige.runs._folder import digests_of, is_run, read_record
 from vestige.runs._record import (
     DENSE_FILE,
     FIRST_RUNG,
@@ -25,8 +25,6 @@ from vestige.runs._record import (
     RunRecord,
     TrustRecord,
     describe_process,
-    is_run,
-    read_record,
 )
 from vestige.runs._summary import ScoreSummary
 from vestige.runs._tables import RunTables, make_part_tables, make_tables
@@ -38,6 +36,7 @@ from vestige.storage import (
     stage_folder,
     write_durably,
 )
+from vestige.tables import write_table
 
 if TYPE_CHECKING:
     from vestige import data, models
@@ -213,7 +212,7 @@ def write_run(
 
     def fill(attempt: Path) -> None:
         for name, table in make_tables(content, record.components).items():
-            _write_table(name, table, attempt / f"{name}.parquet")
+            pq.write_table(table, attempt / f"{name}.parquet", **_choose_options(name))
         if content.dense is not None:
             shape, expected = content.dense.shape, (len(content.queries), len(content.train))
             if shape != expected:
@@ -248,9 +247,8 @@ def add_part(folder: Path, record: RunRecord, part: str, content: RunTables | No
     """
     files = dict(record.files)
     for name, table in ({} if content is None else make_part_tables(content, record.components)).items():
-        stream = pa.BufferOutputStream()
-        _write_table(name, table, stream)
-        files[f"{name}.parquet"] = write_durably(folder / f"{name}.parquet", [stream.getvalue()]).sha256
+        path = folder / f"{name}.parquet"
+        files[path.name] = write_table(path, table, **_choose_options(name)).sha256
     left = [each for each in record.missing if each != part]
     found = record.model_copy(update={"missing": left, "files": dict(sorted(files.items())), **facts})
     write_durably(folder / RECORD_FILE, [_spell_record(found, 2).encode()])
@@ -304,7 +302,6 @@ def _spell_record(record: RunRecord | AuditRecord, indent: int) -> str:
     return record.model_dump_json(indent=indent) + "\n"
 
 
-def _write_table(name: str, table: pa.Table, where: Any) -> None:
+def _choose_options(name: str) -> dict[str, Any]:
     # Of self-influence hardly a value comes twice: dictionaries would make the file larger.
-    settings: dict[str, Any] = _LONG_TABLE if name == "self_influence" else {}
-    pq.write_table(table, where, compression="zstd", **settings)
+    return {"compression": "zstd", **(_LONG_TABLE if name == "self_influence" else {})}

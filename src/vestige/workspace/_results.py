@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -14,6 +14,7 @@ from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.terminal import lines_of_facts, shorten
 from vestige.workspace._kinds import Kind, Summary
 
+Found = TypeVar("Found")
 SHOWN_IDS = 20
 """Ids of examples that were left out; all of them are in `run.json`."""
 POINTS = 300
@@ -34,6 +35,11 @@ class _Outline(BaseModel):
     seconds: float
     peak_memory_bytes: int
     missing: list[str] = Field(default_factory=list)
+
+
+def _require(found: Found | None) -> Found:
+    assert found is not None, "only called on a folder of the kind"
+    return found
 
 
 def _written(path: Path) -> str:
@@ -210,14 +216,8 @@ trained = Kind(
 )
 
 
-def _manifest(folder: Path) -> "indexes.Manifest":
-    manifest = indexes.read_manifest(folder)
-    assert manifest is not None, "only called on an index"
-    return manifest
-
-
 def _summarise_index(folder: Path) -> Summary:
-    manifest, progress = _manifest(folder), indexes.index_status(folder)
+    manifest, progress = _require(indexes.read_manifest(folder)), indexes.index_status(folder)
     return Summary(
         about=f"{manifest.data.examples:,} examples, {len(manifest.components)} components",
         model=manifest.model.name,
@@ -230,7 +230,7 @@ def _summarise_index(folder: Path) -> Summary:
 
 def describe_index(folder: Path) -> str:
     """Describe what an index holds and how much of it is complete."""
-    manifest, progress = _manifest(folder), indexes.index_status(folder)
+    manifest, progress = _require(indexes.read_manifest(folder)), indexes.index_status(folder)
     state = "complete" if progress.done == progress.total else "incomplete: the command that began it continues it"
     facts = {
         "shards": f"{progress.done} of {progress.total}, {format_bytes(progress.bytes)}",
@@ -255,8 +255,7 @@ index = Kind(
 
 def _read_bank(folder: Path) -> "tuple[banks.BankManifest, int]":
     """Return the manifest of a bank, and how many of its models are there."""
-    manifest = banks.read_manifest(folder)
-    assert manifest is not None, "only called on a bank"
+    manifest = _require(banks.read_manifest(folder))
     files = banks.open_members(folder, manifest)
     return manifest, sum(map(files.is_done, manifest.members))
 
@@ -303,8 +302,7 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
     Raises:
         CorruptFile: It does not read.
     """
-    path = _find_evaluation(folder)
-    assert path is not None, "only called on an evaluation"
+    path = _require(_find_evaluation(folder))
     try:
         content = parse_object(path.read_bytes())
         checked = {"title": str(content["title"]), "notes": list(content["notes"])}
@@ -372,20 +370,14 @@ def _summarise_fix(folder: Path) -> Summary:
 fixed = Kind("fix", lambda folder: (folder / "fix.json").is_file(), _summarise_fix, fixes.describe_fix)
 
 
-def _read_selection(folder: Path) -> dict[str, Any]:
-    record = selection.read_record(folder)
-    assert record is not None, "only called on a selection"
-    return record
-
-
 def _summarise_selection(folder: Path) -> Summary:
-    record = _read_selection(folder)
+    record = _require(selection.read_record(folder))
     lacking = "" if "files" in record else "its files"
     return Summary(record.get("title", ""), created=_written(folder / "selection.json"), lacking=lacking)
 
 
 def _describe_selection(folder: Path) -> str:
-    record = _read_selection(folder)
+    record = _require(selection.read_record(folder))
     notes = [f"  note  {note}" for note in record.get("notes", ())]
     return "\n".join([f"{folder}: {record.get('title', 'a selection that is not finished')}", *notes])
 

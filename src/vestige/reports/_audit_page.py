@@ -1,6 +1,7 @@
 """The page of an audit: what is known of the examples, how well the measures find them, and which examples to read."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
@@ -163,27 +164,24 @@ def _find_known(audit: Audit) -> list[measures.Known]:
     return known
 
 
-def _draw_secrets(drawn: measures.Drawn) -> list[Panel]:
+def _draw_secrets(drawn: measures.Drawn) -> Iterator[Panel]:
     """Draw exposure by number of copies where that is known, and over checkpoints if there are several."""
-    groups, panels = mean_exposures(drawn.run.canaries), list[Panel]()
+    groups = mean_exposures(drawn.run.canaries)
     if sum(each.checkpoint == drawn.checkpoints[-1] for each in groups) > 1:
         measures.draw_exposure_by_copies(axes := new_axes(), drawn)
         note = "Mean over the secrets with its 95 % interval, under the model; number of secrets in brackets."
-        panels.append(make_panel("Exposure of planted secrets", note, axes))
+        yield make_panel("Exposure of planted secrets", note, axes)
     if groups and len(drawn.checkpoints) > 1:
         measures.draw_exposure_over_time(axes := new_axes(), drawn)
         note = "Mean exposure by copies in the training data, with its 95 % interval, at each checkpoint."
-        panels.append(make_panel("Exposure while training", note, axes))
-    return panels
+        yield make_panel("Exposure while training", note, axes)
 
 
-def _draw_course(drawn: measures.Drawn) -> list[Panel]:
-    panels = []
+def _draw_course(drawn: measures.Drawn) -> Iterator[Panel]:
     for name in drawn.measures_over_time() if len(drawn.checkpoints) > 1 else []:
         measures.draw_dynamics(axes := new_axes(), drawn, name)
         note = "Median, and the middle half of the examples, at each checkpoint."
-        panels.append(make_panel(f"{name} while training", note, axes))
-    return panels
+        yield make_panel(f"{name} while training", note, axes)
 
 
 def _draw_roc(drawn: measures.Drawn, truth: measures.Known) -> Panel:
@@ -195,25 +193,22 @@ def _draw_roc(drawn: measures.Drawn, truth: measures.Known) -> Panel:
     return make_panel(f"{TRUTHS[truth.name][0]}: ROC", note, axes)
 
 
-def _draw_layers(drawn: measures.Drawn) -> list[Panel]:
-    name = drawn.first_layered_measure()
-    if not name:
-        return []
-    axes = new_axes()
-    shown = f"AUC of {name}" if measures.draw_layers(axes, drawn) else f"Median {name} and its quartiles"
-    main = f"The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
-    note = f"{shown} at each layer. {main}"
-    return [make_panel("Layers", note, axes, names={truth: title for truth, (title, _) in TRUTHS.items()})]
+def _draw_layers(drawn: measures.Drawn) -> Iterator[Panel]:
+    if name := drawn.first_layered_measure():
+        axes = new_axes()
+        shown = f"AUC of {name}" if measures.draw_layers(axes, drawn) else f"Median {name} and its quartiles"
+        main = f"The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
+        names = {truth: title for truth, (title, _) in TRUTHS.items()}
+        yield make_panel("Layers", f"{shown} at each layer. {main}", axes, names=names)
 
 
-def _draw_agreement(drawn: measures.Drawn) -> list[Panel]:
+def _draw_agreement(drawn: measures.Drawn) -> Iterator[Panel]:
     names, table = drawn.agreement()
-    if len(names) < 2:
-        return []
-    size = 1.6 + 0.45 * len(names)
-    measures.draw_agreement(axes := new_axes((size, size)), names, table)
-    note = "Spearman's rank correlation under the model: 1 is the same order of examples, −1 the reverse."
-    return [make_panel("Agreement of measures", note, axes, broad=True)]
+    if len(names) > 1:
+        size = 1.6 + 0.45 * len(names)
+        measures.draw_agreement(axes := new_axes((size, size)), names, table)
+        note = "Spearman's rank correlation under the model: 1 is the same order of examples, −1 the reverse."
+        yield make_panel("Agreement of measures", note, axes, broad=True)
 
 
 def _list_secrets(audit: Audit) -> list[Json]:

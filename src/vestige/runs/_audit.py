@@ -224,7 +224,7 @@ class Audit:
         """Row, id, part (`data` or `holdout`), source, label, class, flag, target tokens and text of each example."""
         return read_table(self.folder / EXAMPLES_FILE, EXAMPLES, REMEDY, required=("row", "example_id", "part", "text"))
 
-    @property
+    @cached_property
     def own(self) -> Bool[np.ndarray, "example"]:
         """True for the data's own examples, False for the holdout's, in the order of `examples`."""
         return np.array(self.examples["part"].to_pylist()) == "data"

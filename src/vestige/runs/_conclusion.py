@@ -4,14 +4,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple, final
+from typing import Literal, NamedTuple, final
 
+from vestige import runs
 from vestige.runs._listed import ScoreRow
 from vestige.runs._words import Wording, same_answer
 from vestige.terminal import shorten
-
-if TYPE_CHECKING:
-    from vestige.runs import Scores
 
 Kind = Literal["one", "several", "hubs", "none"]
 
@@ -70,7 +68,7 @@ class Conclusion:
         return "\n".join(self.sentences)
 
 
-def conclude(scores: "Scores", query: int | str) -> Conclusion:
+def conclude(scores: "runs.Scores", query: int | str) -> Conclusion:
     """Return what the listed scores and texts of a query say, in words.
 
     Args:
@@ -101,7 +99,7 @@ class _Text(NamedTuple):
 class _Reading:
     """The listed rows of one query."""
 
-    def __init__(self, scores: "Scores", query: str) -> None:
+    def __init__(self, scores: "runs.Scores", query: str) -> None:
         self._scores, self._query, self._asked = scores, query, scores.query(query)
         self._proponents, self._opponents = scores.ends(query).values()
         distribution = scores.run.distribution.get(query)

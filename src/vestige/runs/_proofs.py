@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from vestige.runs._conclusion import conclude
+from vestige import runs
 from vestige.runs._listed import ScoreTable
 from vestige.terminal import shorten
-
-if TYPE_CHECKING:
-    from vestige.runs import Scores
 
 _NAMED = 3
 _TEXT = 160
@@ -79,7 +76,7 @@ def _cells(span: VerbatimSpan) -> tuple[str, ...]:
     return str(span.tokens), f"{span.occurrences:,}", _name_rows(span), span.text
 
 
-def prove(scores: "Scores", query: int | str) -> Proofs:
+def prove(scores: "runs.Scores", query: int | str) -> Proofs:
     """Return what the ranking, the spans and the rows that hold them say of an answer.
 
     Args:
@@ -101,10 +98,10 @@ def prove(scores: "Scores", query: int | str) -> Proofs:
     return Proofs(moved, stated, _describe_memorized(spans))
 
 
-def _describe_moved(scores: "Scores", query: int | str) -> str:
+def _describe_moved(scores: "runs.Scores", query: int | str) -> str:
     if not scores.meaning.causal:
         return f"Not known: {scores.run.method} says how alike rows are to the query, not what training on them does."
-    found = conclude(scores, query)
+    found = runs.conclude(scores, query)
     if found.kind not in ("one", "several"):
         return found.sentences[0]
     names = ", ".join(map(shorten, found.rows[:_NAMED]))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 
@@ -14,13 +14,10 @@ from vestige.runs._record import FIRST_RUNG, LadderRecord
 from vestige.runs._summary import End
 from vestige.terminal import shorten
 
-if TYPE_CHECKING:
-    from vestige.runs import Scores
-
 TITLE_WIDTH = 100
 
 
-def list_end(scores: "Scores", query: str, end: End, k: int) -> ScoreTable[ScoreRow]:
+def list_end(scores: "runs.Scores", query: str, end: End, k: int) -> ScoreTable[ScoreRow]:
     """Return the first `k` rows of one end of a query, given by its id: see `Scores.top`."""
     listed, run, note = scores.listed(query, end), scores.run, ""
     rows, kept = listed[:k], len(listed)
@@ -43,7 +40,7 @@ def list_end(scores: "Scores", query: str, end: End, k: int) -> ScoreTable[Score
     return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(query)}: {words}{about}", note)
 
 
-def _list_further(scores: "Scores", query: str, end: End, k: int) -> list[ScoreRow]:
+def _list_further(scores: "runs.Scores", query: str, end: End, k: int) -> list[ScoreRow]:
     """Return the rows of an end behind the listed ones and up to the k-th, from all scores."""
     listed = {row.row for row in scores.listed(query, end)}
     values, order, percentiles = rank_scores(scores.dense_of(query), end)
@@ -118,7 +115,7 @@ class Comparison(ScoreTable[RankChange]):
         """Spearman's, over all examples; None unless both runs have all scores."""
 
 
-def compare(first: "Scores", other: "Scores", query: int | str, k: int) -> Comparison:
+def compare(first: "runs.Scores", other: "runs.Scores", query: int | str, k: int) -> Comparison:
     """Compare the first `k` proponents of a query in two runs; see `Scores.compare`."""
     name = first.query_id(query)
     _require_comparable(first, other, name)
@@ -137,7 +134,7 @@ def compare(first: "Scores", other: "Scores", query: int | str, k: int) -> Compa
     return Comparison(changes, shared, k, correlation, title)
 
 
-def _require_comparable(first: "Scores", other: "Scores", query: str) -> None:
+def _require_comparable(first: "runs.Scores", other: "runs.Scores", query: str) -> None:
     """Raise unless both runs rank the same examples for the same question.
 
     Fingerprints differ with the tokenizer, and word searches have none: then the rows that both list have to agree.
@@ -160,7 +157,7 @@ def _require_comparable(first: "Scores", other: "Scores", query: str) -> None:
         )
 
 
-def _ranks(run: "Scores", query: str) -> dict[int, int]:
+def _ranks(run: "runs.Scores", query: str) -> dict[int, int]:
     """Return the rank of every training row, or of those that the run lists."""
     if not run.has_dense:
         return {row.row: row.rank for row in run.listed(query, "proponent")}
@@ -168,7 +165,7 @@ def _ranks(run: "Scores", query: str) -> dict[int, int]:
     return dict(zip(order.tolist(), range(1, len(order) + 1), strict=True))
 
 
-def _correlate(first: "Scores", other: "Scores", query: str) -> float | None:
+def _correlate(first: "runs.Scores", other: "runs.Scores", query: str) -> float | None:
     if not (first.has_dense and other.has_dense):
         return None
     from scipy.stats import rankdata

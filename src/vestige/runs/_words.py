@@ -156,8 +156,8 @@ def make_question(row: Mapping[str, Any]) -> Question:
 
 def make_listed(row: Mapping[str, Any]) -> Listed:
     """Return a row of `examples.parquet` as a listed example."""
-    more = (row[name] for name in ("source", "label", "length", "duplicates"))
-    return Listed(row["example_id"], row["row"], *more, _make_wording(row))
+    facts = {name: row[name] for name in ("row", "source", "label", "length", "duplicates")}
+    return Listed(id=row["example_id"], wording=_make_wording(row), **facts)
 
 
 def same_answer(one: str, other: str) -> bool:

@@ -42,16 +42,13 @@ if TYPE_CHECKING:
     from vestige import data, models
 
 _LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size": 2**16}
-_NESTED = ("damping-*", FIRST_RUNG)
+_TABLES = ("scores", "examples", "queries", "components")
+_MORE_TABLES = ("tokens", "self_influence", "contamination", "verbatim", "evidence", "curves")
 RUN_FILES = (
-    RECORD_FILE,
-    *(f"{name}.parquet" for name in ("scores", "examples", "queries", "components", "tokens", "self_influence")),
-    *("contamination.parquet", "verbatim.parquet"),
-    "flagged.jsonl",
-    *("evidence.parquet", "curves.parquet", DENSE_FILE, "profile.json", "report.html"),
-    *(f"figures/*.{kind}" for kind in ("png", "pdf")),
-    *(f"{folder}/{name}.parquet" for folder in _NESTED for name in ("scores", "examples", "queries", "components")),
-    *(f"{folder}/{name}" for folder in _NESTED for name in (RECORD_FILE, DENSE_FILE, "report.html")),
+    *(RECORD_FILE, DENSE_FILE, "flagged.jsonl", "profile.json", "report.html", "figures/*.png", "figures/*.pdf"),
+    *(f"{name}.parquet" for name in (*_TABLES, *_MORE_TABLES)),
+    *(f"{folder}/{name}.parquet" for folder in ("damping-*", FIRST_RUNG) for name in _TABLES),
+    *(f"{folder}/{name}" for folder in ("damping-*", FIRST_RUNG) for name in (RECORD_FILE, DENSE_FILE, "report.html")),
 )
 """What a run may consist of; anything else in its folder is not ours, and keeps it from being replaced."""
 

@@ -86,9 +86,7 @@ def _open_run(folder: Path) -> _Data:
             f"{scores.run.data.name} is not what {folder} was made from: its rows have changed since. Bring the data "
             "back, or make the run again."
         )
-    queries = [
-        {"id": name, "text": scores.query(name).question or scores.query(name).answer} for name in scores.queries
-    ]
+    queries = [{"id": each.id, "text": each.question or each.answer} for each in scores.tables.queries.values()]
     return _Data(examples, scores if scores.has_dense else None, queries)
 
 

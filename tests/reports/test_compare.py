@@ -23,12 +23,14 @@ def test_ranks_answers_and_unlisted_examples_of_the_other_run_are_there(run_fold
     data = json.loads(json.dumps(make_payload(mine, make_comparison(mine, theirs))))["other"]
     assert data["names"] == ["influence", "grad-cos"]
     first = data["queries"]["q0"]
-    assert [entry["row"] for entry in first["ranked"]] == [entry.row for entry in theirs.ranked["q0"]]
+    assert [entry["row"] for entry in first["ranked"]] == [
+        entry.row for rows in theirs.ends("q0").values() for entry in rows
+    ]
     assert first["ranked"][0]["strength"] == 100
     assert "".join(first["text"]["pieces"]).endswith("Another answer.")
-    tops = [{entry.row for entry in run.ranked["q0"][:10]} for run in (mine, theirs)]
+    tops = [{entry.row for entry in run.top("q0")} for run in (mine, theirs)]
     assert first["shared"] == len(tops[0] & tops[1])
-    assert set(data["examples"]) == {str(row) for row in theirs.examples if row not in mine.examples}
+    assert set(data["examples"]) == {str(row) for row in theirs.tables.examples if row not in mine.tables.examples}
 
 
 def test_runs_of_one_method_and_model_have_the_names_of_their_folders(run_folder, tmp_path):

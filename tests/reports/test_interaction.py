@@ -151,7 +151,7 @@ def test_a_run_without_some_parts_names_them_and_the_command(tmp_path, chromium)
 def test_two_runs_side_by_side(run_folder, tmp_path, chromium):
     other = write_fixture_run(tmp_path / "other", seed=1, method="grad-cos")
     page = report(run_folder, tmp_path / "page.html", compare=other)
-    mine, theirs = ([entry.row for entry in read_run(run).ranked["q0"][:10]] for run in (run_folder, other))
+    mine, theirs = ([entry.row for entry in read_run(run).top("q0")] for run in (run_folder, other))
     with Visit(chromium, page) as visit:
         assert f"influence and grad-cos share {len({*mine} & {*theirs})} of the first 10" in visit.text(".comparison")
         assert f"grad-cos: #{theirs.index(mine[0]) + 1}" in visit.text(".card")

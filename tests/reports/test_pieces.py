@@ -1,4 +1,5 @@
-from vestige.reports import Wording, cut, read_tokens
+from vestige.reports import cut, read_tokens
+from vestige.runs import Wording
 
 
 def test_byte_level_tokens_become_text_and_a_split_character_goes_to_its_last_token():

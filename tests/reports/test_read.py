@@ -8,14 +8,15 @@ import pytest
 
 from tests.reports.fixture_run import write_fixture_run
 from vestige.errors import UserError
-from vestige.reports import read_run, report
+from vestige.reports import make_payload, read_run, report
 
 
 def test_proponents_come_first_each_end_by_rank(run_folder):
     run = read_run(run_folder)
-    entries = run.ranked["q0"]
-    assert [entry.end for entry in entries] == ["proponent"] * 12 + ["opponent"] * 12
-    assert [entry.rank for entry in entries] == [*range(1, 13), *range(1, 13)]
+    assert list(run.ends("q0")) == ["proponent", "opponent"]
+    assert [entry.rank for rows in run.ends("q0").values() for entry in rows] == [*range(1, 13), *range(1, 13)]
+    entries = make_payload(run)["queries"][0]["ranked"]
+    assert [entry["end"] for entry in entries] == ["proponent"] * 12 + ["opponent"] * 12
 
 
 def test_parts_of_examples_that_share_an_id_are_left_out_not_mixed(run_folder, tmp_path):
@@ -24,8 +25,8 @@ def test_parts_of_examples_that_share_an_id_are_left_out_not_mixed(run_folder, t
     twin = table[0]["example_id"]
     table[1]["example_id"] = twin
     pq.write_table(pa.Table.from_pylist(table), run / "examples.parquet")
-    assert any(example == twin for _, example in read_run(run_folder).components)
-    assert not any(example == twin for _, example in read_run(run).components)
+    assert any(example == twin for _, example in read_run(run_folder).tables.parts("components"))
+    assert not any(example == twin for _, example in read_run(run).tables.parts("components"))
 
 
 def said(folder) -> str:

@@ -95,8 +95,8 @@ def test_hub_share_counts_queries_whose_first_ten_hold_the_example(run_folder):
     run = read_run(run_folder)
     for example in make_payload(run)["examples"].values():
         holding = sum(
-            any(entry.row == example["row"] and entry.end == "proponent" and entry.rank <= 10 for entry in ranked)
-            for ranked in run.ranked.values()
+            any(entry.row == example["row"] and entry.rank <= 10 for entry in run.listed(query, "proponent"))
+            for query in run.queries
         )
         assert (example["hub"] or 0) == holding / 4
 
@@ -142,7 +142,7 @@ def test_a_run_without_a_model_still_has_a_header(run_folder, tmp_path):
 def test_the_command_breaks_between_options_and_loses_nothing(run_folder):
     run = read_run(run_folder)
     parts = make_header(run)["command"]
-    assert " ".join(parts) == run.record.command
+    assert " ".join(parts) == run.run.command
     assert parts[:2] == ["vestige attribute", "--index demo/index"]
 
 

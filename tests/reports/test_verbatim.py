@@ -1,6 +1,7 @@
 import pytest
 
-from vestige.reports import Wording, cut, find_overlap, find_rare_words, split_words
+from vestige.reports import cut, find_overlap, find_rare_words, split_words
+from vestige.runs import Wording
 
 
 def compare(answer: str, example: str, rare: str = ""):

@@ -1,7 +1,10 @@
+import json
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from tests.runs.by_hand import chat, write_by_hand
@@ -71,6 +74,24 @@ def test_components_and_tokens_add_up_to_the_score(scores):
         assert sum(part.score for part in scores.tokens("q1", row.example_id)) == pytest.approx(row.score)
     assert [part.component for part in scores.components(0, "a")] == ["one", "two"]
     assert "".join(part.token for part in scores.tokens(0, "a")) == "he sky is blue"
+
+
+def test_parts_of_examples_that_share_an_id_are_refused_not_mixed(tmp_path, record, content):
+    first, other = content.train.examples[0], content.train.examples[3]
+    content.train.examples[3] = type(other)(first.id, 3, text=other.text)
+    scores = Scores.open(write_run(tmp_path / "run", record, content))
+    for split in (scores.tokens, scores.components):
+        with pytest.raises(UserError, match="2 listed examples have the id 'a'"):
+            split(0, "a")
+
+
+def test_scores_of_a_query_that_is_not_there_are_refused(folder):
+    rows = parquet.read_table(folder / "scores.parquet").to_pylist()
+    parquet.write_table(pa.Table.from_pylist([*rows, rows[0] | {"query_id": "gone"}]), folder / "scores.parquet")
+    record = json.loads((folder / "run.json").read_text()) | {"files": {}}
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(CorruptFile, match=r"queries\.parquet lacks 'gone'"):
+        Scores.open(folder).top()
 
 
 def test_dense_scores(scores, all_scores):

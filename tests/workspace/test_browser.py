@@ -127,6 +127,24 @@ def test_training_data_are_searched_with_the_score_of_each_row(visit, folder):
     assert shown == pytest.approx([scores[3], scores[2]], abs=0.05)
 
 
+def test_a_late_answer_to_an_earlier_choice_is_not_shown(visit):
+    go(visit, "rows", "words/bm25")
+    visit.wait("document.querySelectorAll('#rows .card').length === 12")
+    visit.evaluate(
+        "(() => { const fetched = window.fetch; window.answered = 0; window.fetch = async (address, options) => {"
+        " const answer = await fetched(address, options);"
+        " if (String(address).includes('order=high')) await new Promise((done) => setTimeout(done, 1000));"
+        " if (String(address).includes('/api/rows')) setTimeout(() => { window.answered += 1; }, 300);"
+        " return answer; }; })()"
+    )
+    choose = "(s => { s.value = '%s'; s.dispatchEvent(new Event('change')); })(document.querySelectorAll('select')[1])"
+    visit.evaluate(choose % "high")
+    visit.evaluate(choose % "low")
+    visit.wait("window.answered === 2")
+    shown = visit.evaluate("[...document.querySelectorAll('#rows .score')].map((each) => Number(each.innerText))")
+    assert shown == sorted(shown)
+
+
 def test_other_results_show_their_facts_and_a_training_its_loss(visit):
     go(visit, "open", "trained")
     visit.wait("document.querySelector('.curve .loss')")

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,15 +34,15 @@ from vestige.runs import Audit, Scores, is_audit, is_run
 from vestige.settings import ExportSettings, with_settings
 from vestige.storage import check_disk, stage_folder, write_durably
 
-_OF_ROW = ("rank", "example_id", "score", "percentile", "text", "source", "row")
+_COLUMNS = ("query_id", "end", "rank", "example_id", "score", "percentile", "text", "source", "row")
 
 
 def write_run_csv(scores: Scores, out: Path) -> list[Path]:
     """Write `scores.csv`: one row per listed score, with the text of the example."""
     content = io.StringIO()
-    writer = csv.DictWriter(content, ["query_id", "end", *_OF_ROW], lineterminator="\n")
+    writer = csv.DictWriter(content, _COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_list_rows(scores))
+    writer.writerows(scores.to_rows())
     write_durably(out / "scores.csv", [content.getvalue().encode()])
     return [out / "scores.csv"]
 
@@ -54,7 +54,7 @@ def write_run_json(scores: Scores, out: Path) -> list[Path]:
         "method": run.method,
         "meaning": run.meaning.to_dict(),
         "command": run.command,
-        "scores": _list_rows(scores),
+        "scores": scores.to_rows(),
     }
     write_durably(out / "scores.json", [json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"])
     return [out / "scores.json"]
@@ -64,19 +64,8 @@ def write_run_dataset(scores: Scores, out: Path) -> list[Path]:
     """Write the rows of `scores.csv` as a folder for `datasets.load_from_disk`."""
     from datasets import Dataset
 
-    Dataset.from_list(_list_rows(scores)).save_to_disk(str(out))
+    Dataset.from_list(scores.to_rows()).save_to_disk(str(out))
     return [out]
-
-
-def _list_rows(scores: Scores) -> list[dict[str, Any]]:
-    """Return one dictionary per listed score, proponents before opponents."""
-    ends: tuple[Literal["proponent", "opponent"], ...] = ("proponent", "opponent")
-    return [
-        {"query_id": query, "end": end, **{name: getattr(row, name) for name in _OF_ROW}}
-        for query in scores.queries
-        for end in ends
-        for row in scores.listed(query, end)
-    ]
 
 
 _TEXT_COLUMNS = ["row", "part", "source", "label", "class", "flag", "targets", "text"]

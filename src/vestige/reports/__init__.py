@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     )
     from vestige.reports._read import (
         Fact as Fact,
-        Wording as Wording,
         cut_command as cut_command,
         describe_cost as describe_cost,
         format_count as format_count,

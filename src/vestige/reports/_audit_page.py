@@ -1,33 +1,31 @@
 """The page of an audit: what is known of the examples, how well the measures find them, and which examples to read."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
 
-from vestige.measures import (
-    MEASURES,
-    Drawn,
-    Known,
-    blind_area,
-    draw_agreement,
-    draw_dynamics,
-    draw_exposure_by_copies,
-    draw_exposure_over_time,
-    draw_layers,
-    draw_roc,
-)
+from vestige import measures
 from vestige.reports._charts import Panel, make_panel, new_axes
 from vestige.reports._read import (
     Fact,
     cut_command,
     describe_cost,
     format_count,
-    format_span,
     join_versions,
     shorten_name,
 )
-from vestige.runs import CHANCE_BITS, Audit, EvidenceRow, FindingRecord, JudgementRecord, Truth, mean_exposures
+from vestige.runs import (
+    CHANCE_BITS,
+    Audit,
+    EvidenceRow,
+    FindingRecord,
+    JudgementRecord,
+    Truth,
+    format_span,
+    mean_exposures,
+)
 from vestige.terminal import shorten
 
 SHOWN, SHOWN_SECRETS = 25, 12
@@ -134,97 +132,83 @@ def _format_row(row: JudgementRecord) -> tuple[str, ...]:
 def _draw_panels(audit: Audit) -> list[Panel]:
     """Draw everything that the run has data for."""
     known = _find_known(audit)
-    installed = {each.name for each in MEASURES}
-    detailed = tuple(f"{each.name}_" for each in MEASURES if each.detail)
-    measures = [name for name in audit.measures if name in installed or not name.startswith(detailed)]
-    drawn = Drawn(audit.run, measures, audit.values, known, _own_examples(audit))
+    installed = {each.name for each in measures.MEASURES}
+    detailed = tuple(f"{each.name}_" for each in measures.MEASURES if each.detail)
+    names = [name for name in audit.measures if name in installed or not name.startswith(detailed)]
+    drawn = measures.Drawn(audit.run, names, audit.values, known, audit.own)
+    two_sided = [each for each in known if len(np.unique(each.found[each.judged])) == 2]
     return [
         *_draw_secrets(drawn),
         *_draw_course(drawn),
-        *(_draw_roc(drawn, each) for each in known if drawn.curves(each.name) and _has_both_sides(each)),
+        *(_draw_roc(drawn, each) for each in two_sided if drawn.curves(each.name)),
         *_draw_layers(drawn),
         *_draw_agreement(drawn),
     ]
 
 
-def _own_examples(audit: Audit) -> np.ndarray:
-    return np.array(audit.examples["part"].to_pylist()) == "data"
-
-
-def _find_known(audit: Audit) -> list[Known]:
+def _find_known(audit: Audit) -> list[measures.Known]:
     """Return what is to be found, and where it is known, as far as the run's own tables have it."""
-    own, known = _own_examples(audit), list[Known]()
+    own, known = audit.own, list[measures.Known]()
     if not own.all():
         texts = audit.examples["text"].to_pylist()
         trained = {text for text, mine in zip(texts, own, strict=True) if mine}
         copies = np.array([not mine and text in trained for text, mine in zip(texts, own, strict=True)])
-        known.append(Known("membership", own, ~copies))
+        known.append(measures.Known("membership", own, ~copies))
     flags = audit.examples["flag"].to_pylist()
     if any(flag is not None for flag in flags):
-        known.append(Known("flag", np.array([bool(flag) for flag in flags]), own))
+        known.append(measures.Known("flag", np.array([bool(flag) for flag in flags]), own))
     if audit.run.bank and "lira" in audit.measures:
         ratio = audit.values("lira")
         with np.errstate(invalid="ignore"):
-            known.append(Known("memorized", ratio >= audit.run.bank.memorized_at, ~np.isnan(ratio)))
+            known.append(measures.Known("memorized", ratio >= audit.run.bank.memorized_at, ~np.isnan(ratio)))
     return known
 
 
-def _has_both_sides(truth: Known) -> bool:
-    found = truth.found[truth.judged]
-    return bool(found.any() and not found.all())
-
-
-def _draw_secrets(drawn: Drawn) -> list[Panel]:
+def _draw_secrets(drawn: measures.Drawn) -> Iterator[Panel]:
     """Draw exposure by number of copies where that is known, and over checkpoints if there are several."""
-    groups, panels = mean_exposures(drawn.run.canaries), list[Panel]()
+    groups = mean_exposures(drawn.run.canaries)
     if sum(each.checkpoint == drawn.checkpoints[-1] for each in groups) > 1:
-        draw_exposure_by_copies(axes := new_axes(), drawn)
+        measures.draw_exposure_by_copies(axes := new_axes(), drawn)
         note = "Mean over the secrets with its 95 % interval, under the model; number of secrets in brackets."
-        panels.append(make_panel("Exposure of planted secrets", note, axes))
+        yield make_panel("Exposure of planted secrets", note, axes)
     if groups and len(drawn.checkpoints) > 1:
-        draw_exposure_over_time(axes := new_axes(), drawn)
+        measures.draw_exposure_over_time(axes := new_axes(), drawn)
         note = "Mean exposure by copies in the training data, with its 95 % interval, at each checkpoint."
-        panels.append(make_panel("Exposure while training", note, axes))
-    return panels
+        yield make_panel("Exposure while training", note, axes)
 
 
-def _draw_course(drawn: Drawn) -> list[Panel]:
-    panels = []
+def _draw_course(drawn: measures.Drawn) -> Iterator[Panel]:
     for name in drawn.measures_over_time() if len(drawn.checkpoints) > 1 else []:
-        draw_dynamics(axes := new_axes(), drawn, name)
+        measures.draw_dynamics(axes := new_axes(), drawn, name)
         note = "Median, and the middle half of the examples, at each checkpoint."
-        panels.append(make_panel(f"{name} while training", note, axes))
-    return panels
+        yield make_panel(f"{name} while training", note, axes)
 
 
-def _draw_roc(drawn: Drawn, truth: Known) -> Panel:
-    axes, blind = new_axes(), blind_area(drawn.run, truth.name)
-    draw_roc(axes, drawn, truth)
+def _draw_roc(drawn: measures.Drawn, truth: measures.Known) -> Panel:
+    axes, blind = new_axes(), measures.blind_area(drawn.run, truth.name)
+    measures.draw_roc(axes, drawn, truth)
     note = "No blind baseline could be computed."
     if blind is not None:
         note = f"The blind baseline, which never uses the model, has AUC {format_span(blind.auc)}."
     return make_panel(f"{TRUTHS[truth.name][0]}: ROC", note, axes)
 
 
-def _draw_layers(drawn: Drawn) -> list[Panel]:
-    name = drawn.first_layered_measure()
-    if not name:
-        return []
-    axes = new_axes()
-    shown = f"AUC of {name}" if draw_layers(axes, drawn) else f"Median {name} and its quartiles"
-    main = f"The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
-    note = f"{shown} at each layer. {main}"
-    return [make_panel("Layers", note, axes, names={truth: title for truth, (title, _) in TRUTHS.items()})]
+def _draw_layers(drawn: measures.Drawn) -> Iterator[Panel]:
+    if name := drawn.first_layered_measure():
+        axes = new_axes()
+        shown = f"AUC of {name}" if measures.draw_layers(axes, drawn) else f"Median {name} and its quartiles"
+        main = f"The main layer is {drawn.run.main_layer} (dotted), chosen without looking at these curves."
+        names = {truth: title for truth, (title, _) in TRUTHS.items()}
+        yield make_panel("Layers", f"{shown} at each layer. {main}", axes, names=names)
 
 
-def _draw_agreement(drawn: Drawn) -> list[Panel]:
+def _draw_agreement(drawn: measures.Drawn) -> Iterator[Panel]:
     names, table = drawn.agreement()
-    if len(names) < 2:
-        return []
-    size = 1.6 + 0.45 * len(names)
-    draw_agreement(axes := new_axes((size, size)), names, table)
-    note = "Spearman's rank correlation under the model: 1 is the same order of examples, −1 the reverse."
-    return [make_panel("Agreement of measures", note, axes, broad=True)]
+    if len(names) > 1:
+        size = 1.6 + 0.45 * len(names)
+        measures.draw_agreement(axes := new_axes((size, size)), names, table)
+        note = "Spearman's rank correlation under the model: 1 is the same order of examples, −1 the reverse."
+        yield make_panel("Agreement of measures", note, axes, broad=True)
 
 
 def _list_secrets(audit: Audit) -> list[Json]:

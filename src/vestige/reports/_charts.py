@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from vestige.figures import COLOURS, SMALL, TIP, new_figure
-from vestige.reports._read import format_span
+from vestige.runs import format_span
 
 _INKS = {
     **{colour.lower(): f"var(--tone-{number})" for number, colour in enumerate(COLOURS)},

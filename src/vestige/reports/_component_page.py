@@ -8,18 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vestige import evaluate
 from vestige.errors import UserError
-from vestige.evaluate import (
-    FULL,
-    PARAMETERS,
-    SIMILARITY,
-    Drawing,
-    Part,
-    accuracy_of,
-    agreement_of,
-    list_drawings,
-    number_of,
-)
 from vestige.figures import BROAD
 from vestige.parsing import parse_json
 from vestige.progress import format_bytes, format_count
@@ -31,12 +21,12 @@ from vestige.reports._read import (
     cut_command,
     format_duration,
     format_percent,
-    format_span,
     format_value,
     shorten_name,
 )
+from vestige.runs import format_span
 
-_CSV = f"{SIMILARITY}.csv"
+_CSV = f"{evaluate.SIMILARITY}.csv"
 BM25 = "bm25 of the prompts"
 SHOWN_WRONG = 50
 _COMPARED = ("best component, held out", "greedy for accuracy, held out", "greedy for agreement, held out", BM25)
@@ -58,7 +48,7 @@ def make_component_page(folder: Path) -> dict[str, Any]:
             "facts": _list_facts(found, first["components"]),
             "command": cut_command(found["command"]),
             "choices": [_make_choice(words, each) for words, each in found["candidates"].items()],
-            "charts": _make_panels(list_drawings(first, cosines), shared=True),
+            "charts": _make_panels(evaluate.list_drawings(first, cosines), shared=True),
             "notes": found["notes"],
             "vestige": version("vestige"),
         }
@@ -69,7 +59,7 @@ def make_component_page(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _list_facts(found: Part, parts: Sequence[Part]) -> list[Fact]:
+def _list_facts(found: evaluate.Part, parts: Sequence[evaluate.Part]) -> list[Fact]:
     facts = [
         Fact("Model", shorten_name(found["model"])),
         Fact("Compared", found["title"].partition(" (")[0]),
@@ -83,18 +73,18 @@ def _list_facts(found: Part, parts: Sequence[Part]) -> list[Fact]:
     return facts
 
 
-def _make_choice(words: str, found: Part) -> dict[str, Any]:
+def _make_choice(words: str, found: evaluate.Part) -> dict[str, Any]:
     """Return everything about one choice of candidates."""
     rows, parts = {row["name"]: row for row in found["representations"]}, found["components"]
     spans = [_span(row["accuracy"]) for row in rows.values() if not row["opponent"] or row["name"] == BM25]
     known = [end for span in spans for end in span if math.isfinite(end)]
-    ends, full = (min(known), max(known)), _span(rows[FULL]["accuracy"])[0]
+    ends, full = (min(known), max(known)), _span(rows[evaluate.FULL]["accuracy"])[0]
     return {
         "words": words,
         "listed": _describe_ranks(found),
         "chips": _make_chips(rows),
         "rows": [_make_row(row, ends, full) for row in rows.values()],
-        "charts": _make_panels(list_drawings(found), shared=False),
+        "charts": _make_panels(evaluate.list_drawings(found), shared=False),
         "types": _average_types(parts),
         "components": list(map(_describe_component, sorted(parts, key=lambda one: -_span(one["accuracy"])[0]))),
         "wrong": list(map(_describe_wrong, found["wrong"][:SHOWN_WRONG])),
@@ -102,18 +92,18 @@ def _make_choice(words: str, found: Part) -> dict[str, Any]:
     }
 
 
-def _span(estimate: Part) -> tuple[float, float, float]:
-    value, low, high = map(number_of, (estimate["value"], *estimate["interval"]))
+def _span(estimate: evaluate.Part) -> tuple[float, float, float]:
+    value, low, high = map(evaluate.number_of, (estimate["value"], *estimate["interval"]))
     return value, low, high
 
 
 def _average(values: Iterable[float | None]) -> str:
     """Return the mean of what is known; nothing without any."""
-    known = [value for value in map(number_of, values) if math.isfinite(value)]
+    known = [value for value in map(evaluate.number_of, values) if math.isfinite(value)]
     return format_value(float(np.mean(known))) if known else ""
 
 
-def _describe_ranks(found: Part) -> str:
+def _describe_ranks(found: evaluate.Part) -> str:
     """Return the ranks that BM25 gives the originals, in words."""
     ranks = {int(rank): count for rank, count in found["rank_of_original_by_bm25"].items()}
     total, put = sum(ranks.values()), found["original_put_there"]
@@ -130,9 +120,9 @@ def _describe_ranks(found: Part) -> str:
     )
 
 
-def _make_chips(rows: Mapping[str, Part]) -> list[Chip]:
+def _make_chips(rows: Mapping[str, evaluate.Part]) -> list[Chip]:
     """Return chips of the full gradient, of what was chosen on other queries, and of words alone."""
-    full = format_span(_span(rows[FULL]["accuracy"]))
+    full = format_span(_span(rows[evaluate.FULL]["accuracy"]))
     chips = [Chip("Full gradient", full.partition(" ")[0], f"Accuracy {full}", "unknown", "", "")]
     for name in _COMPARED:
         row = rows.get(name)
@@ -151,7 +141,7 @@ def _make_chips(rows: Mapping[str, Part]) -> list[Chip]:
     return chips
 
 
-def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, Any]:
+def _make_row(row: evaluate.Part, ends: tuple[float, float], full: float) -> dict[str, Any]:
     """Return a line of the table of representations."""
     span = _span(row["accuracy"])
     cells = (
@@ -172,25 +162,26 @@ def _make_row(row: Part, ends: tuple[float, float], full: float) -> dict[str, An
     }
 
 
-def _average_types(parts: Sequence[Part]) -> list[tuple[str, ...]]:
+def _average_types(parts: Sequence[evaluate.Part]) -> list[tuple[str, ...]]:
     """Return type, number of components, and the means of accuracy, agreement and accuracy of layer outputs."""
     found = []
     for name in dict.fromkeys(one["type"] for one in parts):
         own = [one for one in parts if one["type"] == name]
-        values = [accuracy_of(one) for one in own if math.isfinite(accuracy_of(one))]
+        values = [evaluate.accuracy_of(one) for one in own if math.isfinite(evaluate.accuracy_of(one))]
         spread = f"{min(values):.3f} … {max(values):.3f}" if values else ""
-        means = [_average(each) for each in (values, map(agreement_of, own), (one["output_accuracy"] for one in own))]
-        found.append((name, str(len(own)), means[0], spread, *means[1:]))
+        known = (values, map(evaluate.agreement_of, own), (one["output_accuracy"] for one in own))
+        accuracy, *others = map(_average, known)
+        found.append((name, str(len(own)), accuracy, spread, *others))
     return found
 
 
-def _describe_component(one: Part) -> tuple[str, ...]:
+def _describe_component(one: evaluate.Part) -> tuple[str, ...]:
     more = (format_value(one[name]) for name in ("agreement", "centred", "output_accuracy", "self_similarity"))
     size, backward = f"{one['parameters']:,}", "" if one["backward"] is None else f"{one['backward']:.0%}"
     return (one["name"], size, backward, format_span(_span(one["accuracy"])), *more)
 
 
-def _describe_wrong(one: Part) -> tuple[str, ...]:
+def _describe_wrong(one: evaluate.Part) -> tuple[str, ...]:
     lengths = ", ".join(map(str, one["original_tokens"]))
     return (
         one["query"],
@@ -203,13 +194,13 @@ def _describe_wrong(one: Part) -> tuple[str, ...]:
     )
 
 
-def _make_panels(drawings: Iterable[Drawing], *, shared: bool) -> list[Panel]:
+def _make_panels(drawings: Iterable[evaluate.Drawing], *, shared: bool) -> list[Panel]:
     """Return what is alike for every choice of candidates, or what is of one."""
     panels = []
     for one in drawings:
-        if (one.file in (PARAMETERS, SIMILARITY)) == shared:
+        if (one.file in (evaluate.PARAMETERS, evaluate.SIMILARITY)) == shared:
             axes = new_axes(one.size)
             one.draw(axes)
-            note = f"{one.note} Point at a bar for its name." if one.file == PARAMETERS else one.note
+            note = f"{one.note} Point at a bar for its name." if one.file == evaluate.PARAMETERS else one.note
             panels.append(make_panel(one.title, note, axes, broad=one.size == BROAD))
     return panels

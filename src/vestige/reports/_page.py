@@ -23,21 +23,17 @@ from vestige.storage import make_folder, remove_strays_of, write_durably
 
 GENERATOR = '<meta name="generator" content="vestige'
 """Marks a page as ours: only such a file is overwritten without asking."""
-_SCRIPTS = {
-    "report": "common elements numbers state text answer examples distribution heatmap groups compare export page",
-    "audit": "common choices",
-    "components": "common choices",
-    "other": "common choices",
-    "workspace": "common elements numbers listing search ask workspace",
+_ASSETS = {
+    "report": (
+        "common elements numbers state text answer examples distribution heatmap groups compare export page",
+        "style parts report",
+    ),
+    "audit": ("common choices", "style audit"),
+    "components": ("common choices", "style audit components"),
+    "other": ("common choices", "style audit"),
+    "workspace": ("common elements numbers listing search ask workspace", "style parts workspace"),
 }
-"""In the order in which they are joined; the last one starts the page."""
-_STYLES = {
-    "report": "style parts report",
-    "audit": "style audit",
-    "components": "style audit components",
-    "other": "style audit",
-    "workspace": "style parts workspace",
-}
+"""Scripts and styles of each kind of page, in the order in which they are joined; the last script starts the page."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ def make_workspace_page(folder: Path) -> str:
 
 def _fill(template: Template, kind: str, page: dict[str, Any], data: str, live: str | None, home: str | None) -> str:
     """Return a page with the script and the styles of its kind."""
-    script, style = _load_script(kind), "".join(map(_read_asset, (f"{name}.css" for name in _STYLES[kind].split())))
+    script, style = _load_script(kind), "".join(map(_read_asset, (f"{name}.css" for name in _ASSETS[kind][1].split())))
     return template.render(
         page=page,
         live=live,
@@ -179,7 +175,7 @@ def _make_policy(script: str, live: bool) -> str:
 
 @cache
 def _load_script(kind: str) -> str:
-    parts = "\n".join(_read_asset(f"app/{name}.js") for name in _SCRIPTS[kind].split())
+    parts = "\n".join(_read_asset(f"app/{name}.js") for name in _ASSETS[kind][0].split())
     return f'\n(function () {{\n"use strict";\n{parts}\n}})();\n'
 
 

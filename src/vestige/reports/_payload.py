@@ -1,7 +1,6 @@
 """What the page's script is given: one JSON value per run, small enough to stand inside the file; and another run's."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -9,9 +8,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from vestige.errors import UserError
-from vestige.reports._read import Query, RankedScore, RunFiles, TrainingExample, shorten_name
+from vestige.reports._read import shorten_name
 from vestige.reports._texts import Pieces, Word, cut, find_overlap, find_rare_words, find_system, split_words
-from vestige.runs import NO_SOURCE, Scores, conclude, find_source_lift, relative_strength
+from vestige.runs import NO_SOURCE, Listed, Question, ScoreRow, Scores, conclude, find_source_lift
 
 COMPARED = 10
 """First proponents of two runs that are counted where they agree."""
@@ -86,35 +85,35 @@ def make_grid(components: Iterable[str]) -> Grid:
     )
 
 
-def make_payload(run: RunFiles, other: Json | None = None) -> Json:
+def make_payload(scores: Scores, other: Json | None = None) -> Json:
     """Return the data of the page, without NaN and with numbers cut to the digits that a reader can use.
 
     Args:
-        run: What the page shows.
+        scores: What the page shows, as `read_run` opens it.
         other: What `make_comparison` says of the run beside it.
     """
-    pieces = {row: cut(example.wording) for row, example in run.examples.items()}
+    queries, examples = scores.tables.queries, scores.tables.examples
+    pieces = {row: cut(each.wording) for row, each in examples.items()}
     words = {row: split_words(piece) for row, piece in pieces.items()}
     rare = find_rare_words(words.values())
-    grid = _make_run_grid(run)
-    hubs = count_hubs(run)
-    scores = Scores.open(run.folder)
-    queries = [_describe_query(run, query, words, rare, grid, pieces) for query in run.queries]
+    grid = _make_run_grid(scores)
+    hubs = {row: count / len(queries) for row, count in scores.count_leading(HUB_DEPTH).items()}
     return {
-        "run": run.folder.resolve().name,
+        "run": scores.folder.resolve().name,
         "grid": grid and grid._asdict(),
-        "hasTokens": run.tokens is not None,
-        "missing": run.record.missing,
-        "causal": run.record.meaning.causal,
+        "hasTokens": scores.tables.parts("tokens") is not None,
+        "missing": scores.run.missing,
+        "causal": scores.meaning.causal,
         "noSource": NO_SOURCE,
         "system": {
-            "queries": find_system(query.wording for query in run.queries),
-            "examples": find_system(example.wording for example in run.examples.values()),
+            "queries": find_system(query.wording for query in queries.values()),
+            "examples": find_system(each.wording for each in examples.values()),
         },
-        "examples": {
-            str(row): describe_example(example, pieces[row], hubs.get(row)) for row, example in run.examples.items()
-        },
-        "queries": [query | _describe_findings(scores, query["id"]) for query in queries],
+        "examples": {str(row): describe_example(each, pieces[row], hubs.get(row)) for row, each in examples.items()},
+        "queries": [
+            _describe_query(scores, query, words, rare, grid, pieces) | _describe_findings(scores, query.id)
+            for query in queries.values()
+        ],
         "other": other,
     }
 
@@ -155,17 +154,6 @@ def _describe_proofs(scores: Scores, query: str) -> Json:
     return {"sentences": [(name.replace("_", " ").capitalize(), words) for name, words in sentences], "spans": spans}
 
 
-def count_hubs(run: RunFiles) -> dict[int, float]:
-    """Return, by row, the share of queries that have the example among their first `HUB_DEPTH` proponents."""
-    hits = Counter(
-        entry.row
-        for ranked in run.ranked.values()
-        for entry in ranked
-        if entry.end == "proponent" and entry.rank <= HUB_DEPTH
-    )
-    return {row: count / len(run.queries) for row, count in hits.items()}
-
-
 def round_number(value: Any, digits: int = 7) -> float | None:
     """Return `value` with `digits` significant digits, or None where it is missing or not finite."""
     if value is None or not math.isfinite(value):
@@ -173,93 +161,77 @@ def round_number(value: Any, digits: int = 7) -> float | None:
     return float(f"{value:.{digits}g}")
 
 
-def find_highest(ranked: Sequence[RankedScore]) -> float:
-    """Return the score of a query's first proponent, to which the strength of the others is relative."""
-    return next((entry.score for entry in ranked if entry.end == "proponent" and entry.rank == 1), 0.0)
-
-
-def _make_run_grid(run: RunFiles) -> Grid | None:
+def _make_run_grid(scores: Scores) -> Grid | None:
     """Return the grid of all components in the run, in the model's order; None without a component table."""
-    if run.components is None:
+    parts = scores.tables.parts("components")
+    if parts is None:
         return None
-    known = (component for parts in run.components.values() for component in parts)
-    return make_grid([*run.record.components, *known])
+    return make_grid([*scores.run.components, *(part.component for each in parts.values() for part in each)])
 
 
 def describe_text(pieces: Pieces) -> Json:
     """Return a text in pieces, with the role of each and the turns they make up."""
     targets = "".join("1" if target else "0" for target in pieces.targets)
-    return {
-        "pieces": pieces.texts,
-        "roles": pieces.roles,
-        "turns": pieces.turns,
-        "targets": targets,
-        "tokens": pieces.from_tokens,
-    }
+    shown = {"pieces": pieces.texts, "roles": pieces.roles, "turns": pieces.turns}
+    return shown | {"targets": targets, "tokens": pieces.from_tokens}
 
 
-def describe_example(example: TrainingExample, pieces: Pieces, hub: float | None = None) -> Json:
+def describe_example(example: Listed, pieces: Pieces, hub: float | None = None) -> Json:
     """Return an example as the page lists it; `hub` is the share of queries that it leads for."""
-    return {
-        "id": example.id,
-        "row": example.row,
-        "source": example.source,
-        "label": example.label,
-        "length": example.length,
-        "duplicates": example.duplicates,
-        "hub": round_number(hub, 3),
-        "text": describe_text(pieces),
-    }
+    shown = {name: value for name, value in example._asdict().items() if name != "wording"}
+    return shown | {"hub": round_number(hub, 3), "text": describe_text(pieces)}
 
 
-def _describe_entry(entry: RankedScore, highest: float) -> Json:
-    score, strength = round_number(entry.score), round_number(relative_strength(entry.score, highest), 4)
-    return {"end": entry.end, "rank": entry.rank, "row": entry.row, "score": score, "strength": strength}
+def _describe_row(end: str, row: ScoreRow) -> Json:
+    score, strength = round_number(row.score), round_number(row.strength, 4)
+    return {"end": end, "rank": row.rank, "row": row.row, "score": score, "strength": strength}
 
 
 def _describe_query(
-    run: RunFiles,
-    query: Query,
+    scores: Scores,
+    query: Question,
     words: Mapping[int, list[Word]],
     rare: frozenset[str],
     grid: Grid | None,
-    pieces: Mapping[int, Pieces],
+    pieces_of: Mapping[int, Pieces],
 ) -> Json:
-    query_pieces = cut(query.wording)
-    query_words = split_words(query_pieces)
-    ranked = []
-    highest = find_highest(run.ranked[query.id])
-    for entry in run.ranked[query.id]:
-        shared = find_overlap(query_words, words[entry.row], rare)
+    name, pieces, ranked = query.id, cut(query.wording), []
+    query_words = split_words(pieces)
+    for end, row in _list_ends(scores, name):
+        shared = find_overlap(query_words, words[row.row], rare)
         ranked.append(
             {
-                **_describe_entry(entry, highest),
-                "percentile": round_number(entry.percentile),
+                **_describe_row(end, row),
+                "percentile": round_number(row.percentile),
                 "overlap": round_number(shared.share, 3),
                 "match": shared.example,
                 "answerMatch": shared.query,
-                "cells": _sum_cells(run, query.id, entry.example, grid),
-                "tokens": _list_token_scores(run, query.id, entry.example, pieces[entry.row]),
+                "cells": _sum_cells(scores, name, row.example_id, grid),
+                "tokens": _list_token_scores(scores, name, row.example_id, pieces_of[row.row]),
             }
         )
     return {
-        "id": query.id,
+        "id": name,
         "generated": query.generated,
         "loss": round_number(query.loss),
         "explained": query.explained,
-        "text": describe_text(query_pieces),
+        "text": describe_text(pieces),
         "ranked": ranked,
-        "distribution": _drop_nonfinite(run.record.distribution.get(query.id)),
-        "groups": _drop_nonfinite(run.record.groups.get(query.id, [])),
+        "distribution": _round_all(scores.run.distribution.get(name)),
+        "groups": _round_all(scores.run.groups.get(name, [])),
     }
 
 
-def _sum_cells(run: RunFiles, query: str, example: str, grid: Grid | None) -> list[float | None] | None:
+def _list_ends(scores: Scores, query: str) -> list[tuple[str, ScoreRow]]:
+    return [(end, row) for end, rows in scores.ends(query).items() for row in rows]
+
+
+def _sum_cells(scores: Scores, query: str, example: str, grid: Grid | None) -> list[float | None] | None:
     """Return the score of each cell of the grid for one example, or None where it was not taken apart."""
-    parts = (run.components or {}).get((query, example))
+    parts = (scores.tables.parts("components") or {}).get((query, example))
     if grid is None or parts is None:
         return None
-    sums = grid.sums(parts)
+    sums = grid.sums(dict(parts))
     largest = max(map(abs, sums), default=0.0)
     if not 0 < largest < math.inf:
         return [round_number(value) for value in sums]
@@ -268,81 +240,73 @@ def _sum_cells(run: RunFiles, query: str, example: str, grid: Grid | None) -> li
     return [round(value, decimals) for value in sums]
 
 
-def _list_token_scores(run: RunFiles, query: str, example: str, pieces: Pieces) -> list[float | None] | None:
+def _list_token_scores(scores: Scores, query: str, example: str, pieces: Pieces) -> list[float | None] | None:
     """Return the score of each token of one example, or None where it was not taken apart."""
-    scores = (run.tokens or {}).get((query, example))
-    if scores is None:
+    parts = (scores.tables.parts("tokens") or {}).get((query, example))
+    if parts is None:
         return None
-    if not pieces.from_tokens or max(scores, default=0) >= len(pieces.texts):
+    known = {part.position: part.score for part in parts}
+    if not pieces.from_tokens or max(known) >= len(pieces.texts):
         raise UserError(
-            f"tokens.parquet of {run.folder} scores positions of example {example!r} that examples.parquet does not "
+            f"tokens.parquet of {scores.folder} scores positions of example {example!r} that examples.parquet does not "
             "have: the two files come from different runs.\nAttribute again with --tokens."
         )
-    return [round_number(scores.get(position, 0.0), 5) for position in range(len(pieces.texts))]
+    return [round_number(known.get(position, 0.0), 5) for position in range(len(pieces.texts))]
 
 
-def _drop_nonfinite(value: Any) -> Any:
-    """Return a part of run.json as JSON can carry it: every NaN and infinity replaced by None."""
+def _round_all(value: Any) -> Any:
+    """Return a part of run.json with numbers cut to the digits that a reader can use."""
     if isinstance(value, BaseModel):
-        return _drop_nonfinite(value.model_dump())
+        return _round_all(value.model_dump())
     if isinstance(value, float):
         return round_number(value)
     if isinstance(value, list | tuple):
-        return [_drop_nonfinite(item) for item in value]
+        return [_round_all(item) for item in value]
     if isinstance(value, dict):
-        return {key: _drop_nonfinite(item) for key, item in value.items()}
+        return {key: _round_all(item) for key, item in value.items()}
     return value
 
 
-def make_comparison(run: RunFiles, other: RunFiles) -> Json:
-    """Return the rankings of `other` for the queries that both runs have, and the examples that `run` does not list.
+def make_comparison(mine: Scores, theirs: Scores) -> Json:
+    """Return the rankings of `theirs` for the queries that both runs have, and the examples that `mine` does not list.
 
     Methods, checkpoints, models and answers may differ; training data and questions may not.
 
     Raises:
         UserError: The training data or the questions differ, or no query is in both.
     """
-    mine, theirs = Scores.open(run.folder), Scores.open(other.folder)
-    wordings = {query.id: query.wording for query in run.queries}
-    common = [query for query in other.queries if query.id in wordings]
+    common = [query for query in theirs.queries if query in mine.tables.queries]
     if not common:
         raise UserError(
-            f"{run.folder} and {other.folder} have no query in common.\n"
+            f"{mine.folder} and {theirs.folder} have no query in common.\n"
             "Type: vestige attribute with the same --queries for both, then compare again."
         )
-    queries = {}
-    for query in common:
-        found = mine.compare(theirs, query.id, COMPARED)
-        queries[query.id] = _describe_ranking(other, query, query.wording != wordings[query.id]) | {
-            "shared": found.shared,
-            "correlation": round_number(found.correlation, 3),
-        }
     return {
-        "names": _tell_apart(run, other),
+        "names": _tell_apart(mine, theirs),
         "compared": COMPARED,
-        "queries": queries,
+        "queries": {query: _describe_ranking(mine, theirs, query) for query in common},
         "examples": {
-            str(row): describe_example(example, cut(example.wording))
-            for row, example in other.examples.items()
-            if row not in run.examples
+            str(row): describe_example(each, cut(each.wording))
+            for row, each in theirs.tables.examples.items()
+            if row not in mine.tables.examples
         },
     }
 
 
-def _tell_apart(run: RunFiles, other: RunFiles) -> tuple[str, str]:
+def _tell_apart(*both: Scores) -> Sequence[str]:
     """Return a name for each run: its method, model or folder, the first that differs."""
-    pairs = [
-        (one.record.method, shorten_name(one.record.model.name if one.record.model else "")) for one in (run, other)
-    ]
-    names = [one.folder.resolve().name for one in (run, other)]
-    mine, theirs = next(((a, b) for a, b in zip(*pairs, strict=True) if a != b), names)
-    return mine, theirs
+    pairs = [(each.run.method, shorten_name(each.run.model.name if each.run.model else "")) for each in both]
+    names = tuple(each.folder.resolve().name for each in both)
+    return next((pair for pair in zip(*pairs, strict=True) if pair[0] != pair[1]), names)
 
 
-def _describe_ranking(other: RunFiles, query: Query, answers_otherwise: bool) -> Json:
-    ranked = other.ranked[query.id]
-    highest = find_highest(ranked)
+def _describe_ranking(mine: Scores, theirs: Scores, query: str) -> Json:
+    """Return the ranking of `theirs`, what both share, and its answer where that is another one."""
+    found = mine.compare(theirs, query, COMPARED)
+    wording, own = theirs.query(query).wording, mine.query(query).wording
     return {
-        "text": describe_text(cut(query.wording)) if answers_otherwise else None,
-        "ranked": [_describe_entry(entry, highest) for entry in ranked],
+        "text": describe_text(cut(wording)) if wording != own else None,
+        "ranked": [_describe_row(end, row) for end, row in _list_ends(theirs, query)],
+        "shared": found.shared,
+        "correlation": round_number(found.correlation, 3),
     }

@@ -9,12 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from vestige.reports._read import Wording
+from vestige.runs import SYSTEM_ROLES, Wording
 
 SYSTEM, PROMPT, ANSWER, TEMPLATE = "s", "p", "a", "t"
-SYSTEM_ROLES = ("system", "developer")
 _MARKER = re.compile(r"<\|.*\|>|</?s>|<(?:pad|eos|bos|unk)>|\[/?INST\]")
 _LOCATE_BY = 24
 """Characters that locate a field whose end was cut off by the context length."""
@@ -58,24 +57,23 @@ class Field(NamedTuple):
     role: str
     """Its letter."""
     name: str
-    text: str
+    text: str = ""
 
 
 def cut(wording: Wording) -> Pieces:
     """Return the pieces of `wording`: its tokens where the run has them, otherwise its words."""
     fields = _list_fields(wording)
     if wording.tokens is None:
-        return _cut_words(fields)
-    texts = read_tokens(wording.tokens)
-    targets = wording.targets or (False,) * len(texts)
-    owners = _find_owners(texts, fields, targets)
-    if owners is None:  # a tokenizer that rewrites text: only the loss mask separates prompt from answer
-        roles = [_choose_role(piece, target) for piece, target in zip(texts, targets, strict=True)]
-        names = {PROMPT: "Prompt", ANSWER: "Answer", TEMPLATE: None}
-        return Pieces(texts, "".join(roles), targets, True, _find_turns(roles, [names[role] for role in roles]))
-    roles = [TEMPLATE if owner is None else fields[owner].role for owner in owners]
-    names = [None if owner is None else fields[owner].name for owner in owners]
-    return Pieces(texts, "".join(roles), targets, True, _find_turns(owners, names))
+        # Words, each with the white space before it.
+        owned = [(field, word) for field in fields for word in re.findall(r"\s*\S+", field.text)]
+        owners, texts = [field for field, _ in owned], tuple(word for _, word in owned)
+        targets = tuple(field.role == ANSWER for field in owners)
+    else:
+        texts = read_tokens(wording.tokens)
+        targets = wording.targets or (False,) * len(texts)
+        owners = _find_owners(texts, fields, targets)
+    roles = "".join(TEMPLATE if owner is None else owner.role for owner in owners)
+    return Pieces(texts, roles, targets, wording.tokens is not None, _find_turns(owners))
 
 
 def find_system(wordings: Iterable[Wording]) -> str | None:
@@ -96,67 +94,48 @@ def _list_fields(wording: Wording) -> list[Field]:
     return [Field(role, name, text) for role, name, text in parts if text]
 
 
-def _cut_words(fields: list[Field]) -> Pieces:
-    """Return words, each with the white space before it."""
-    texts: list[str] = []
-    owners: list[int] = []
-    for number, field in enumerate(fields):
-        words = re.findall(r"\s*\S+", field.text)
-        texts += words
-        owners += [number] * len(words)
-    roles = [fields[owner].role for owner in owners]
-    targets = tuple(role == ANSWER for role in roles)
-    return Pieces(
-        tuple(texts), "".join(roles), targets, False, _find_turns(owners, [fields[own].name for own in owners])
-    )
-
-
-def _find_turns(owners: Sequence[Any], names: Sequence[str | None]) -> tuple[Turn, ...]:
-    """Return the runs of pieces with one owner; those without a name are in no turn."""
+def _find_turns(owners: Sequence[Field | None]) -> tuple[Turn, ...]:
+    """Return the runs of pieces of one field; those of none are in no turn."""
     found, start = [], 0
-    for _, run in groupby(owners):
-        stop = start + len(list(run))
-        if (name := names[start]) is not None:
-            found.append(Turn(start, stop, name))
+    for _, run in groupby(owners, key=id):
+        owner, *others = run
+        stop = start + 1 + len(others)
+        if owner is not None:
+            found.append(Turn(start, stop, owner.name))
         start = stop
     return tuple(found)
 
 
-def _find_owners(texts: Sequence[str], fields: Sequence[Field], targets: Sequence[bool]) -> list[int | None] | None:
-    """Return the number of each token's field, found by locating the fields in the joined tokens.
+def _find_owners(texts: Sequence[str], fields: Sequence[Field], targets: Sequence[bool]) -> Sequence[Field | None]:
+    """Return the field of each token, found by locating the fields in the joined tokens; None for the template's.
 
-    None for a token of the template; None as a whole where no field is found. A last answer that is not found, because
-    half a character ends it, has the tokens that enter the loss.
+    A last answer that is not found, because half a character ends it, has the tokens that enter the loss. Where no
+    field is found, the tokenizer rewrites text: only the loss mask separates prompt from answer then.
     """
     joined = "".join(texts)
-    letters: list[int | None] = [None] * len(joined)
-    cursor, found = 0, set[int]()
-    for number, field in enumerate(fields):
+    letters: list[Field | None] = [None] * len(joined)
+    cursor, found = 0, list[Field]()
+    for field in fields:
         text = field.text.strip()
         start = joined.find(text, cursor)
         if start < 0:
             start = joined.find(text[:_LOCATE_BY], cursor)
         if start < 0:
             continue
-        found.add(number)
+        found.append(field)
         cursor = min(start + len(text), len(joined))
-        letters[start:cursor] = [number] * (cursor - start)
+        letters[start:cursor] = [field] * (cursor - start)
+    marks = [_MARKER.fullmatch(piece.strip()) is not None for piece in texts]
     if not found:
-        return None
-    last = len(fields) - 1
-    lost = last if last not in found and fields[last].role == ANSWER else None
+        prompt, answer = Field(PROMPT, "Prompt"), Field(ANSWER, "Answer")
+        return [None if mark else answer if target else prompt for mark, target in zip(marks, targets, strict=True)]
+    lost = fields[-1] if fields[-1] is not found[-1] and fields[-1].role == ANSWER else None
     owners, start = [], 0
-    for piece, target in zip(texts, targets, strict=True):
+    for piece, target, mark in zip(texts, targets, marks, strict=True):
         inside = [letter for letter in letters[start : start + len(piece)] if letter is not None]
-        owners.append(inside[-1] if inside else lost if target and not _MARKER.fullmatch(piece.strip()) else None)
+        owners.append(inside[-1] if inside else lost if target and not mark else None)
         start += len(piece)
     return owners
-
-
-def _choose_role(piece: str, target: bool) -> str:
-    if _MARKER.fullmatch(piece.strip()):
-        return TEMPLATE
-    return ANSWER if target else PROMPT
 
 
 def read_tokens(tokens: tuple[str, ...]) -> tuple[str, ...]:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         CanaryRecord as CanaryRecord,
         ContaminationRecord as ContaminationRecord,
         EpsilonRecord as EpsilonRecord,
-        Exposed as Exposed,
         FindingRecord as FindingRecord,
         InflationRecord as InflationRecord,
         JudgementRecord as JudgementRecord,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
         Truth as Truth,
         UsageRecord as UsageRecord,
         agreement as agreement,
+        format_span as format_span,
         group_of as group_of,
         is_audit as is_audit,
         low_stands_out as low_stands_out,
@@ -49,15 +49,22 @@ if TYPE_CHECKING:
         open_dense as open_dense,
         write_dense as write_dense,
     )
+    from vestige.runs._folder import (
+        file_faults as file_faults,
+        is_complete as is_complete,
+        is_run as is_run,
+        kind_of as kind_of,
+        read_known as read_known,
+        read_record as read_record,
+        require_run as require_run,
+    )
     from vestige.runs._groups import (
         NO_SOURCE as NO_SOURCE,
         SourceLift as SourceLift,
         find_source_lift as find_source_lift,
     )
     from vestige.runs._listed import (
-        Question as Question,
         ScoreRow as ScoreRow,
-        question_of as question_of,
         relative_strength as relative_strength,
     )
     from vestige.runs._plot import draw_ranking as draw_ranking
@@ -65,10 +72,10 @@ if TYPE_CHECKING:
         Proofs as Proofs,
         StatedRow as StatedRow,
         VerbatimSpan as VerbatimSpan,
-        prove as prove,
     )
     from vestige.runs._record import (
         DENSE_FILE as DENSE_FILE,
+        FIRST_RUNG as FIRST_RUNG,
         PARTS as PARTS,
         RECORD_FILE as RECORD_FILE,
         RUN_FORMAT as RUN_FORMAT,
@@ -87,14 +94,9 @@ if TYPE_CHECKING:
         Verdict as Verdict,
         describe_process as describe_process,
         environment as environment,
-        file_faults as file_faults,
-        is_complete as is_complete,
-        is_run as is_run,
-        read_known as read_known,
-        read_record as read_record,
-        require_run as require_run,
     )
     from vestige.runs._scores import Scores as Scores
+    from vestige.runs._stored import read_ranked as read_ranked, read_run_table as read_run_table
     from vestige.runs._summary import (
         RankedScore as RankedScore,
         ScoreBlock as ScoreBlock,
@@ -107,16 +109,17 @@ if TYPE_CHECKING:
         ComponentScores as ComponentScores,
         RunTables as RunTables,
         TokenScores as TokenScores,
-        read_ranked as read_ranked,
-        read_run_table as read_run_table,
         token_texts as token_texts,
-        turns_of as turns_of,
+    )
+    from vestige.runs._words import (
+        SYSTEM_ROLES as SYSTEM_ROLES,
+        Listed as Listed,
+        Question as Question,
+        Wording as Wording,
     )
     from vestige.runs._write import (
-        FIRST_RUNG as FIRST_RUNG,
         add_part as add_part,
         check_target as check_target,
-        describe_data as describe_data,
         describe_model as describe_model,
         find_unfinished as find_unfinished,
         make_run_record as make_run_record,

@@ -10,13 +10,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from vestige.errors import DataError, MissingExtra, UserError
-from vestige.runs._audit_record import AuditRecord, JudgementRecord, Truth, low_stands_out, read_audit_record
+from vestige.runs._audit_record import (
+    AuditRecord,
+    JudgementRecord,
+    Truth,
+    format_span,
+    low_stands_out,
+    read_audit_record,
+)
 from vestige.runs._listed import ScoreTable
-from vestige.storage import local_result, write_durably
-from vestige.tables import read_table, reading
+from vestige.storage import local_result
+from vestige.tables import read_table, reading, write_table
 from vestige.terminal import shorten
 
 if TYPE_CHECKING:
@@ -77,9 +84,7 @@ def write_evidence(path: str | Path, tables: Sequence[pa.Table]) -> None:
     distinct = whole.select(keys).group_by(keys).aggregate([])
     if len(distinct) != len(whole):
         raise DataError("Two rows are about the same example at the same checkpoint and layer. Merge their measures.")
-    sink = pa.BufferOutputStream()
-    parquet.write_table(whole, sink)
-    write_durably(Path(path), [sink.getvalue().to_pybytes()])
+    write_table(Path(path), whole)
 
 
 def read_evidence(
@@ -220,6 +225,11 @@ class Audit:
         return read_table(self.folder / EXAMPLES_FILE, EXAMPLES, REMEDY, required=("row", "example_id", "part", "text"))
 
     @cached_property
+    def own(self) -> Bool[np.ndarray, "example"]:
+        """True for the data's own examples, False for the holdout's, in the order of `examples`."""
+        return np.array(self.examples["part"].to_pylist()) == "data"
+
+    @cached_property
     def tokens(self) -> pa.Table | None:
         """Each token of the examples that lead the list, with its log-probability (nats) and what it is compared with.
 
@@ -303,8 +313,7 @@ class Audit:
         """
         name = measure or self.preferred
         values = self.values(name, checkpoint=checkpoint)
-        own = np.array(self.examples["part"].to_pylist()) == "data"
-        rows = np.flatnonzero(own & ~np.isnan(values))
+        rows = np.flatnonzero(self.own & ~np.isnan(values))
         ordered = values[rows] if self.lowest_first(name) != reverse else -values[rows]
         chosen = rows[np.lexsort((-self.examples["targets"].to_numpy()[rows], ordered))][:k]
         ids, texts = self.examples["example_id"], self.examples["text"]
@@ -383,13 +392,6 @@ def judgement_table(truth: str, rows: Sequence[JudgementRecord]) -> str:
         low = next((rate for rate in row.tpr_at if rate.level == 0.01), None)
         high = next(iter(row.fpr_at), None)
         unresolved = "" if low is None or low.resolved else "  (too few others for 1 %)"
-        cells = [_interval(row.auc), _interval(low.rate) if low else "", _interval(high.rate) if high else ""]
-        lines.append(f"  {row.measure:<18}{cells[0]:<24}{cells[1]:<24}{cells[2]}{unresolved}")
+        rates = ["" if rate is None else format_span(rate.rate, "undefined") for rate in (low, high)]
+        lines.append(f"  {row.measure:<18}{format_span(row.auc, 'undefined'):<24}{rates[0]:<24}{rates[1]}{unresolved}")
     return "\n".join(lines)
-
-
-def _interval(span: tuple[float | None, float | None, float | None]) -> str:
-    value, low, high = span
-    if value is None:
-        return "undefined"
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,6 +1,8 @@
 """`run.json` of an audit: the measured checkpoints, the meaning of each measure, and how well the measures judge."""
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,8 +11,9 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 
 from vestige.errors import UserError
-from vestige.parsing import parse_json
-from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, Part, read_known, require_unaltered
+from vestige.runs._folder import kind_of, read_known, require_unaltered
+from vestige.runs._groups import student_half_width
+from vestige.runs._record import RECORD_FILE, DataRecord, ModelRecord, Part
 
 AUDIT_FORMAT = 1
 CHANCE_BITS = 1.4427
@@ -33,6 +36,14 @@ class SubjectRecord(Part):
     """Of the data's own examples: of their answers where they have any."""
     norms: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Of the weights, and of their `change` since the first checkpoint."""
+
+
+def format_span(span: Sequence[float | None], unknown: str = "–") -> str:
+    """Return a value and the ends of its interval as a reader takes them: 0.612 [0.550, 0.671]."""
+    value, low, high = span
+    if value is None or not math.isfinite(value):
+        return unknown
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def low_stands_out(high: str) -> bool:
@@ -249,11 +260,7 @@ class AuditRecord(Part):
 
 def is_audit(folder: Path) -> bool:
     """Return whether `folder` holds the run of an audit."""
-    try:
-        content = parse_json((folder / RECORD_FILE).read_bytes())
-        return isinstance(content, dict) and content.get("kind") == "audit"
-    except (OSError, ValueError):
-        return False
+    return kind_of(folder) == "audit"
 
 
 def read_audit_record(folder: str | Path, *, checked: bool = True) -> AuditRecord:
@@ -301,6 +308,7 @@ def roc_curve(
     scores: Float[np.ndarray, "example"], found: Bool[np.ndarray, "example"]
 ) -> tuple[Float[np.ndarray, "point"], Float[np.ndarray, "point"]]:
     """Return false and true positive rates from the highest score down; equal scores are flagged together."""
+    # By hand: sklearn takes longer to import than a page to draw.
     known = ~np.isnan(scores)
     scores, found = scores[known], found[known]
     order = np.argsort(-scores, kind="stable")
@@ -316,14 +324,14 @@ def agreement(columns: Mapping[str, Float[np.ndarray, "example"]]) -> tuple[list
     varying = {name: values for name, values in columns.items() if len(np.unique(values[~np.isnan(values)])) > 1}
     names = list(varying)
     table = np.full((len(names), len(names)), np.nan)
-    for one, first in enumerate(names):
-        for other, second in enumerate(names):
-            both = ~np.isnan(varying[first]) & ~np.isnan(varying[second])
-            if both.sum() < 3:
-                continue
-            ranks = [rankdata(varying[name][both]) for name in (first, second)]
-            if all(each.std() > 0 for each in ranks):
-                table[one, other] = np.corrcoef(*ranks)[0, 1]
+    for one, other in combinations_with_replacement(range(len(names)), 2):
+        first, second = varying[names[one]], varying[names[other]]
+        both = ~np.isnan(first) & ~np.isnan(second)
+        if both.sum() < 3:
+            continue
+        ranks = rankdata(first[both]), rankdata(second[both])
+        if all(each.std() > 0 for each in ranks):
+            table[one, other] = table[other, one] = np.corrcoef(*ranks)[0, 1]
     return names, table
 
 
@@ -343,8 +351,6 @@ class Exposed(NamedTuple):
 
 def mean_exposures(canaries: Sequence[CanaryRecord]) -> list[Exposed]:
     """Return mean exposure by number of copies and then by checkpoint; secrets without a finite loss do not count."""
-    from scipy.stats import t
-
     groups: dict[tuple[int, int], list[CanaryRecord]] = {}
     for each in canaries:
         if each.exposure is not None:
@@ -353,9 +359,8 @@ def mean_exposures(canaries: Sequence[CanaryRecord]) -> list[Exposed]:
     found = []
     for (copies, checkpoint), group in sorted(groups.items()):
         values, most = np.array([each.exposure for each in group]), max(each.most for each in group)
-        count, mean, reach = len(values), float(values.mean()), np.nan
-        if count > 1:
-            reach = float(t.ppf(0.975, count - 1) * values.std(ddof=1) / np.sqrt(count))
-        ends = (max(mean - reach, 0.0), min(mean + reach, most)) if count > 1 else (np.nan, np.nan)
+        count, mean = len(values), float(values.mean())
+        reach = student_half_width(count) * values.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
+        ends = np.clip([mean - reach, mean + reach], 0.0, most).tolist()
         found.append(Exposed(None if copies < 0 else copies, checkpoint, count, mean, *ends))
     return found

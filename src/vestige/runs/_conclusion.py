@@ -4,13 +4,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple, final
+from typing import Literal, NamedTuple, final
 
-from vestige.runs._listed import ScoreRow, Wording, same_answer
+from vestige import runs
+from vestige.runs._listed import ScoreRow
+from vestige.runs._words import Wording, same_answer
 from vestige.terminal import shorten
-
-if TYPE_CHECKING:
-    from vestige.runs import Scores
 
 Kind = Literal["one", "several", "hubs", "none"]
 
@@ -69,7 +68,7 @@ class Conclusion:
         return "\n".join(self.sentences)
 
 
-def conclude(scores: "Scores", query: int | str) -> Conclusion:
+def conclude(scores: "runs.Scores", query: int | str) -> Conclusion:
     """Return what the listed scores and texts of a query say, in words.
 
     Args:
@@ -100,15 +99,17 @@ class _Text(NamedTuple):
 class _Reading:
     """The listed rows of one query."""
 
-    def __init__(self, scores: "Scores", query: str) -> None:
-        self._scores, self._query = scores, query
-        self._proponents, self._opponents = scores.listed(query, "proponent"), scores.listed(query, "opponent")
+    def __init__(self, scores: "runs.Scores", query: str) -> None:
+        self._scores, self._query, self._asked = scores, query, scores.query(query)
+        self._proponents, self._opponents = scores.ends(query).values()
         distribution = scores.run.distribution.get(query)
         self._mean, self._std = (0.0, 0.0) if distribution is None else (distribution.mean, distribution.std)
         # Of sources, a run shows an excerpt for each and no texts.
         scored = scores.run.data.examples - len(scores.run.left_out)
         is_part = scores.run.ladder is not None
         self._sources = distribution is not None and distribution.count < scored and not is_part
+        self._noun = "source" if self._sources else "row"
+        self._listed = {row.row for row in (*self._proponents, *self._opponents)}
 
     def conclude(self) -> Conclusion:
         standing = self._count_standing()
@@ -119,10 +120,6 @@ class _Reading:
         sentences = [*self._describe_first(kind, standing, hubs), *self._describe_answer(kind)]
         sentences += [*self._describe_opponent(), *self._describe_conflicts(conflicts), *self._describe_sign()]
         return Conclusion(self._query, kind, tuple(sentences), rows, self._lead, conflicts)
-
-    @property
-    def _noun(self) -> str:
-        return "source" if self._sources else "row"
 
     @cached_property
     def _texts(self) -> list[_Text]:
@@ -175,7 +172,7 @@ class _Reading:
         """Return pairs that answer the same question differently, one for and one against the query's answer."""
         if self._sources or not self._scores.meaning.causal:
             return ()
-        words, asked = self._scores.words, self._scores.query_wording(self._query).question
+        words = self._scores.words
         against: dict[frozenset[str], list[ScoreRow]] = {}
         for row in self._strong(self._opponents, -1):
             against.setdefault(words.question_key(self._wording(row).question), []).append(row)
@@ -183,23 +180,23 @@ class _Reading:
             Conflict(row.example_id, other.example_id)
             for row in self._strong(self._proponents, 1)
             for other in against.get(words.question_key(self._wording(row).question), ())
-            if self._differ(self._wording(row), self._wording(other), asked)
+            if self._differ(self._wording(row), self._wording(other))
         )
 
     def _strong(self, rows: Sequence[ScoreRow], sign: int) -> list[ScoreRow]:
         """Return the rows of an end that have a share of its strongest score, or answer the query's own question."""
-        words, asked = self._scores.words, self._scores.query_wording(self._query).question
+        same = self._scores.words.same_question
         least = CONFLICTING * sign * rows[0].score if rows else 0.0
         return [
             row
             for row in rows
             if sign * row.score > 0
-            and (sign * row.score >= least or words.same_question(self._wording(row).question, asked))
+            and (sign * row.score >= least or same(self._wording(row).question, self._asked.question))
         ]
 
-    def _differ(self, one: Wording, other: Wording, asked: str) -> bool:
+    def _differ(self, one: Wording, other: Wording) -> bool:
         """Return whether two rows answer the same question, or both the query's own, and not in the same way."""
-        same = self._scores.words.same_question
+        same, asked = self._scores.words.same_question, self._asked.question
         both = same(one.question, other.question) or (same(one.question, asked) and same(other.question, asked))
         return both and bool(one.answer) and bool(other.answer) and not same_answer(one.answer, other.answer)
 
@@ -267,15 +264,10 @@ class _Reading:
     @cached_property
     def _is_stated(self) -> bool:
         """True if a listed row holds enough of the answer's telling words, or it has none."""
-        query = self._scores.query_wording(self._query)
-        words, telling = self._scores.words, self._scores.words.telling(query)
-        if self._sources or not query.question or not telling:
+        words, telling = self._scores.words, self._scores.words.telling(self._asked)
+        if self._sources or not self._asked.question or not telling:
             return True
         return any(words.share_stated(telling, self._scores.wording(row)) >= STATED for row in self._listed)
-
-    @property
-    def _listed(self) -> set[int]:
-        return {row.row for row in (*self._proponents, *self._opponents)}
 
     def _describe_answer(self, kind: Kind) -> list[str]:
         """Return that no listed row states the answer, unless the headline does."""

@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 
 from vestige.errors import CorruptFile, UserError
 from vestige.parsing import parse_json
-from vestige.runs._record import DENSE_FILE, is_run, read_record, require_unaltered
+from vestige.runs._folder import is_run, read_record, require_unaltered
+from vestige.runs._record import DENSE_FILE
 
 if TYPE_CHECKING:
     from vestige.data import Example
@@ -81,14 +82,7 @@ class DenseFile:
     """All scores of a run on disk, [query, example]."""
 
     def __init__(self, path: Path) -> None:
-        """Use `open_dense`.
-
-        Args:
-            path: The file.
-
-        Raises:
-            ValueError: It is damaged; or another error of parsing its header.
-        """
+        """Use `open_dense`, which catches what the parsing of a damaged header raises."""
         self.path = path
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -131,13 +125,7 @@ class StoredIds:
     """Ids of an axis of a run, in order: a list in JSON, decoded name by name, which takes a fifth of their memory."""
 
     def __init__(self, path: Path, text: str, count: int) -> None:
-        """Use `DenseFile.example_ids`.
-
-        Args:
-            path: The file.
-            text: The list.
-            count: How many there are to be.
-        """
+        """Use `DenseFile.example_ids`: of `text`, the list in the file at `path`, `count` names are expected."""
         self._path, self._text, self._count = path, text, count
 
     def __len__(self) -> int:

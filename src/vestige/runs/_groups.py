@@ -2,15 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from vestige import runs
 from vestige.runs._record import GroupRecord
-
-if TYPE_CHECKING:
-    from vestige.runs import Scores
 
 NO_SOURCE = "(no source)"
 FEW_ROWS = 5
@@ -105,7 +103,7 @@ class SourceLift(NamedTuple):
     """Whether too few rows carry it for the interval to be trusted: fewer than five, or in effect fewer than two."""
 
 
-def find_source_lift(scores: "Scores", queries: Sequence[int | str]) -> list[SourceLift]:
+def find_source_lift(scores: "runs.Scores", queries: Sequence[int | str]) -> list[SourceLift]:
     """Return every source with its lift for some queries together: thin ones last, then the highest lift first.
 
     Each query counts the same, whatever the size of its scores. The interval asks whether other rows of the source
@@ -154,7 +152,7 @@ def _complete(groups: Sequence[GroupRecord]) -> list[GroupRecord]:
     return list(groups) if known and any(group.positive for group in groups) else []
 
 
-def _add_up(scores: "Scores", groups: Mapping[str, Sequence[GroupRecord]]) -> dict[str, _Moments]:
+def _add_up(scores: "runs.Scores", groups: Mapping[str, Sequence[GroupRecord]]) -> dict[str, _Moments]:
     """Return the moments of every source.
 
     The squares need every row's sum over the queries. Listed rows are known, for others the lowest listed score of a

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from vestige import runs
 from vestige.figures import COLOURS, finish_axes, make_figure
 from vestige.terminal import shorten
 
@@ -9,14 +10,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from vestige.runs import Scores
 
 _PROPONENTS, _OPPONENTS = 10, 5
 _NAME = 40
 _REST = "#8A8A8A"
 
 
-def draw_ranking(scores: "Scores", query: str) -> "Figure":
+def draw_ranking(scores: "runs.Scores", query: str) -> "Figure":
     """Return a figure of two panels: the first rows and the strongest opponents, and the histogram of all scores."""
     proponents = scores.listed(query, "proponent")[:_PROPONENTS]
     known = {row.row for row in proponents}
@@ -31,11 +31,11 @@ def draw_ranking(scores: "Scores", query: str) -> "Figure":
     bars.axvline(0, color="#BBBBBB", linewidth=0.9, zorder=0)
     finish_axes(bars, "score", "", "x")
     _draw_histogram(histogram, scores, query, [row.score for row in rows])
-    figure.suptitle(shorten(scores.query_wording(query).question or query, 100), fontsize="medium", parse_math=False)
+    figure.suptitle(shorten(scores.query(query).question or query, 100), fontsize="medium", parse_math=False)
     return figure
 
 
-def _draw_histogram(axes: "Axes", scores: "Scores", query: str, marks: list[float]) -> None:
+def _draw_histogram(axes: "Axes", scores: "runs.Scores", query: str, marks: list[float]) -> None:
     found = scores.run.distribution.get(query)
     if found is not None:
         axes.stairs(found.counts, found.edges, fill=True, color=_REST, alpha=0.6)

@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from vestige.runs._conclusion import conclude
+from vestige import runs
 from vestige.runs._listed import ScoreTable
 from vestige.terminal import shorten
-
-if TYPE_CHECKING:
-    from vestige.runs import Scores
 
 _NAMED = 3
 _TEXT = 160
@@ -64,13 +61,7 @@ class Proofs(NamedTuple):
 
 
 def list_spans(rows: Sequence[dict[str, Any]], query: str, least: int) -> ScoreTable[VerbatimSpan]:
-    """Return the spans of a query, given by its id, the rarest first.
-
-    Args:
-        rows: Of the table `verbatim`.
-        query: Its id.
-        least: Tokens of the shortest span that was searched for.
-    """
+    """Return the spans of a query out of the rows of `verbatim`; `least` tokens were searched for, or more."""
     spans = []
     for _, same in groupby((row for row in rows if row["query_id"] == query), key=lambda row: row["span"]):
         listed = list(same)
@@ -85,7 +76,7 @@ def _cells(span: VerbatimSpan) -> tuple[str, ...]:
     return str(span.tokens), f"{span.occurrences:,}", _name_rows(span), span.text
 
 
-def prove(scores: "Scores", query: int | str) -> Proofs:
+def prove(scores: "runs.Scores", query: int | str) -> Proofs:
     """Return what the ranking, the spans and the rows that hold them say of an answer.
 
     Args:
@@ -107,10 +98,10 @@ def prove(scores: "Scores", query: int | str) -> Proofs:
     return Proofs(moved, stated, _describe_memorized(spans))
 
 
-def _describe_moved(scores: "Scores", query: int | str) -> str:
+def _describe_moved(scores: "runs.Scores", query: int | str) -> str:
     if not scores.meaning.causal:
         return f"Not known: {scores.run.method} says how alike rows are to the query, not what training on them does."
-    found = conclude(scores, query)
+    found = runs.conclude(scores, query)
     if found.kind not in ("one", "several"):
         return found.sentences[0]
     names = ", ".join(map(shorten, found.rows[:_NAMED]))

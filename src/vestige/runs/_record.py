@@ -1,18 +1,13 @@
 """`run.json`: everything about a run that is not a table, checked when it is read."""
 
 import platform
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from vestige.errors import CorruptFile, UserError
-from vestige.parsing import first_problem, parse_finite_json, parse_json
-from vestige.storage import sha256_of, sha256_once
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 
 
@@ -46,44 +41,6 @@ class Meaning:
         return asdict(self)
 
 
-Digests = Mapping[str, str]
-"""sha256 by name, `figures/roc.png` for a file in a folder."""
-
-
-def digests_of(folder: Path) -> dict[str, str]:
-    """Return the digests of all files in a folder and the folders in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
-
-
-def require_unaltered(folder: Path, digests: Digests, *names: str) -> None:
-    """Compare files with their digests, each once per process; one that has none is of an earlier version.
-
-    Raises:
-        CorruptFile: A file is not what was written.
-    """
-    for name in names:
-        if name in digests and (fault := _fault(folder, name, digests[name], sha256_once)):
-            raise CorruptFile(
-                f"{folder / name} {fault}. Do not trust this run: restore the file from a copy, or make the run again "
-                f"with another --out or with --overwrite. All its files: vestige status --verify {folder}"
-            )
-
-
-def file_faults(folder: Path, digests: Digests) -> dict[str, str | None]:
-    """Return what is wrong with each file of a run, None where nothing is; reads every byte."""
-    return {name: _fault(folder, name, digest, sha256_of) for name, digest in digests.items()}
-
-
-def _fault(folder: Path, name: str, digest: str, read: Callable[[Path], str]) -> str | None:
-    place = PurePosixPath(name)
-    if place.is_absolute() or ".." in place.parts:
-        return "lies outside of the run"
-    if not (folder / name).is_file():
-        return "is missing"
-    return None if read(folder / name) == digest else "was altered: its sha256 is not the one in run.json"
-
-
 PACKAGES = ("vestige", "torch", "transformers", "peft", "datasets", "numpy", "safetensors", "pyarrow")
 
 
@@ -98,11 +55,11 @@ def environment() -> dict[str, str]:
     return found
 
 
-Record = TypeVar("Record", bound=BaseModel)
-
 RUN_FORMAT = 1
 RECORD_FILE = "run.json"
 DENSE_FILE = "scores.safetensors"
+FIRST_RUNG = "first-rung"
+"""Folder, in a run that scored a few rows exactly, of the run that ranked all of them."""
 
 Verdict = Literal["good", "warn", "unknown"]
 
@@ -296,18 +253,6 @@ class RunRecord(Part):
         names = [PARTS.get(part, part) for part in self.missing]
         return f"Not there yet: {', '.join(names)}. The same command adds what is missing: {self.command}"
 
-    @field_validator("meaning", mode="before")
-    @classmethod
-    def _meaning_from_dict(cls, value: Any) -> Any:
-        # A later version may record more about a score than this one knows; what it knows must be there.
-        if isinstance(value, dict):
-            return {name: text for name, text in value.items() if name in Meaning.__dataclass_fields__}
-        return value
-
-    @field_serializer("meaning")
-    def _meaning_to_dict(self, meaning: Meaning) -> dict[str, str]:
-        return meaning.to_dict()
-
 
 def describe_process() -> dict[str, Any]:
     """Return the fields of a record that are facts about this process: versions, the time, and the peak memory."""
@@ -318,101 +263,3 @@ def describe_process() -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
     }
-
-
-def is_run(folder: Path) -> bool:
-    """Return whether `folder` holds a run."""
-    return (folder / RECORD_FILE).is_file()
-
-
-def require_run(folder: str | Path) -> None:
-    """Raise if a folder holds no run.
-
-    Raises:
-        UserError: It has no record.
-    """
-    if not is_run(Path(folder)):
-        raise UserError(
-            f"{folder} is not a run: it has no {RECORD_FILE}.\n"
-            "Give the folder that `vestige attribute ... --out RUN` wrote."
-        )
-
-
-def is_complete(folder: Path) -> bool:
-    """Return whether `folder` holds a run of any kind that lacks none of its parts."""
-    try:
-        content = parse_json((folder / RECORD_FILE).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and not content.get("missing")
-
-
-def read_record(folder: str | Path, *, checked: bool = True) -> RunRecord:
-    """Read and check the `run.json` of a run directory.
-
-    Args:
-        folder: The run.
-        checked: Compare the run's tables with their digests; `open_dense` does so with the scores of all examples.
-
-    Raises:
-        UserError: there is no run, or a newer Vestige wrote it.
-        CorruptFile: the file, or a table of the run, is not what Vestige wrote.
-    """
-    path = Path(folder) / RECORD_FILE
-    require_run(folder)
-    header = parse_record(_Header, path, whole=False)
-    if header.kind == "audit":
-        raise UserError(f"{folder} is an audit and holds no scores. In Python: vestige.Audit.open({str(folder)!r})")
-    if header.kind == "training":
-        raise UserError(f"{folder} is a training and holds no scores. Type: vestige status {folder}")
-    record = read_known(RunRecord, path, RUN_FORMAT)
-    if checked:
-        require_unaltered(path.parent, record.files, *(name for name in record.files if name != DENSE_FILE))
-    return record
-
-
-def read_known(kind: type[Record], path: Path, newest: int, *, whole: bool = True) -> Record:
-    """Return the record in a file, as `parse_record` does, of a format up to `newest`.
-
-    Raises:
-        UserError: A newer Vestige wrote it.
-        CorruptFile: It is missing, or not what Vestige writes.
-    """
-    header = parse_record(_Header, path, whole=False)
-    if header.format > newest:
-        raise UserError(
-            f"{path.parent} was written by Vestige {header.vestige} in {path.stem} format {header.format}; "
-            f"this version reads up to format {newest}.\nUpdate with `pip install --upgrade vestige`."
-        )
-    return parse_record(kind, path, whole=whole)
-
-
-def parse_record(kind: type[Record], path: Path, *, whole: bool) -> Record:
-    """Return the record in a file of JSON.
-
-    Args:
-        kind: Of the record; it may name some of the fields alone.
-        path: Of the file.
-        whole: Check the numbers of all fields; without, reading a few of them takes a twentieth of the time.
-
-    Raises:
-        CorruptFile: It is missing, or not what Vestige writes: no number is NaN or infinite there, for example.
-    """
-    try:
-        content = path.read_bytes()
-        if whole:
-            parse_finite_json(content)
-        return kind.model_validate_json(content)
-    except (OSError, ValueError) as error:
-        reason = first_problem(error) if isinstance(error, ValidationError) else error
-        raise CorruptFile(
-            f"{path} is not a {path.stem} record: {reason}. Run the command that made it again."
-        ) from error
-
-
-class _Header(Part):
-    """The fields that must be readable in every format, past and future."""
-
-    format: int
-    kind: str = "scores"
-    vestige: str = "of a later version"

@@ -5,42 +5,26 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
 from vestige import runs
-from vestige.errors import CorruptFile, MissingExtra, UserError
-from vestige.runs._compare import Comparison, compare
-from vestige.runs._dense import open_dense, rank_scores
-from vestige.runs._ladder import Standing, list_below, list_standing
-from vestige.runs._listed import (
-    HEADINGS,
-    ComponentScore,
-    Listed,
-    Question,
-    ScoreRow,
-    ScoreTable,
-    SelfInfluence,
-    TokenScore,
-    Wording,
-    Words,
-    cells_of,
-    excerpt,
-    question_of,
-    relative_strength,
-    render_html,
-    row_text,
-    turns_or_text,
-    wording_of,
-)
+from vestige.errors import MissingExtra, UserError
+from vestige.runs._dense import open_dense
+from vestige.runs._folder import read_record
+from vestige.runs._listed import ComponentScore, ScoreRow, ScoreTable, SelfInfluence, TokenScore, excerpt, render_html
 from vestige.runs._proofs import Proofs, VerbatimSpan, list_spans, prove
-from vestige.runs._record import DENSE_FILE, Meaning, RunRecord, read_record
+from vestige.runs._rankings import TITLE_WIDTH, Comparison, Standing, compare, list_end, list_standing
+from vestige.runs._record import DENSE_FILE, Meaning, RunRecord
+from vestige.runs._stored import REMEDY, PartTable, StoredTables
 from vestige.runs._summary import End
-from vestige.runs._tables import REMEDY, read_run_table, turns_of
+from vestige.runs._tables import SCHEMAS
+from vestige.runs._words import Question, Wording, Words
 from vestige.storage import local_result
 from vestige.tables import reading
 from vestige.terminal import shorten
@@ -50,7 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SELF_TABLE = "self_influence"
-_TITLE_WIDTH = 100
 _SHOWN = 5
 """Queries that a printed run shows."""
 
@@ -69,6 +52,7 @@ class Scores:
         self.folder = folder
         self.run = run
         """Everything in `run.json`."""
+        self.tables = StoredTables(folder, run)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Scores":
@@ -89,12 +73,12 @@ class Scores:
     @cached_property
     def queries(self) -> list[str]:
         """Ids of the queries, in order."""
-        return [str(row["query_id"]) for row in self._query_rows]
+        return list(self.tables.queries)
 
     @property
     def generated(self) -> int:
         """Return how many of the queries are answers that the model gave itself."""
-        return sum(bool(row.get("generated")) for row in self._query_rows)
+        return sum(query.generated for query in self.tables.queries.values())
 
     def top(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
         """Return the `k` proponents of a query: the training examples with the highest scores, highest first.
@@ -104,7 +88,7 @@ class Scores:
             k: How many. Beyond those that the run lists, the rows come from all scores where the run has them, without
                 texts that it lacks; else the table's note says how to get more.
         """
-        return self._end(query, "proponent", k)
+        return list_end(self, self.query_id(query), "proponent", k)
 
     def bottom(self, query: int | str = 0, k: int = 10) -> ScoreTable[ScoreRow]:
         """Return the `k` opponents of a query: the training examples with the lowest scores, lowest first.
@@ -113,22 +97,31 @@ class Scores:
             query: Position or id of the query.
             k: As for `top`.
         """
-        return self._end(query, "opponent", k)
+        return list_end(self, self.query_id(query), "opponent", k)
 
     def listed(self, query: int | str, end: End) -> list[ScoreRow]:
         """Return every row that the run lists at one end of a query's ranking, best first."""
-        name = self.query_id(query)
-        first = self._ranking.get((name, "proponent"), ())
-        highest = first[0]["score"] if first else 0.0
-        return [self._score_row(row, highest) for row in self._ranking.get((name, end), ())]
+        return self.tables.ranking.get((self.query_id(query), end), [])
+
+    def ends(self, query: int | str) -> dict[End, list[ScoreRow]]:
+        """Return every row that the run lists for a query: proponents, then opponents, each best first."""
+        return {end: self.listed(query, end) for end in get_args(End)}
+
+    def all_listed(self) -> list[ScoreRow]:
+        """Return every listed row of every query."""
+        return [row for query in self.queries for rows in self.ends(query).values() for row in rows]
 
     def wording(self, row: int) -> Wording:
-        """Return question and answer of a listed example, given by its position in the training data."""
-        return self._example(row).wording
+        """Return question and answer of a listed example, given by its position in the training data.
 
-    def query_wording(self, query: int | str) -> Wording:
-        """Return question and answer of a query."""
-        return wording_of(self._query_rows[self.queries.index(self.query_id(query))])
+        Raises:
+            UserError: The run does not list it.
+        """
+        if row not in self.tables.examples:
+            raise UserError(
+                f"{self.folder} lists no training row {row}. Give the `row` of one from `scores.top(query)`."
+            )
+        return self.tables.examples[row].wording
 
     def query(self, query: int | str = 0) -> Question:
         """Return a query: question, answer, what it is explained instead of or which part, and its loss.
@@ -136,7 +129,7 @@ class Scores:
         Args:
             query: Position or id of the query.
         """
-        return question_of(self._query_rows[self.queries.index(self.query_id(query))])
+        return self.tables.queries[self.query_id(query)]
 
     def ladder(self, query: int | str = 0, k: int = 10) -> ScoreTable[Standing]:
         """Return where the first proponents of a query stood at each rung, of a run with `rerank`.
@@ -155,7 +148,7 @@ class Scores:
     @property
     def has_verbatim(self) -> bool:
         """True if the run says where its answers stand word for word."""
-        return self._has("verbatim")
+        return self.tables.has("verbatim")
 
     def verbatim(self, query: int | str = 0) -> ScoreTable[VerbatimSpan]:
         """Return the parts of a query's answer that stand word for word in training rows, the rarest first.
@@ -186,18 +179,17 @@ class Scores:
 
     @cached_property
     def _spans(self) -> list[dict[str, Any]]:
-        return self._read("verbatim").to_pylist()
+        return self.tables.read("verbatim").to_pylist()
 
     @cached_property
     def words(self) -> Words:
         """The words of all listed examples and queries, by which two of them are compared."""
-        queries = [self.query_wording(query) for query in self.queries]
-        return Words([*queries, *(example.wording for example in self._examples.values())])
+        return Words([each.wording for each in (*self.tables.queries.values(), *self.tables.examples.values())])
 
     def count_leading(self, first: int) -> Counter[int]:
         """Return for how many queries each row is among the first proponents."""
-        ends = (rows for (_, end), rows in self._ranking.items() if end == "proponent")
-        return Counter(row["row"] for rows in ends for row in rows[:first])
+        ends = (rows for (_, end), rows in self.tables.ranking.items() if end == "proponent")
+        return Counter(row.row for rows in ends for row in rows[:first])
 
     def components(self, query: int | str, example_id: str) -> list[ComponentScore]:
         """Split the score of a listed example over the model's components: the parts add up to it.
@@ -206,8 +198,7 @@ class Scores:
             UserError: the method has no components, or the pair is not among the listed ones.
         """
         without = f"The method `{self.run.method}` does not split scores by component."
-        rows = self._pair("components", query, example_id, without)
-        return [ComponentScore(row["component"], row["score"]) for row in rows]
+        return self._pair("components", query, example_id, without)
 
     def tokens(self, query: int | str, example_id: str) -> list[TokenScore]:
         """Split the score of a listed example over its tokens: the parts add up to it; in order of position.
@@ -218,9 +209,7 @@ class Scores:
         Raises:
             UserError: no token scores were requested, or the pair is not among the listed ones.
         """
-        rows = self._pair("tokens", query, example_id, "Run `vestige attribute` again with --tokens.")
-        ordered = sorted(rows, key=lambda row: row["position"])
-        return [TokenScore(row["position"], row["token"], row["score"]) for row in ordered]
+        return sorted(self._pair("tokens", query, example_id, "Run `vestige attribute` again with --tokens."))
 
     def dense(self) -> Float[np.ndarray, "query example"]:
         """Return all scores, float32, in the order of the queries and of the training data.
@@ -266,6 +255,16 @@ class Scores:
         at = self.queries.index(self.query_id(query))
         return open_dense(self.folder).read(queries=slice(at, at + 1))[0]
 
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return a dictionary for each listed row of each query, proponents before opponents."""
+        names = ("rank", "example_id", "score", "percentile", "text", "source", "row")
+        return [
+            {"query_id": query, "end": end, **{name: getattr(row, name) for name in names}}
+            for query in self.queries
+            for end, rows in self.ends(query).items()
+            for row in rows
+        ]
+
     def to_pandas(self, *, dense: bool = False) -> "pandas.DataFrame":
         """Return the run as a pandas data frame.
 
@@ -282,12 +281,9 @@ class Scores:
         except ImportError as error:
             raise MissingExtra("Data frames need pandas.\nType: pip install pandas") from error
         if dense:
-            file = open_dense(self.folder)
-            index = pandas.Index(list(file.example_ids()), name="example_id")
-            return pandas.DataFrame(file.read().T, index=index, columns=pandas.Index(self.queries, name="query_id"))
-        frame = pandas.DataFrame(self._read("scores").to_pydict())
-        texts = [self._example(row) for row in frame["row"]]
-        return frame.assign(text=[text.text for text in texts], source=[text.source for text in texts])
+            index = pandas.Index(self.tables.dense_ids, name="example_id")
+            return pandas.DataFrame(self.dense().T, index=index, columns=pandas.Index(self.queries, name="query_id"))
+        return pandas.DataFrame(self.to_rows(), columns=[*SCHEMAS["scores"].names, "text", "source"])
 
     def compare(self, other: "Scores", query: int | str = 0, k: int = 10) -> Comparison:
         """Compare the ranking of a query with that of another run: two methods, checkpoints or settings.
@@ -317,15 +313,15 @@ class Scores:
         return runs.draw_ranking(self, self.query_id(query))
 
     def __repr__(self) -> str:
-        words = [excerpt(turns_or_text(row), 90) for row in self._query_rows[:_SHOWN]]
+        words = (excerpt(query.wording.shown, 90) for query in islice(self.tables.queries.values(), _SHOWN))
         lines = [self._title, *(f"  {number}: {shown}" for number, shown in enumerate(words))]
         more = (self._more, self.meaning.sign, self.run.describe_missing())
         return "\n".join(line for line in (*lines, *more) if line)
 
     def _repr_html_(self) -> str:
         rows = [
-            (shorten(query), excerpt(turns_or_text(row), _TITLE_WIDTH), runs.conclude(self, query).sentences[0])
-            for query, row in zip(self.queries[:_SHOWN], self._query_rows, strict=False)
+            (shorten(name), excerpt(query.wording.shown, TITLE_WIDTH), runs.conclude(self, name).sentences[0])
+            for name, query in islice(self.tables.queries.items(), _SHOWN)
         ]
         caption = " ".join(part for part in (self._title, self._more, self.run.describe_missing()) if part)
         return render_html(caption, ("query", "question and answer", "conclusion"), rows)
@@ -338,55 +334,6 @@ class Scores:
     def _title(self) -> str:
         run = self.run
         return f"Scores of {len(self.queries)} queries against {run.data.examples} examples by {run.method}"
-
-    def _end(self, query: int | str, end: End, k: int) -> ScoreTable[ScoreRow]:
-        name, note = self.query_id(query), ""
-        listed = self.listed(name, end)
-        rows, kept = listed[:k], len(listed)
-        # Where sources are scored, there are fewer columns than training examples.
-        summary = self.run.distribution.get(name)
-        scored = summary.count if summary is not None else self.run.data.examples
-        if kept < k and self.run.ladder is not None and end == "proponent" and kept == scored:
-            first = Scores.open(self.folder / runs.FIRST_RUNG).listed(name, end)
-            rows = [*rows, *list_below(self.run.ladder, first, k - kept)]
-            note = f"(rows that are not scored keep the order of {self.run.ladder.rungs[0].name})"
-        elif kept < min(k, scored):
-            if self.has_dense:
-                rows = self._read_further(name, end, rows, k)
-                without = sum(row.row not in self._examples for row in rows)
-                note = f"(the run has no text of {without} of them)" if without else ""
-            else:
-                note = f"(the run lists {kept} of {scored}; for more: k={min(k, scored)} or dense=True)"
-        words = excerpt(turns_or_text(self._query_rows[self.queries.index(name)]), _TITLE_WIDTH)
-        chosen = self.query(name).explained
-        about = f" ({shorten(chosen, _TITLE_WIDTH)})" if chosen else ""
-        return ScoreTable(rows, HEADINGS, cells_of, f"{end}s of query {shorten(name)}: {words}{about}", note)
-
-    def _read_further(self, query: str, end: End, listed: Sequence[ScoreRow], k: int) -> list[ScoreRow]:
-        """Return the first `k` rows of an end, those behind the listed ones from all scores."""
-        found, have = list(listed), {row.row for row in listed}
-        scores, order, percentiles = rank_scores(self.dense_of(query), end)
-        for row in order.tolist():
-            if len(found) == k:
-                break
-            if row not in have:
-                text = self._examples.get(row)
-                shown = ("", None, row, ()) if text is None else (text.text, text.source, row, text.turns)
-                score, strength = float(scores[row]), relative_strength(float(scores[row]), float(np.nanmax(scores)))
-                found.append(
-                    ScoreRow(len(found) + 1, self._dense_ids[row], score, percentiles(score), *shown, strength)
-                )
-        return found
-
-    @cached_property
-    def _dense_ids(self) -> list[str]:
-        return list(open_dense(self.folder).example_ids())
-
-    def _score_row(self, row: dict[str, Any], highest: float) -> ScoreRow:
-        found = self._example(row["row"])
-        fields = (row["rank"], row["example_id"], row["score"], row["percentile"])
-        strength = relative_strength(row["score"], highest)
-        return ScoreRow(*fields, found.text, found.source, row["row"], found.turns, strength)
 
     def query_id(self, query: int | str) -> str:
         """Return the id of a query that is given by its position or its id.
@@ -411,60 +358,27 @@ class Scores:
             )
         return self.queries[position]
 
-    @cached_property
-    def _query_rows(self) -> list[dict[str, Any]]:
-        return sorted(self._read("queries").to_pylist(), key=lambda row: row["row"])
-
-    @cached_property
-    def _ranking(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """The listed rows by query and end, best first."""
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in sorted(self._read("scores").to_pylist(), key=lambda row: row["rank"]):
-            found.setdefault((row["query_id"], row["end"]), []).append(row)
-        return found
-
-    @cached_property
-    def _examples(self) -> dict[int, Listed]:
-        """Listed examples by row."""
-        rows = self._read("examples").to_pylist()
-        return {
-            row["row"]: Listed(row_text(row), row["source"], turns_of(row["messages"]), wording_of(row)) for row in rows
-        }
-
-    def _example(self, row: int) -> Listed:
-        if row not in self._examples:
-            raise CorruptFile(f"{self.folder / 'examples.parquet'} lacks row {row}, which has a score. {REMEDY}")
-        return self._examples[row]
-
-    @cached_property
-    def _pairs(self) -> dict[str, dict[tuple[str, str], list[dict[str, Any]]]]:
-        return {}
-
-    def _pair(self, name: str, query: int | str, example_id: str, without: str) -> list[dict[str, Any]]:
-        """Return the rows of an optional table for one query and example."""
-        if not self._has(name):
+    def _pair(self, name: PartTable, query: int | str, example_id: str, without: str) -> list[Any]:
+        """Return the parts of one listed example."""
+        pairs = self.tables.parts(name)
+        if pairs is None:
             raise UserError(f"{self.folder} holds no {name[:-1]} scores. {self.run.describe_missing() or without}")
-        if name not in self._pairs:
-            pairs = self._pairs.setdefault(name, {})
-            for row in self._read(name).to_pylist():
-                pairs.setdefault((row["query_id"], row["example_id"]), []).append(row)
-        found = self._pairs[name].get((self.query_id(query), example_id))
-        if found is None:
+        query = self.query_id(query)
+        if (query, example_id) in pairs:
+            return pairs[query, example_id]
+        same = sum(each.id == example_id for each in self.tables.examples.values())
+        if same > 1:
             raise UserError(
-                f"Example {example_id!r} is not among the listed examples of query {self.query_id(query)!r}.\n"
-                "Give an example_id from `scores.top(query)` or `scores.bottom(query)`."
+                f"{same} listed examples have the id {example_id!r}, so their {name} cannot be distinguished.\n"
+                "Give every example an id of its own, and attribute again."
             )
-        return found
+        raise UserError(
+            f"Example {example_id!r} is not among the listed examples of query {query!r}.\n"
+            "Give an example_id from `scores.top(query)` or `scores.bottom(query)`."
+        )
 
     def _self_influence(self, columns: Sequence[str] | None = None) -> pa.Table:
-        if not self._has(SELF_TABLE):
+        if not self.tables.has(SELF_TABLE):
             advice = self.run.describe_missing() or "Run `vestige attribute` again with --self-influence."
             raise UserError(f"{self.folder} holds no self-influence.\n{advice}")
-        return read_run_table(self.folder, SELF_TABLE, columns)
-
-    def _has(self, name: str) -> bool:
-        """Return whether the run has this table; one that a killed command was about to count in, it lacks."""
-        return name not in self.run.missing and (self.folder / f"{name}.parquet").is_file()
-
-    def _read(self, name: str) -> pa.Table:
-        return read_run_table(self.folder, name)
+        return self.tables.read(SELF_TABLE, columns)

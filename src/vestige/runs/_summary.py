@@ -54,6 +54,8 @@ def _hash(rows: Int[np.ndarray, "row"]) -> UInt64[np.ndarray, "row"]:
 
 
 End = Literal["proponent", "opponent"]
+_SIGNS: dict[End, int] = {"proponent": 1, "opponent": -1}
+"""What scores are multiplied with, so that the best of an end are the highest."""
 
 
 class RankedScore(NamedTuple):
@@ -79,13 +81,7 @@ def _as_array(values: "Tensor | np.ndarray") -> np.ndarray:
     return (values.float() if values.is_floating_point() and values.dtype.itemsize < 4 else values).numpy()
 
 
-def _block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.ndarray, "query row"]]:
-    """Return rows (int64) and scores (float32, or float64 if given so) of a block on the CPU.
-
-    Raises:
-        NonFinite: a score is NaN or infinite.
-    """
-    rows, scores = block.arrays()
+def _require_finite(rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
     if not np.isfinite(scores).all():
         query, column = np.argwhere(~np.isfinite(scores))[0]
         raise NonFinite(
@@ -93,7 +89,6 @@ def _block_arrays(block: ScoreBlock) -> tuple[Int[np.ndarray, "row"], Float[np.n
             "A loss or an activation overflowed: run again with --precision float32, or leave that row out, by hand or "
             "with --skip-bad, of vestige index where there is one."
         )
-    return rows, scores
 
 
 class TopK:
@@ -104,34 +99,30 @@ class TopK:
     """
 
     def __init__(self, queries: int, k: int) -> None:
-        self.k = k
         self._seen = 0
-        self._highest = [_Highest(k) for _ in range(queries)]
-        self._lowest = [_Highest(k) for _ in range(queries)]
+        self._kept = {end: [_Highest(k) for _ in range(queries)] for end in _SIGNS}
 
     def add(self, rows: Int[np.ndarray, "row"], scores: Float[np.ndarray, "query row"]) -> None:
         """Add the scores of `rows`; every row may be given once."""
         self._seen += len(rows)
-        for query, values in enumerate(scores):
-            self._highest[query].add(rows, values)
-            self._lowest[query].add(rows, -values)
+        for end, sign in _SIGNS.items():
+            for kept, values in zip(self._kept[end], scores, strict=True):
+                kept.add(rows, sign * values)
 
     def rows(self, query: int, end: End) -> Int[np.ndarray, "rank"]:
         """Return the rows of one end, best first."""
-        return (self._highest if end == "proponent" else self._lowest)[query].rows
+        return self._kept[end][query].rows
 
     def scores(self, query: int, end: End) -> Float[np.ndarray, "rank"]:
         """Return the scores of one end in float64, best first."""
-        if end == "proponent":
-            return self._highest[query].keys
-        return -self._lowest[query].keys
+        return _SIGNS[end] * self._kept[end][query].keys
 
     def rank(self) -> list[RankedScore]:
         """Return both ends of every query, with exact percentiles."""
         return [
             RankedScore(query, end, rank, int(row), float(score), float(percentile))
-            for query in range(len(self._highest))
-            for end in ("proponent", "opponent")
+            for query in range(len(self._kept["proponent"]))
+            for end in _SIGNS
             for rank, (row, score, percentile) in enumerate(
                 zip(self.rows(query, end), self.scores(query, end), self._percentiles(query, end), strict=True), 1
             )
@@ -140,10 +131,8 @@ class TopK:
     def _percentiles(self, query: int, end: End) -> Float[np.ndarray, "rank"]:
         # Exact although only 2 k scores are kept: whatever is larger than a kept high score (smaller than a
         # kept low one) is kept too, and ties with the last kept one are counted as they stream by.
-        if end == "proponent":
-            smaller = self._seen - self._highest[query].count_at_least()
-        else:
-            smaller = self._lowest[query].count_above()
+        kept = self._kept[end][query]
+        smaller = self._seen - kept.count_at_least() if end == "proponent" else kept.count_above()
         return 100.0 * smaller / max(self._seen, 1)
 
 
@@ -163,21 +152,17 @@ class _Highest:
             if not eligible.any():
                 return
             rows, keys = rows[eligible], keys[eligible]
-        candidates = self._contenders(keys)
-        all_rows = np.concatenate([self.rows, rows[candidates]])
-        all_keys = np.concatenate([self.keys, keys[candidates]])
+        if len(keys) > self._k:
+            # All ties with the k-th stay, since the row decides.
+            highest = keys >= np.partition(keys, -self._k)[-self._k]
+            rows, keys = rows[highest], keys[highest]
+        all_rows, all_keys = np.concatenate([self.rows, rows]), np.concatenate([self.keys, keys])
         order = np.lexsort((all_rows, -all_keys))[: self._k]
         last = all_keys[order[-1]] if len(order) else 0.0
         unmoved = full and last == self.keys[-1]
         already = self._ties if unmoved else int((self.keys == last).sum())
         self._ties = already + int((keys == last).sum())
         self.rows, self.keys = all_rows[order], all_keys[order]
-
-    def _contenders(self, keys: Float[np.ndarray, "row"]) -> np.ndarray:
-        """Return indices that can be among the k highest; all ties with the k-th, since the row decides."""
-        if len(keys) <= self._k:
-            return np.arange(len(keys))
-        return np.flatnonzero(keys >= np.partition(keys, -self._k)[-self._k])
 
     def count_at_least(self) -> Int[np.ndarray, "rank"]:
         """Return, for each kept key, how many keys of the whole stream are at least as high."""
@@ -245,10 +230,11 @@ class ScoreCollector:
             NonFinite: a score is NaN or infinite.
             VestigeError: a row was scored before.
         """
-        wanted = np.flatnonzero(~np.isin(block.arrays()[0], self._left_out)).tolist()
-        if len(wanted) < len(block.rows):
-            block = ScoreBlock(block.rows[wanted], block.scores[:, wanted])
-        rows, scores = _block_arrays(block)
+        rows, scores = block.arrays()
+        wanted = ~np.isin(rows, self._left_out)
+        if not wanted.all():
+            rows, scores = rows[wanted], scores[:, wanted]
+        _require_finite(rows, scores)
         if scores.shape != (self._queries, len(rows)):
             raise VestigeError(f"A score block of shape {scores.shape} for {self._queries} queries x {len(rows)} rows.")
         if (again := self._scored[rows]).any():

@@ -1,25 +1,20 @@
-"""The parquet tables of a run: their schemas, their rows made from data and scores, and their reading with checks."""
+"""The parquet tables of a run: their schemas, and their rows made from data and scores."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from vestige.errors import CorruptFile
-from vestige.parsing import parse_json
 from vestige.runs._dense import id_array, names_of
 from vestige.runs._summary import RankedScore
-from vestige.tables import read_table
 
 if TYPE_CHECKING:
     from vestige.data import Example, TokenizedData
 
-REMEDY = "Run `vestige attribute` again."
 _IDS_AT_ONCE = 2**16
 _UNFINISHED = "�"
 _STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
@@ -29,7 +24,7 @@ _RANK = [("end", _STRING), ("rank", _INT), ("example_id", _STRING), ("row", _INT
 _LABELS = [("source", _STRING), ("label", _STRING), ("length", _INT), ("duplicates", _INT)]
 _FOCUS = [("instead", _STRING), ("span", pa.list_(pa.list_(_INT))), ("weights", pa.list_(_FLOAT))]
 _PAIR = [("query_id", _STRING), ("example_id", _STRING)]
-_MEASURED = ("extraction", "loss", "counterfactual")
+MEASURED = ("extraction", "loss", "counterfactual")
 SCHEMAS = {
     "scores": pa.schema([("query_id", _STRING), *_RANK, ("percentile", _FLOAT)]),
     "examples": pa.schema([("example_id", _STRING), ("row", _INT), *_WORDING, *_LABELS, *_TOKENS]),
@@ -52,17 +47,10 @@ SCHEMAS = {
             *(("query_id", _STRING), ("span", _INT), ("start", _INT), ("text", _STRING), ("tokens", _INT)),
             *(("rarity", _FLOAT), ("occurrences", _INT), ("rows", _INT), ("example_id", _STRING), ("row", _INT)),
             *(("position", _INT), ("source", _STRING), ("before", _STRING), ("after", _STRING)),
-            *((name, _FLOAT) for name in _MEASURED),
+            *((name, _FLOAT) for name in MEASURED),
         ]
     ),
 }
-_REQUIRED = {
-    "scores": ("query_id", "end", "rank", "example_id", "row", "score"),
-    "queries": ("query_id", "row"),
-    "examples": ("example_id", "row"),
-    "verbatim": [name for name in SCHEMAS["verbatim"].names if name not in ("source", *_MEASURED)],
-}
-"""Columns that must be there and hold no null; of the other tables, all."""
 
 
 class Decoder(Protocol):
@@ -146,12 +134,10 @@ class RunTables(NamedTuple):
 def make_tables(content: RunTables, components: Sequence[str]) -> dict[str, pa.Table]:
     """Return the tables of a run by name; of those that a run may lack, the ones whose content is there.
 
-    Args:
-        content: What they hold.
-        components: Names of the components that scores are split over.
+    `components` are the names of those that scores are split over.
     """
     rows: dict[str, Iterable[dict[str, Any]]] = {
-        "scores": _score_rows(content),
+        "scores": (_pair(content, score.query, score.row) | score._asdict() for score in content.ranked),
         "examples": _example_rows(content),
         "queries": _query_rows(content),
     }
@@ -180,13 +166,6 @@ def make_part_tables(content: RunTables, components: Sequence[str]) -> dict[str,
 
 def _pair(content: RunTables, query: int, row: int) -> dict[str, Any]:
     return {"query_id": content.queries.examples[query].id, "example_id": content.train.examples[row].id}
-
-
-def _score_rows(content: RunTables) -> Iterator[dict[str, Any]]:
-    """Yield both ends of every query's ranking."""
-    for score in content.ranked:
-        fields = {name: getattr(score, name) for name in ("end", "rank", "row", "score", "percentile")}
-        yield _pair(content, score.query, score.row) | fields
 
 
 def _example_rows(content: RunTables) -> Iterator[dict[str, Any]]:
@@ -270,71 +249,3 @@ def _tokens(data: "TokenizedData", row: int, tokenizer: Decoder | None) -> dict[
         "tokens": token_texts(data.input_ids[row], tokenizer),
         "targets": [bool(target) for target in data.targets[row]],
     }
-
-
-def read_run_table(folder: Path, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the table `name` of a run; a column that is not required and not there is null.
-
-    Args:
-        folder: Of the run.
-        name: Such as `scores`, without the extension.
-        columns: Only these.
-
-    Raises:
-        CorruptFile: It is missing, does not read, or its cells do not hold what they should.
-    """
-    path = folder / f"{name}.parquet"
-    schema = SCHEMAS[name]
-    table = read_table(path, schema, REMEDY, required=_REQUIRED.get(name, schema.names), columns=columns)
-    if "score" in table.column_names and len(bad := np.flatnonzero(~np.isfinite(table["score"].to_numpy()))):
-        score = table["score"][int(bad[0])]
-        raise CorruptFile(f"{path}, row {bad[0]}: the score is {score}, no finite number. {REMEDY}")
-    if {"messages", "tokens", "targets"} <= set(table.column_names):
-        cells = (table[column].to_pylist() for column in ("messages", "tokens", "targets"))
-        for row, (messages, tokens, targets) in enumerate(zip(*cells, strict=True)):
-            if fault := _fault(messages, tokens, targets):
-                raise CorruptFile(f"{path}, row {row}: {fault}. {REMEDY}")
-    return table
-
-
-def read_ranked(folder: Path, queries: Sequence[str]) -> list[RankedScore]:
-    """Return the listed scores of a run, as they were when it was written.
-
-    Args:
-        folder: Of the run.
-        queries: Ids of its queries, in order.
-
-    Raises:
-        CorruptFile: The table is missing or damaged.
-    """
-    numbers = {name: number for number, name in enumerate(queries)}
-    names = ("end", "rank", "row", "score", "percentile")
-    rows = read_run_table(folder, "scores").to_pylist()
-    return [RankedScore(numbers[row["query_id"]], **{name: row[name] for name in names}) for row in rows]
-
-
-def turns_of(cell: str | None) -> tuple[tuple[str, str], ...]:
-    """Return role and content of each turn in a cell of `messages`.
-
-    Raises:
-        ValueError: It is no JSON list of turns.
-    """
-    turns: Any = parse_json(cell) if cell else []
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
-    ):
-        raise ValueError("`messages` is no list of turns with role and content")
-    return tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
-
-
-def _fault(messages: str | None, tokens: list[str] | None, targets: list[bool] | None) -> str | None:
-    """Return what is wrong with the wording of a row, None if nothing."""
-    try:
-        turns_of(messages)
-    except ValueError as error:
-        return f"`messages` does not read ({error})"
-    if None in (tokens or ()) or None in (targets or ()):
-        return "`tokens` or `targets` has an empty entry"
-    if tokens and targets and len(tokens) != len(targets):
-        return f"{len(tokens)} tokens and {len(targets)} targets"
-    return None

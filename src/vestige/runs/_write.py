@@ -12,8 +12,10 @@ from vestige.errors import IndexMismatch, UserError, VestigeError
 from vestige.runs._audit import EVIDENCE_FILE, FIGURES, write_evidence
 from vestige.runs._audit_record import AuditRecord
 from vestige.runs._dense import names_of, write_dense
+from vestige.runs._folder import digests_of, is_run, read_record
 from vestige.runs._record import (
     DENSE_FILE,
+    FIRST_RUNG,
     RECORD_FILE,
     Check,
     CoverageRecord,
@@ -23,9 +25,6 @@ from vestige.runs._record import (
     RunRecord,
     TrustRecord,
     describe_process,
-    digests_of,
-    is_run,
-    read_record,
 )
 from vestige.runs._summary import ScoreSummary
 from vestige.runs._tables import RunTables, make_part_tables, make_tables
@@ -37,24 +36,19 @@ from vestige.storage import (
     stage_folder,
     write_durably,
 )
+from vestige.tables import write_table
 
 if TYPE_CHECKING:
     from vestige import data, models
 
-FIRST_RUNG = "first-rung"
-"""Folder, in a run that scored a few rows exactly, of the run that ranked all of them."""
 _LONG_TABLE = {"use_dictionary": False, "data_page_size": 2**16, "row_group_size": 2**16}
+_TABLES = ("scores", "examples", "queries", "components")
+_MORE_TABLES = ("tokens", "self_influence", "contamination", "verbatim", "evidence", "curves")
 RUN_FILES = (
-    RECORD_FILE,
-    *(f"{name}.parquet" for name in ("scores", "examples", "queries", "components", "tokens", "self_influence")),
-    *("contamination.parquet", "verbatim.parquet"),
-    "flagged.jsonl",
-    *("evidence.parquet", "curves.parquet", DENSE_FILE, "profile.json", "report.html"),
-    *(f"figures/*.{kind}" for kind in ("png", "pdf")),
-    *(f"damping-*/{name}.parquet" for name in ("scores", "examples", "queries", "components")),
-    *(f"damping-*/{name}" for name in (RECORD_FILE, DENSE_FILE, "report.html")),
-    *(f"{FIRST_RUNG}/{name}.parquet" for name in ("scores", "examples", "queries", "components")),
-    *(f"{FIRST_RUNG}/{name}" for name in (RECORD_FILE, DENSE_FILE, "report.html")),
+    *(RECORD_FILE, DENSE_FILE, "flagged.jsonl", "profile.json", "report.html", "figures/*.png", "figures/*.pdf"),
+    *(f"{name}.parquet" for name in (*_TABLES, *_MORE_TABLES)),
+    *(f"{folder}/{name}.parquet" for folder in ("damping-*", FIRST_RUNG) for name in _TABLES),
+    *(f"{folder}/{name}" for folder in ("damping-*", FIRST_RUNG) for name in (RECORD_FILE, DENSE_FILE, "report.html")),
 )
 """What a run may consist of; anything else in its folder is not ours, and keeps it from being replaced."""
 
@@ -214,7 +208,13 @@ def write_run(
     """
 
     def fill(attempt: Path) -> None:
-        _write_tables(attempt, record, content)
+        for name, table in make_tables(content, record.components).items():
+            pq.write_table(table, attempt / f"{name}.parquet", **_choose_options(name))
+        if content.dense is not None:
+            shape, expected = content.dense.shape, (len(content.queries), len(content.train))
+            if shape != expected:
+                raise VestigeError(f"Dense scores of shape {shape} for {expected[0]} queries x {expected[1]} examples.")
+            write_dense(attempt / DENSE_FILE, content.dense, ids, names_of(content.train.examples))
         if add is not None:
             add(attempt)
 
@@ -244,9 +244,8 @@ def add_part(folder: Path, record: RunRecord, part: str, content: RunTables | No
     """
     files = dict(record.files)
     for name, table in ({} if content is None else make_part_tables(content, record.components)).items():
-        stream = pa.BufferOutputStream()
-        _write_table(name, table, stream)
-        files[f"{name}.parquet"] = write_durably(folder / f"{name}.parquet", [stream.getvalue()]).sha256
+        path = folder / f"{name}.parquet"
+        files[path.name] = write_table(path, table, **_choose_options(name)).sha256
     left = [each for each in record.missing if each != part]
     found = record.model_copy(update={"missing": left, "files": dict(sorted(files.items())), **facts})
     write_durably(folder / RECORD_FILE, [_spell_record(found, 2).encode()])
@@ -300,18 +299,6 @@ def _spell_record(record: RunRecord | AuditRecord, indent: int) -> str:
     return record.model_dump_json(indent=indent) + "\n"
 
 
-def _write_tables(folder: Path, record: RunRecord, content: RunTables) -> None:
-    for name, table in make_tables(content, record.components).items():
-        _write_table(name, table, folder / f"{name}.parquet")
-    if content.dense is not None:
-        shape, expected = content.dense.shape, (len(content.queries), len(content.train))
-        if shape != expected:
-            raise VestigeError(f"Dense scores of shape {shape} for {expected[0]} queries x {expected[1]} examples.")
-        ids = names_of(content.queries.examples), names_of(content.train.examples)
-        write_dense(folder / DENSE_FILE, content.dense, *ids)
-
-
-def _write_table(name: str, table: pa.Table, where: Any) -> None:
+def _choose_options(name: str) -> dict[str, Any]:
     # Of self-influence hardly a value comes twice: dictionaries would make the file larger.
-    settings: dict[str, Any] = _LONG_TABLE if name == "self_influence" else {}
-    pq.write_table(table, where, compression="zstd", **settings)
+    return {"compression": "zstd", **(_LONG_TABLE if name == "self_influence" else {})}

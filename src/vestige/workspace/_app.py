@@ -22,6 +22,7 @@ try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
+    from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
     from starlette.requests import Request
     from starlette.responses import (
         HTMLResponse,
@@ -31,7 +32,7 @@ try:
         StreamingResponse,
     )
     from starlette.routing import Route
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp
 except ImportError as error:
     raise MissingExtra('The workspace needs a web server.\nType: pip install "vestige[view]"') from error
 
@@ -135,7 +136,7 @@ def _refuse(_: Request, error: Exception) -> Response:
     return _json({"error": str(error)}, 400)
 
 
-class _Guard:
+class _Guard(BaseHTTPMiddleware):
     """Turns away what does not come from a page of this server: other names, other sites, and those without the token.
 
     A foreign page may send requests here, and a foreign name may resolve to this computer: neither has the cookie,
@@ -143,22 +144,15 @@ class _Guard:
     """
 
     def __init__(self, app: ASGIApp, token: str, port: int) -> None:
-        self._app, self._token, self._port = app, token, port
+        super().__init__(app)
+        self._token, self._port = token, port
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = self._turn_away(request) or await call_next(request)
+        response.headers.update(_HEADERS)
+        return response
 
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
-                message = {**message, "headers": [*message["headers"], *own]}
-            await send(message)
-
-        await self._choose(Request(scope))(scope, receive, send_guarded)
-
-    def _choose(self, request: Request) -> ASGIApp:
+    def _turn_away(self, request: Request) -> Response | None:
         host, name = request.headers.get("host", ""), f"vestige-{self._port}"
         site = request.headers.get("sec-fetch-site", "none")
         if host not in (f"{LOOPBACK}:{self._port}", f"localhost:{self._port}"):
@@ -175,7 +169,7 @@ class _Guard:
             return PlainTextResponse("Pages of other sites may not ask.", 403)
         if request.method not in ("GET", "HEAD") and request.headers.get("origin") != f"http://{host}":
             return PlainTextResponse("Pages of other sites may not change anything.", 403)
-        return self._app
+        return None
 
     def _is_token(self, given: str) -> bool:
         return secrets.compare_digest(given.encode(), self._token.encode())

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -15,14 +14,11 @@ from vestige.progress import format_bytes, format_memory, format_seconds
 from vestige.terminal import lines_of_facts, shorten
 from vestige.workspace._kinds import Kind, Summary
 
+Found = TypeVar("Found")
 SHOWN_IDS = 20
 """Ids of examples that were left out; all of them are in `run.json`."""
-POINTS, _RECORD = 300, "run.json"
-"""Points of a curve that is shown, at most; and where runs, audits and trainings keep their record."""
-
-
-class _Tag(BaseModel):
-    kind: str = "scores"
+POINTS = 300
+"""Points of a curve that is shown, at most."""
 
 
 class _Outline(BaseModel):
@@ -41,21 +37,9 @@ class _Outline(BaseModel):
     missing: list[str] = Field(default_factory=list)
 
 
-def _tag(folder: Path) -> str | None:
-    """Return the `kind` in a folder's `run.json`, "scores" where it has or reads none; None without a file."""
-    try:
-        stat = (folder / _RECORD).stat()
-    except OSError:
-        return None
-    return _read_tag(folder, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(4096)
-def _read_tag(folder: Path, *_: int) -> str:
-    try:
-        return _Tag.model_validate_json((folder / _RECORD).read_bytes()).kind
-    except (OSError, ValueError):
-        return _Tag().kind
+def _require(found: Found | None) -> Found:
+    assert found is not None, "only called on a folder of the kind"
+    return found
 
 
 def _written(path: Path) -> str:
@@ -80,7 +64,7 @@ def _left_out(ids: Sequence[str]) -> str | None:
 
 
 def _summarise_run(folder: Path) -> Summary:
-    outline = runs.read_known(_Outline, folder / _RECORD, runs.RUN_FORMAT, whole=False)
+    outline = runs.read_known(_Outline, folder / runs.RECORD_FILE, runs.RUN_FORMAT, whole=False)
     asked = outline.config.get("queries")
     asked = asked[0] if isinstance(asked, list) and len(asked) == 1 else asked
     count = _count(outline.queries.examples if outline.queries else 0, "query")
@@ -89,7 +73,7 @@ def _summarise_run(folder: Path) -> Summary:
 
 
 def _summarise_audit(folder: Path) -> Summary:
-    outline = runs.read_known(_Outline, folder / _RECORD, runs.AUDIT_FORMAT, whole=False)
+    outline = runs.read_known(_Outline, folder / runs.RECORD_FILE, runs.AUDIT_FORMAT, whole=False)
     about = f"{_count(outline.data.examples, 'example')}, {_count(len(outline.checkpoints), 'checkpoint')}"
     return _summarise(outline, about, _count(len(outline.measures), "measure"))
 
@@ -129,7 +113,7 @@ def _describe_run(folder: Path) -> str:
 
 run = Kind(
     name="run",
-    matches=lambda folder: _tag(folder) not in (None, "audit", "training"),
+    matches=lambda folder: runs.kind_of(folder) not in (None, "audit", "training"),
     summarise=_summarise_run,
     describe=_describe_run,
     nests=True,
@@ -154,7 +138,7 @@ def _describe_audit(folder: Path) -> str:
     )
 
 
-audit = Kind("audit", lambda folder: _tag(folder) == "audit", _summarise_audit, _describe_audit)
+audit = Kind("audit", lambda folder: runs.kind_of(folder) == "audit", _summarise_audit, _describe_audit)
 
 
 def _model_of(run: "training.TrainingRun") -> str:
@@ -176,7 +160,7 @@ def _summarise_training(folder: Path) -> Summary:
         model=_model_of(run),
         data=run.record.get("names", {}).get("data", ""),
         method="full" if rank is None else f"LoRA, rank {rank}",
-        created=_written(folder / _RECORD),
+        created=_written(folder / runs.RECORD_FILE),
         seconds=run.record.get("seconds"),
         memory=run.record.get("peak_memory_bytes"),
         lacking="" if "seconds" in run.record else step or "its last checkpoints",
@@ -224,7 +208,7 @@ def _draw_losses(folder: Path) -> dict[str, Any]:
 
 trained = Kind(
     name="training",
-    matches=lambda folder: _tag(folder) == "training",
+    matches=lambda folder: runs.kind_of(folder) == "training",
     summarise=_summarise_training,
     describe=_describe_training,
     show=_draw_losses,
@@ -232,14 +216,8 @@ trained = Kind(
 )
 
 
-def _manifest(folder: Path) -> "indexes.Manifest":
-    manifest = indexes.read_manifest(folder)
-    assert manifest is not None, "only called on an index"
-    return manifest
-
-
 def _summarise_index(folder: Path) -> Summary:
-    manifest, progress = _manifest(folder), indexes.index_status(folder)
+    manifest, progress = _require(indexes.read_manifest(folder)), indexes.index_status(folder)
     return Summary(
         about=f"{manifest.data.examples:,} examples, {len(manifest.components)} components",
         model=manifest.model.name,
@@ -252,7 +230,7 @@ def _summarise_index(folder: Path) -> Summary:
 
 def describe_index(folder: Path) -> str:
     """Describe what an index holds and how much of it is complete."""
-    manifest, progress = _manifest(folder), indexes.index_status(folder)
+    manifest, progress = _require(indexes.read_manifest(folder)), indexes.index_status(folder)
     state = "complete" if progress.done == progress.total else "incomplete: the command that began it continues it"
     facts = {
         "shards": f"{progress.done} of {progress.total}, {format_bytes(progress.bytes)}",
@@ -277,8 +255,7 @@ index = Kind(
 
 def _read_bank(folder: Path) -> "tuple[banks.BankManifest, int]":
     """Return the manifest of a bank, and how many of its models are there."""
-    manifest = banks.read_manifest(folder)
-    assert manifest is not None, "only called on a bank"
+    manifest = _require(banks.read_manifest(folder))
     files = banks.open_members(folder, manifest)
     return manifest, sum(map(files.is_done, manifest.members))
 
@@ -325,8 +302,7 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
     Raises:
         CorruptFile: It does not read.
     """
-    path = _find_evaluation(folder)
-    assert path is not None, "only called on an evaluation"
+    path = _require(_find_evaluation(folder))
     try:
         content = parse_object(path.read_bytes())
         checked = {"title": str(content["title"]), "notes": list(content["notes"])}
@@ -336,15 +312,14 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _summarise_evaluation(folder: Path) -> Summary:
-    path, content = _find_evaluation(folder), _read_evaluation(folder)
-    assert path is not None, "only called on an evaluation"
+    content = _read_evaluation(folder)
     seconds = [row["seconds"] for row in content["rows"] if row.get("seconds") is not None]
     return Summary(
         about=content["title"],
         method=content["kind"],
-        created=_written(path),
+        created=_written(folder / f"{content['kind']}.json"),
         seconds=sum(seconds) if seconds else None,
-        page=path.stem == "components",
+        page=content["kind"] == "components",
     )
 
 
@@ -395,20 +370,14 @@ def _summarise_fix(folder: Path) -> Summary:
 fixed = Kind("fix", lambda folder: (folder / "fix.json").is_file(), _summarise_fix, fixes.describe_fix)
 
 
-def _read_selection(folder: Path) -> dict[str, Any]:
-    record = selection.read_record(folder)
-    assert record is not None, "only called on a selection"
-    return record
-
-
 def _summarise_selection(folder: Path) -> Summary:
-    record = _read_selection(folder)
+    record = _require(selection.read_record(folder))
     lacking = "" if "files" in record else "its files"
     return Summary(record.get("title", ""), created=_written(folder / "selection.json"), lacking=lacking)
 
 
 def _describe_selection(folder: Path) -> str:
-    record = _read_selection(folder)
+    record = _require(selection.read_record(folder))
     notes = [f"  note  {note}" for note in record.get("notes", ())]
     return "\n".join([f"{folder}: {record.get('title', 'a selection that is not finished')}", *notes])
 

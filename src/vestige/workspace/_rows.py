@@ -79,17 +79,14 @@ def _search(folder: Path, changed: int, words: str) -> np.ndarray:
 def _open_run(folder: Path) -> _Data:
     scores = Scores.open(folder)
     examples = _find_data(scores)
-    listed = [row for query in scores.queries for end in ("proponent", "opponent") for row in scores.listed(query, end)]
     if len(examples) != scores.run.data.examples or any(
-        (row.example_id, row.text) != (examples[row.row].id, examples[row.row].display) for row in listed
+        (row.example_id, row.text) != (examples[row.row].id, examples[row.row].display) for row in scores.all_listed()
     ):
         raise UserError(
             f"{scores.run.data.name} is not what {folder} was made from: its rows have changed since. Bring the data "
             "back, or make the run again."
         )
-    queries = [
-        {"id": name, "text": scores.query(name).question or scores.query(name).answer} for name in scores.queries
-    ]
+    queries = [{"id": each.id, "text": each.question or each.answer} for each in scores.tables.queries.values()]
     return _Data(examples, scores if scores.has_dense else None, queries)
 
 

@@ -19,10 +19,11 @@ async function renderSearch() {
 }
 
 async function readRows() {
-  const { path, words, query, order, start } = state;
+  const { view, path, words, query, order, start } = state, asked = { view, path, words, query, order, start };
   try {
     const found = await request(url("/api/rows", { path, words, order, start, ...(query && { query }) }));
-    return state.view === "rows" && state.path === path && state.words === words ? found : null;
+    // The answer to an earlier choice may come after that to a later one.
+    return Object.entries(asked).every(([name, value]) => state[name] === value) ? found : null;
   } catch (error) { show(problem(error)); return null; }
 }
 

@@ -21,7 +21,7 @@ from vestige.progress import announce, format_seconds, quiet
 from vestige.runs import RunRecord, environment
 from vestige.settings import FixSettings, TrainSettings
 from vestige.storage import remove_tree, write_durably
-from vestige.training import TrainingRun, measure, read_inputs, require_inputs, steps_per_epoch, train
+from vestige.training import ALARM_OFF, TrainingRun, measure, read_inputs, require_inputs, steps_per_epoch, train
 
 MODELS = "models"
 """Folder of the trainings in the folder of a fix."""
@@ -57,9 +57,7 @@ class Recorded:
         if self.settings.split_fraction == 1:
             return None
         assert self.run is not None, "a split that was typed is refused"
-        table = self.run.membership
-        pairs = zip(table["example_id"].to_pylist(), table["member"].to_pylist(), strict=True)
-        return {name for name, member in pairs if member}
+        return self.run.members
 
 
 def find_training(settings: FixSettings, run: RunRecord) -> Recorded:
@@ -254,9 +252,7 @@ class Trainings:
             "validation": self.recorded.settings.validation if self.recorded.settings.select else None,
             "losses": False,
             "keep_optimizer": False,
-            **{
-                name: TrainSettings.model_fields[name].default for name in TrainSettings.model_fields if "alarm" in name
-            },
+            **ALARM_OFF,
         }
         if self.data[arm][number] != self.recorded.settings.data:
             own |= {"limit": None, "where": {}}

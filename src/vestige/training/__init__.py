@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         pad as pad,
     )
     from vestige.training._examples import (
+        ALARM_OFF as ALARM_OFF,
         TrainInputs as TrainInputs,
         Watched as Watched,
         measure as measure,

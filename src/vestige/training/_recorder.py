@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from vestige.errors import CorruptFile, DataError, IndexMismatch, UserError
 from vestige.models import model_fingerprint
-from vestige.online import ID_KEY, CarriedIds, RowsWithIds
+from vestige.online import ID_KEY, CarriedIds, RowsWithIds, StepLog
 from vestige.parsing import parse_object
 from vestige.progress import announce
 from vestige.settings import list_epochs
@@ -24,13 +24,14 @@ from vestige.training._store import (
     AT_RISK,
     FORMAT,
     KIND,
+    LOG,
     RECORD,
+    STEPS,
     TrainingRun,
     checkpoint_folder,
     checkpoint_steps,
     keep_last_optimizer,
     merge_losses,
-    open_log,
     plan_steps,
     remove_after,
     write_checkpoint,
@@ -88,7 +89,7 @@ class Recorder(TrainerCallback):
         self._trainer: Any = trainer
         self._epochs, self._overwrite = checkpoints, overwrite
         self._keep_optimizer, self._id_column, self._on_losses = keep_optimizer, id_column, on_losses
-        self._log = open_log(self.folder)
+        self._log = StepLog(self.folder / LOG, STEPS)
         self._held = TrainingRun(self.folder, {})
         self._trigger: Trigger | None = None
         self._steps: frozenset[int] = frozenset()

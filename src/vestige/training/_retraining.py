@@ -21,7 +21,7 @@ from vestige.online import CollatorWithIds, RowsWithIds, restore_randomness
 from vestige.registry import import_object
 from vestige.settings import TrainSettings
 from vestige.training._engine import Hook, Recipe, Rows, fit, make_model
-from vestige.training._examples import TrainInputs, Watched, read_inputs, repeat_settings
+from vestige.training._examples import ALARM_OFF, TrainInputs, Watched, read_inputs, repeat_settings
 from vestige.training._recorder import Recorder
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps, last_resumable
 from vestige.training._train import Plan, group_examples, make_plan, train
@@ -36,14 +36,11 @@ class Retraining(ABC):
     """Whether examples may be given a weight of 0."""
     id_column = "id"
     """Column of the data with the ids of the rows."""
+    clip: float
+    """Largest norm of a step's gradient; 0 does not clip."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
-
-    @property
-    @abstractmethod
-    def clip(self) -> float:
-        """Largest norm of a step's gradient; 0 does not clip."""
 
     @property
     @abstractmethod
@@ -111,13 +108,9 @@ class CommandTraining(Retraining):
             )
         # What is computed again for memory's sake alone could not be differentiated twice.
         changed: dict[str, Any] = {"gradient_checkpointing": False, "validation": None}
-        changed |= {"alarm": False, "losses": False, "keep_optimizer": True, "overwrite": False, "report_to": ()}
+        changed |= {"losses": False, "keep_optimizer": True, "overwrite": False, "report_to": (), **ALARM_OFF}
         self.settings: TrainSettings = settings.model_copy(update=changed)
-
-    @property
-    def clip(self) -> float:
-        """As the setting."""
-        return self.settings.clip
+        self.clip = settings.clip
 
     @property
     def steps(self) -> int:
@@ -210,25 +203,15 @@ class TrainerTraining(Retraining):
             trainer = self._make()
         if trainer.args.bf16 or trainer.args.fp16:
             raise SpecError(f"{run.folder} was trained in 16 bits: its steps are too rough to be walked backward.")
+        self.clip = float(trainer.args.max_grad_norm or 0.0)
         self._trainer = trainer
 
-    @property
-    def clip(self) -> float:
-        """As in the Trainer's arguments."""
-        return float(self._trainer.args.max_grad_norm or 0.0)
-
-    @property
-    def data(self) -> TokenizedData:
-        """The rows of the Trainer's data, as its collator makes them."""
-        return self._data
-
     @cached_property
-    def _data(self) -> TokenizedData:
-        rows: Any = self._trainer.train_dataset
-        rows = RowsWithIds(rows, self.id_column)
+    def data(self) -> TokenizedData:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The rows of the Trainer's data, as its collator makes them."""
         trainer: Any = self._trainer
         collate = CollatorWithIds(trainer._get_collator_with_removed_columns(trainer.data_collator))
-        watched = Watched(rows, collate, 1)
+        watched = Watched(RowsWithIds(trainer.train_dataset, self.id_column), collate, 1)
         ids, masks = [], []
         for batch in watched.batches():
             tokens, labels = batch["input_ids"][0].cpu(), batch["labels"][0].cpu()
@@ -276,7 +259,9 @@ class TrainerTraining(Retraining):
         """Take the steps by a new Trainer."""
         with _apart():
             trainer: Any = self._make()
-            trainer.add_callback(_AfterStep(after_step))
+            callback = TrainerCallback()
+            callback.on_step_end = lambda *_, **__: after_step()
+            trainer.add_callback(callback)
             if hook is not None:
                 hook(trainer)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -299,14 +284,3 @@ def _apart() -> Iterator[None]:
     """Leave the random numbers of this process as they are: a Trainer sets their seeds."""
     with torch.random.fork_rng(), restore_randomness(), own_jobs(), quiet_transformers():
         yield
-
-
-class _AfterStep(TrainerCallback):
-    """Calls a function after each step."""
-
-    def __init__(self, call: AfterStep) -> None:
-        self._call = call
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Call it."""
-        self._call()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vestige import models
 from vestige.errors import CorruptFile, DataError, UserError
-from vestige.online import StepLog, read_steps, read_table
+from vestige.online import read_steps, read_table
 from vestige.parsing import as_record, first_problem, parse_object
 from vestige.storage import make_folder, remove_strays, remove_tree, stage_folder, write_durably
 from vestige.tables import write_table
@@ -29,7 +29,7 @@ KIND = "training"
 RECORD, LOSSES, MEMBERSHIP, AT_RISK = "run.json", "losses.parquet", "membership.parquet", "at_risk"
 STEP = "step.json"
 """How far a training is, for `vestige status`; gone when it is complete."""
-_LOG, _OPTIMIZER = "log", "optimizer.pt"
+LOG, _OPTIMIZER = "log", "optimizer.pt"
 IN_RUN, IN_RUN_LOG, RESULTS = "in-run", "in-run-log", "results.json"
 """Of scores by the loss of validation examples: a run, the folder of the scores of every step, and its losses."""
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -41,12 +41,12 @@ _IN_CHECKPOINT = (
 )
 """What the Trainer, models and tokenizers write into a checkpoint."""
 RESULT_FILES = (
-    *(RECORD, STEP, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{_LOG}/steps-*.parquet"),
+    *(RECORD, STEP, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{LOG}/steps-*.parquet"),
     *(f"checkpoint-[0-9]*/{name}" for name in _IN_CHECKPOINT),
     *(IN_RUN, IN_RUN_LOG, RESULTS, "tracking"),
 )
 """What a training consists of, as for `require_no_others`."""
-_STEPS = pa.schema(
+STEPS = pa.schema(
     [
         ("step", pa.int64()),
         ("example_id", pa.string()),
@@ -98,19 +98,6 @@ def write_step(folder: Path, step: CurrentStep) -> None:
     write_durably(folder / STEP, [json.dumps(step._asdict()).encode()])
 
 
-def read_step(folder: Path) -> CurrentStep | None:
-    """Return how far the training was when that was last written, None if it was not or does not read."""
-    try:
-        return as_record(CurrentStep, parse_object((folder / STEP).read_bytes()))
-    except (OSError, ValueError):
-        return None
-
-
-def remove_step(folder: Path) -> None:
-    """Forget how far the training is: it is complete."""
-    (folder / STEP).unlink(missing_ok=True)
-
-
 class TrainingRun:
     """What `vestige train`, or a `Recorder`, has left in a folder.
 
@@ -144,7 +131,10 @@ class TrainingRun:
     @property
     def current_step(self) -> CurrentStep | None:
         """The last step that was noted; None of one that is complete, or whose first seconds have not passed."""
-        return read_step(self.folder)
+        try:
+            return as_record(CurrentStep, parse_object((self.folder / STEP).read_bytes()))
+        except (OSError, ValueError):
+            return None
 
     @property
     def losses(self) -> pa.Table:
@@ -165,13 +155,19 @@ class TrainingRun:
         return self._table(MEMBERSHIP, "The log lists the examples that a training of your own has used.")
 
     @property
+    def members(self) -> set[str]:
+        """Ids of the examples that were trained on, as `membership` lists them."""
+        table = self.membership
+        return set(table["example_id"].filter(table["member"]).to_pylist())
+
+    @property
     def steps(self) -> pa.Table:
         """Every example of every step, in the order in which the model took them.
 
         Columns: step (from 1), example_id, loss (mean per target token before the step, with dropout as it fell, nats;
         NaN without a target), targets, learning_rate (of the first parameter group).
         """
-        return read_steps(self.folder / _LOG, _STEPS)
+        return read_steps(self.folder / LOG, STEPS)
 
     @property
     def at_risk(self) -> pa.Table | None:
@@ -194,11 +190,6 @@ class TrainingRun:
         if not path.is_file():
             raise UserError(f"{self.folder} has no {name}. {reason}")
         return read_table(path)
-
-
-def open_log(folder: Path) -> StepLog:
-    """Return the log of a training, to write."""
-    return StepLog(folder / _LOG, _STEPS)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

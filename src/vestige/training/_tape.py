@@ -1,6 +1,6 @@
 """What is written down of the steps of a Trainer while it takes them, for a walk back through them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,15 +96,10 @@ class Tape(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Write the step, and end the training behind the last one that is wanted."""
         states = {name: self._optimizer.state[each] for name, each in self._trainer.model.named_parameters()}
-        moved = {
-            name: Moved(
-                each.rule,
-                each.weight,
-                each.gradient,
-                *(_keep(states[name].get(one)) for one in ("exp_avg", "exp_avg_sq")),
-            )
-            for name, each in self._moved.items()
-        }
+        moved = {}
+        for name, each in self._moved.items():
+            first, second = (_keep(states[name].get(one)) for one in ("exp_avg", "exp_avg_sq"))
+            moved[name] = replace(each, first=first, second=second)
         path = self._folder / f"step-{state.global_step:08}.pt"
         torch.save(RecordedStep(state.global_step, moved, self._batches, self._norm), path)
         self.files.append(path)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from vestige.data import TokenizedData, describe_copies, token_groups
 from vestige.errors import DataError, IndexMismatch, UserError, differences, mismatch_message
@@ -47,6 +47,7 @@ from vestige.training._store import (
     RECORD,
     RESULT_FILES,
     RESULTS,
+    STEP,
     CurrentStep,
     TrainingRun,
     checkpoint_folder,
@@ -56,7 +57,6 @@ from vestige.training._store import (
     plan_steps,
     read_record,
     remove_after,
-    remove_step,
     write_record,
     write_step,
 )
@@ -270,26 +270,21 @@ def _run(
         open_tracking(reported, settings.out, config, group=group, step=last) as tracking,
         progress(plan.steps - last, "Training", unit="steps") as bar,
     ):
-
-        def after(step: Step) -> None:
-            tracking.log_step(step, **watcher.validation)
-            on_step()
-
-        watcher = _Watcher(bar, settings, inputs, plan, tracking)
+        watcher = _Watcher(settings, inputs, plan, tracking, bar)
         fit(
             model,
             Rows(data, plan.rows, plan.weights),
             Recipe.of(settings),
             steps=plan.steps,
             seed=settings.seed,
-            hooks=[watcher],
-            after_step=after,
+            hooks=[watcher.begin],
+            after_step=lambda step: (watcher.note(step), on_step()),
             resume=checkpoint_folder(settings.out, last) if last else None,
             tokenizer=loaded.tokenizer,
             eval_size=max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max()))),
         )
     watcher.recorder.release()
-    remove_step(settings.out)
+    (settings.out / STEP).unlink(missing_ok=True)
 
 
 def _make_alarm(settings: TrainSettings) -> Alarm | None:
@@ -301,23 +296,21 @@ def _make_alarm(settings: TrainSettings) -> Alarm | None:
     return Alarm(**given, layer=int(layer) if layer.isdigit() else layer, seed=settings.seed)
 
 
-class _Watcher(TrainerCallback):
-    """Shows how far the training is; called before the recorder."""
+class _Watcher:
+    """Records a training, scores its steps if there are validation examples, and shows how far it is."""
 
     recorder: Recorder
 
     def __init__(
-        self, bar: Progress, settings: TrainSettings, inputs: TrainInputs, plan: Plan, tracking: Tracking
+        self, settings: TrainSettings, inputs: TrainInputs, plan: Plan, tracking: Tracking, bar: Progress
     ) -> None:
-        self._bar, self._settings, self._inputs, self._plan = bar, settings, inputs, plan
-        self._tracking = tracking
+        self._settings, self._inputs, self._plan, self._tracking, self._bar = settings, inputs, plan, tracking, bar
         self._begun = self._written = time.monotonic()
         self._done = 0
         self._scores: Attached | None = None
 
-    def __call__(self, trainer: Trainer) -> None:
-        """Begin with this Trainer, record it, and score its steps if there are validation examples."""
-        trainer.add_callback(self)
+    def begin(self, trainer: Trainer) -> None:
+        """Record this Trainer, and score its steps."""
         settings, data = self._settings, self._inputs.data
         self.recorder = Recorder(
             trainer,
@@ -339,24 +332,23 @@ class _Watcher(TrainerCallback):
                 token_budget=batch_tokens(settings, self._inputs.loaded),
             )
 
-    @property
-    def validation(self) -> dict[str, float]:
-        """The mean loss of the validation examples before the step that is done; nothing without them."""
-        return {} if self._scores is None else {"validation_loss": self._scores.engine.validation_loss}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        losses = self.recorder.last_step[1]
-        if self._scores is not None and state.global_step in self._plan.checkpoints:
-            self._scores.engine.flush()
+    def note(self, step: Step) -> None:
+        """Report a step, before the recorder saves a checkpoint behind it."""
+        if self._scores is None:
+            self._tracking.log_step(step)
+        else:
+            self._tracking.log_step(step, validation_loss=self._scores.engine.validation_loss)
+            if step.number in self._plan.checkpoints:
+                self._scores.engine.flush()
+        loss = float(np.mean(self.recorder.last_step[1]))
         self._bar.advance()
-        self._bar.note(f"loss {np.mean(losses):.3f}")
+        self._bar.note(f"loss {loss:.3f}")
         self._done += 1
         now = time.monotonic()
-        if now - self._written >= _SECONDS_BETWEEN_NOTES and state.global_step < state.max_steps:
+        if now - self._written >= _SECONDS_BETWEEN_NOTES and step.number < self._plan.steps:
             self._written = now
             rate = self._done / (now - self._begun)
-            step = CurrentStep(state.global_step, state.max_steps, float(np.mean(losses)), rate)
-            write_step(self._settings.out, step)
+            write_step(self._settings.out, CurrentStep(step.number, self._plan.steps, loss, rate))
 
 
 def _announce(settings: TrainSettings, model: nn.Module, plan: Plan, examples: int) -> None:
@@ -366,8 +358,8 @@ def _announce(settings: TrainSettings, model: nn.Module, plan: Plan, examples: i
     states = len(plan.checkpoints) if settings.keep_optimizer else 1
     trained = sum(weight.numel() for weight in learning)
     moments = 2 * 4 * trained if settings.optimizer == "adamw" else 0
-    missing = len(plan.checkpoints) - len(checkpoint_steps(settings.out))
-    check_disk(settings.out, missing * size + min(states, max(missing, 0)) * moments if missing > 0 else 0)
+    missing = max(0, len(plan.checkpoints) - len(checkpoint_steps(settings.out)))
+    check_disk(settings.out, missing * size + min(states, missing) * moments)
     announce(
         f"Training {trained:,} of {sum(weight.numel() for weight in model.parameters()):,} parameters on "
         f"{len(plan.rows):,} of {examples:,} examples: {plan.steps:,} steps, {len(plan.checkpoints)} checkpoints."

@@ -58,7 +58,8 @@ def fix(settings: FixSettings) -> Fix | Siblings:
     questions = Questions.of(scores.run, asked, expected, recorded.settings)
     folder = settings.out
     assert folder is not None
-    record = _make_record(settings, scores, recorded, choice, kept, questions)
+    trainings = Trainings(recorded, questions, folder, tuple(kept), settings.seeds)
+    record = _make_record(settings, scores, trainings, choice, kept)
     if settings.dry_run:
         return Fix(None, record)
     seeds = range(recorded.settings.seed, recorded.settings.seed + settings.seeds)
@@ -66,7 +67,6 @@ def fix(settings: FixSettings) -> Fix | Siblings:
     if old is not None:
         return old
     data, cleaned = _write_data(recorded, choice, kept, folder)
-    trainings = Trainings(recorded, questions, folder, data, settings.seeds)
     record = record.model_copy(update={"cleaned": cleaned, "price": trainings.price()})
     if not is_worker():
         write_fix(folder, record)
@@ -79,7 +79,7 @@ def fix(settings: FixSettings) -> Fix | Siblings:
         report(folder)
         return Fix(folder, whole)
 
-    return trainings.run(kept, settings, finish)
+    return trainings.run(kept, data, settings, finish)
 
 
 def _read_data(recorded: Recorded) -> list[Example]:
@@ -144,14 +144,13 @@ def _keep(recorded: Recorded, choice: Choice, settings: FixSettings) -> dict[Arm
 def _make_record(
     settings: FixSettings,
     scores: Scores,
-    recorded: Recorded,
+    trainings: Trainings,
     choice: Choice,
     kept: Mapping[Arm, Sequence[np.ndarray]],
-    questions: Questions,
 ) -> FixRecord:
+    recorded, questions = trainings.recorded, trainings.questions
     examples, whole = choice.examples, kept["before"][0]
     drawn = [np.setdiff1d(whole, rows) for rows in kept.get("control", ())]
-    trainings = Trainings(recorded, questions, settings.out or Path(), kept, settings.seeds)
     return FixRecord(
         **describe_process(),
         command=settings.command_line("fix"),
@@ -177,7 +176,7 @@ def _make_record(
             for one in questions.queries
         ],
         price=trainings.price(),
-        models=settings.seeds * len(kept),
+        models=len(trainings.plan),
         notes=_note(settings, choice, len(np.setdiff1d(whole, kept["after"][0])), drawn, recorded),
     )
 

@@ -1,8 +1,8 @@
 """The trainings of a fix: on all rows, without the removed ones and without random ones, and what each answers."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from vestige.data import Example, TokenizedData, tokenize
 from vestige.errors import SpecError
 from vestige.fixes._record import ARMS, Arm, Fix, Outcome
 from vestige.indexes import batch_tokens, read_manifest, tokens_at_most
-from vestige.jobs import Compute, Pieces, own_jobs, run_pieces, step_done, worker_command
+from vestige.jobs import Pieces, own_jobs, run_pieces, step_done, worker_command
 from vestige.models import generate_answers, load_model
 from vestige.parsing import parse_json
 from vestige.progress import announce, format_seconds, quiet
@@ -131,13 +131,13 @@ class Trainings:
     recorded: Recorded
     questions: Questions
     folder: Path
-    data: Mapping[Arm, Sequence[Any]]
-    """What the training of each seed reads."""
+    arms: Sequence[Arm]
     seeds: int
 
-    def _plan(self) -> list[tuple[Arm, int]]:
-        """Return arm and number of every model; all kinds have the first seed before any has the second."""
-        return [(arm, number) for number in range(self.seeds) for arm in self.data]
+    @property
+    def plan(self) -> list[tuple[Arm, int]]:
+        """Arm and number of every model; all kinds have the first seed before any has the second."""
+        return [(arm, number) for number in range(self.seeds) for arm in self.arms]
 
     def _result(self, arm: Arm, number: int) -> Path:
         return self.folder / MODELS / f"{arm}-{number}.json"
@@ -145,76 +145,65 @@ class Trainings:
     @property
     def missing(self) -> list[tuple[Arm, int]]:
         """Arm and number of the trainings that have not answered."""
-        return [one for one in self._plan() if not self._result(*one).is_file()]
-
-    @property
-    def repeated(self) -> int:
-        """The number of models that are still to be trained: the recorded one is there."""
-        return sum(self._known(*one) is None for one in self.missing)
+        return [one for one in self.plan if not self._result(*one).is_file()]
 
     def _known(self, arm: Arm, number: int) -> Path | None:
         return self.recorded.last if arm == "before" and number == 0 else None
 
     def price(self) -> str:
         """Return how much there is to train, and how long that takes by the record."""
-        total = len(self._plan())
-        words = f"{total} models ({', '.join(self.data)}; {self.seeds} seeds)"
-        words += f", {self.repeated} of them to be trained"
-        each = self.recorded.seconds
-        return (
-            words if each is None else f"{words}, {format_seconds(each)} each: {format_seconds(each * self.repeated)}"
+        repeated = sum(self._known(*one) is None for one in self.missing)  # the recorded one is there
+        words = (
+            f"{len(self.plan)} models ({', '.join(self.arms)}; {self.seeds} seeds), {repeated} of them to be trained"
         )
+        each = self.recorded.seconds
+        return words if each is None else f"{words}, {format_seconds(each)} each: {format_seconds(each * repeated)}"
 
     def run(
         self,
         rows: Mapping[Arm, Sequence[Int[np.ndarray, "row"]]],
+        data: Mapping[Arm, Sequence[Any]],
         settings: FixSettings,
         finish: Callable[[list[Outcome]], Fix],
     ) -> Fix:
         """Train and ask what is missing, and return what `finish` makes of what all models answer; as `run_pieces`.
 
         Args:
-            rows: Rows of the data of the recorded training that each training reads.
+            rows: Rows of the data of the recorded training that the training of each seed learns.
+            data: The same as the setting of that training.
             settings: Where the trainings run.
             finish: Writes the result.
         """
-        plan = self._plan()
-        known = [self._known(*one) is not None for one in plan]
+        plan = self.plan
         # Once the last training is done its base model and data may be gone.
         epochs, steps = self._check(rows) if self.missing else ({}, 1)
-        pieces = Pieces(
-            name="Fixing",
-            unit="steps",
-            folder=self.folder,
-            weights=[1 if found else steps for found in known],
-            is_done=lambda piece: self._result(*plan[piece]).is_file(),
-            open=lambda: self._open(plan, epochs),
-            reduce=lambda: finish(self._collect(plan)),
-        )
-        return run_pieces(pieces, settings, worker_command(settings, "fix"))
-
-    @contextmanager
-    def _open(self, plan: Sequence[tuple[Arm, int]], epochs: Mapping[Arm, Sequence[float]]) -> Iterator[Compute]:
-        """Yield what trains a model and writes its answers."""
 
         def compute(piece: int) -> None:
             arm, number = plan[piece]
             announce(f"Model {piece + 1} of {len(plan)}: {ARMS[arm]}, seed {self._seed(number)}.")
             # One bar shows all trainings; each is a command of its own.
             with own_jobs(), quiet():
-                known = self._known(arm, number)
-                found = self._ask(known or self._train(arm, number, epochs[arm][number]), arm, number)
+                model = self._known(arm, number) or self._train(arm, number, data[arm][number], epochs[arm][number])
+                found = self._ask(model, arm, number)
             content = json.dumps([one.model_dump() for one in found], ensure_ascii=False, indent=1)
             write_durably(self._result(arm, number), [content.encode()])
             self._discard(arm, number)
 
-        yield compute
+        def collect() -> list[Outcome]:
+            for one in plan:  # a kill may have come before
+                self._discard(*one)
+            return [Outcome(**one) for each in plan for one in parse_json(self._result(*each).read_bytes())]
 
-    def _collect(self, plan: Sequence[tuple[Arm, int]]) -> list[Outcome]:
-        """Return what all models answer."""
-        for one in plan:  # a kill may have come before
-            self._discard(*one)
-        return [Outcome(**one) for each in plan for one in parse_json(self._result(*each).read_bytes())]
+        pieces = Pieces(
+            name="Fixing",
+            unit="steps",
+            folder=self.folder,
+            weights=[steps if self._known(*one) is None else 1 for one in plan],
+            is_done=lambda piece: self._result(*plan[piece]).is_file(),
+            open=lambda: nullcontext(compute),
+            reduce=lambda: finish(collect()),
+        )
+        return run_pieces(pieces, settings, worker_command(settings, "fix"))
 
     def _seed(self, number: int) -> int:
         return self.recorded.settings.seed + number
@@ -239,11 +228,11 @@ class Trainings:
 
         return {arm: [epochs(kept) for kept in each] for arm, each in rows.items()}, steps
 
-    def _train(self, arm: Arm, number: int, epochs: float) -> Path:
+    def _train(self, arm: Arm, number: int, data: Any, epochs: float) -> Path:
         """Train one model, unless it is there, and return its folder."""
         own = {
-            "out": self.folder / MODELS / f"{arm}-{number}",
-            "data": self.data[arm][number],
+            "out": self._result(arm, number).with_suffix(""),
+            "data": data,
             "seed": self._seed(number),
             "steps": None,
             "epochs": epochs,
@@ -254,7 +243,7 @@ class Trainings:
             "keep_optimizer": False,
             **ALARM_OFF,
         }
-        if self.data[arm][number] != self.recorded.settings.data:
+        if data != self.recorded.settings.data:
             own |= {"limit": None, "where": {}}
         whole = TrainSettings(**{**self.recorded.settings.arguments(), **own})
         # What decorates a command's function gives it this attribute, of which types know nothing.
@@ -299,7 +288,7 @@ class Trainings:
 
     def _discard(self, arm: Arm, number: int) -> None:
         """Remove the weights of a model that only had to be compared; those of the fixed ones stay."""
-        folder = self.folder / MODELS / f"{arm}-{number}"
+        folder = self._result(arm, number).with_suffix("")
         if arm != "after" and folder.is_dir():
             for path in TrainingRun.open(folder).checkpoints.values():
                 remove_tree(path)

@@ -91,21 +91,13 @@ def _read_data(recorded: Recorded) -> list[Example]:
 
 
 def _read_queries(settings: FixSettings, scores: Scores) -> list[Example]:
-    """Return the chosen queries of the run, with the answers that it explains.
-
-    Raises:
-        UserError: One is not among them.
-    """
+    """Return the chosen queries of the run, with the answers that it explains."""
     wanted = [scores.query_id(name) for name in settings.queries] or scores.queries
     return [query for query in load_queries(str(settings.run), focus="read") if query.id in wanted]
 
 
 def _read_expected(settings: FixSettings, asked: Sequence[Example]) -> dict[str, str]:
-    """Return the right answers by the id of their query.
-
-    Raises:
-        DataError: The file has none of the queries.
-    """
+    """Return the right answers by the id of their query."""
     if settings.expect is None:
         return {}
     known = {query.id for query in asked}
@@ -120,11 +112,7 @@ def _read_expected(settings: FixSettings, asked: Sequence[Example]) -> dict[str,
 
 
 def _keep(recorded: Recorded, choice: Choice, settings: FixSettings) -> dict[Arm, list[np.ndarray]]:
-    """Return the rows that each training reads, ascending, by arm and seed.
-
-    Raises:
-        SpecError: No removed row was trained on, or nothing is left.
-    """
+    """Return the rows that each training reads, ascending, by arm and seed."""
     members = recorded.members()
     allowed = np.array([row for row, one in enumerate(choice.examples) if members is None or one.id in members])
     removed = [row for row in choice.reasons if row in set(allowed.tolist())]
@@ -227,17 +215,7 @@ def _note(
 def _prepare_folder(
     settings: FixSettings, record: FixRecord, models: Set[tuple[Arm, int]]
 ) -> tuple[FixRecord, Fix | None]:
-    """Return the record as an interrupted fix has left it, and the whole result where there is nothing left to do.
-
-    Args:
-        settings: As they were typed.
-        record: What is to be in the folder.
-        models: Arm and seed of each model that is to answer.
-
-    Raises:
-        IndexMismatch: The folder holds a fix with other settings.
-        UserError: It holds something else.
-    """
+    """Return the record as an interrupted fix has left it, and the result where all of these models have answered."""
     folder = settings.out
     assert folder is not None
     if settings.overwrite:

@@ -77,18 +77,7 @@ def flat_text(example: Example) -> str:
 
 
 def find_siblings(scores: Scores, name: str, count: int, run: Path) -> Siblings:
-    """Return the rows most like the one of this name.
-
-    Args:
-        scores: Of the run, whose index holds the gradients.
-        name: Id of the row.
-        count: How many to return.
-        run: What was typed for the run.
-
-    Raises:
-        DataError: There is no such row.
-        SpecError: The run was made from data in a Python program.
-    """
+    """Return the `count` rows most like the one of this name, of the data of the run that was typed as `run`."""
     index = _open_index(scores)
     examples = list(index.examples()) if index is not None else _read_data(scores)
     ids = [example.id for example in examples]

@@ -61,11 +61,7 @@ class Recorded:
 
 
 def find_training(settings: FixSettings, run: RunRecord) -> Recorded:
-    """Return the training behind the model of a run, with the settings that were typed in place of recorded ones.
-
-    Raises:
-        SpecError: None was recorded, or its settings are not those of `vestige train`.
-    """
+    """Return the training behind the model of a run, with the settings that were typed in place of recorded ones."""
     found, model = settings.training, run.model
     if found is None and model is not None:
         place = Path(model.name).expanduser()
@@ -117,10 +113,9 @@ class Questions:
         """Return the questions of a run, put as there."""
         config = run.config
         chat = config.get("chat")
-        manifest = (
-            read_manifest(Path(config["index"])) if chat is None and isinstance(config.get("index"), str) else None
-        )
-        chat = (trained.chat if manifest is None else manifest.chat) if chat is None else chat
+        if chat is None:
+            manifest = read_manifest(Path(config["index"])) if isinstance(config.get("index"), str) else None
+            chat = trained.chat if manifest is None else manifest.chat
         return cls(queries, expected, bool(chat), config.get("max_new_tokens", 64), config.get("loss") == "mean")
 
 
@@ -209,11 +204,7 @@ class Trainings:
         return self.recorded.settings.seed + number
 
     def _check(self, rows: Mapping[Arm, Sequence[Int[np.ndarray, "row"]]]) -> tuple[dict[Arm, list[float]], int]:
-        """Return the epochs of each training, which make it as long as the recorded one, and the steps of all.
-
-        Raises:
-            IndexMismatch: Model or data are not what was trained with.
-        """
+        """Return the epochs of each training, which make it as long as the recorded one, and the steps of all."""
         settings, run = self.recorded.settings, self.recorded.run
         loaded, data, weights, _ = read_inputs(settings)
         if run is not None and not self.recorded.changed:

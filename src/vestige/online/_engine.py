@@ -88,12 +88,11 @@ class OnlineAttribution:
         self._score_optimizer: ScoreOptimizer = score_optimizer
         self.processes = 1
         """How many of them train the model together, each on examples of its own; all hold the same weights."""
-        self._patterns = tuple(components)
         self._validation = Validation(model, validation, objective or CausalLoss("mean"), token_budget, context)
         if second_order:
             self._validation.as_data()
         self._second_order = second_order
-        selection = select_components(model, self._patterns)
+        selection = select_components(model, tuple(components))
         self._components = tuple(component for component in selection.components if observable(component))
         self.components: tuple[Component, ...] = self._training()
         if not self.components:

@@ -217,11 +217,7 @@ class OnlineLog:
 
 
 def begin_log(log: StepLog, header: Mapping[str, Any], step: int) -> None:
-    """Prepare to log the steps after `step` under this header; drop later ones, of a training that was cut off.
-
-    Raises:
-        IndexMismatch: the log holds another training: `step` is 0, or the header differs.
-    """
+    """Prepare to log the steps after `step` under this header; drop later ones, of a training that was cut off."""
     folder = log.folder
     if (folder / HEADER).is_file():
         old = OnlineLog.open(folder)

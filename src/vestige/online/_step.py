@@ -47,7 +47,7 @@ class _Batch:
     loss: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Step:
     """A context around the forward and backward passes of one optimizer step; `result` is there once it is left.
 

@@ -52,13 +52,7 @@ class Adopted:
 
 
 def adopt_trainings(settings: BankSettings) -> Adopted:
-    """Return the trainings in the folders of `--from-trainings` as a bank's, with their model and data.
-
-    Raises:
-        DataError: There is none, or one is not finished.
-        IndexMismatch: They differ in more than seeds, or model or data are not what they were trained with.
-        SpecError: Some subset was trained on with other seeds than another.
-    """
+    """Return the trainings in the folders of `--from-trainings` as a bank's, with their model and data."""
     runs = list(_find_trainings(settings.from_trainings))
     if not runs:
         raise DataError(f"There is no training of `vestige train` in {', '.join(map(str, settings.from_trainings))}.")

@@ -129,7 +129,12 @@ def as_learned(
     weights = read_weights(data)
     if weights is None:
         return data, None
-    announce_weights(data, weights)
+    none = int((weights == 0).sum())
+    announce(
+        f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
+        f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
+        + (f" {none:,} with weight 0 are left out." if none else "")
+    )
     return with_weights(data, weights), weights
 
 
@@ -219,16 +224,6 @@ def with_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> 
     """Return the same data under a fingerprint that depends on the weights."""
     digest = hashlib.sha256(f"{data.fingerprint}:weights:".encode() + weights.astype("<f4").tobytes()).hexdigest()
     return dataclasses.replace(data, fingerprint=digest)
-
-
-def announce_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> None:
-    """Print that there are weights, and which examples they leave out."""
-    none = int((weights == 0).sum())
-    announce(
-        f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
-        f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
-        + (f" {none:,} with weight 0 are left out." if none else "")
-    )
 
 
 def _weight(example: Example, name: str) -> float:

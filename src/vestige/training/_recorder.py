@@ -1,7 +1,6 @@
 """A callback that records a Trainer's run for attribution and audit, and leaves the training as it was, bit for bit."""
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from vestige.training._engine import Losses, example_losses, leave_no_trace
 from vestige.training._examples import Watched
 from vestige.training._store import (
     AT_RISK,
-    FORMAT,
-    KIND,
     LOG,
     RECORD,
     STEPS,
     TrainingRun,
+    begin_record,
     checkpoint_folder,
     checkpoint_steps,
     keep_last_optimizer,
@@ -36,7 +34,6 @@ from vestige.training._store import (
     remove_after,
     write_checkpoint,
     write_losses,
-    write_record,
 )
 
 
@@ -160,11 +157,7 @@ class Recorder(TrainerCallback):
         self._log.flush()
 
     def _open(self, step: int) -> None:
-        """Prepare the folder for what comes after `step`.
-
-        Raises:
-            IndexMismatch: It holds another training.
-        """
+        """Prepare the folder for what comes after `step`."""
         held = self._held.steps
         last = held["step"][-1].as_py() if len(held) else 0
         if step == 0 and last and not self._overwrite:
@@ -176,7 +169,7 @@ class Recorder(TrainerCallback):
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise IndexMismatch(f"{self.folder} holds other files and is left alone. Give another folder.")
             make_folder(self.folder)
-            write_record(self.folder, self._header())
+            begin_record(self.folder, **self._header())
         if last < step:
             announce(f"{self.folder} ends at step {last}, the training goes on after step {step}: a gap remains.")
         remove_after(self.folder, step)
@@ -193,9 +186,6 @@ class Recorder(TrainerCallback):
         model = self._trainer.model
         name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
         return {
-            "format": FORMAT,
-            "kind": KIND,
-            "vestige": version("vestige"),
             "model": {"name": name, "fingerprint": model_fingerprint(model)},
             "examples": len(self._trainer.train_dataset),
             "id_column": self._id_column,

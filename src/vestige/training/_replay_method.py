@@ -97,21 +97,13 @@ class TrainingReplay(Method):
     )
 
     def __post_init__(self) -> None:
-        """Say what these options make possible.
-
-        Raises:
-            SpecError: No query would be walked.
-        """
+        """Say what these options make possible."""
         if self.together < 1:
             raise SpecError(f"together={self.together}: walk 1 query or more at once.")
         self.splits_components = self.by_component
 
     def adopt(self, settings: AttributeSettings) -> AttributeSettings:
-        """Open the recorded trainings; return the settings with the model of the first, and how it read its data.
-
-        Raises:
-            SpecError: A training cannot be replayed, or has no checkpoint yet.
-        """
+        """Open the recorded trainings; return the settings with the model of the first, and how it read its data."""
         self._typed, given = settings, settings.training
         folders = given if isinstance(given, list | tuple) else [given]
         live = {"model": settings.model, "data": settings.data, "tokenizer": settings.tokenizer}
@@ -246,7 +238,7 @@ def _walk_group(job: Job, replay: Replay, queries: range, work: Path) -> Tensors
     lengths = torch.tensor([[*walk.norms] for walk in walks], dtype=torch.float64)
     shares = torch.tensor([[len(part) / len(queries)] for part in parts], dtype=torch.float64)
     sums = {name: [getattr(walk, name) for walk in walks] for name in ("scores", "tokens", "components")}
-    found = {name: torch.cat(parts) for name, parts in sums.items() if parts[0] is not None}
+    found = {name: torch.cat(each) for name, each in sums.items() if each[0] is not None}
     return found | {"norms": (lengths * shares).sum(0)}
 
 

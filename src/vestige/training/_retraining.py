@@ -20,7 +20,7 @@ from vestige.models import quiet_transformers
 from vestige.online import CollatorWithIds, RowsWithIds, restore_randomness
 from vestige.registry import import_object
 from vestige.settings import TrainSettings
-from vestige.training._engine import Hook, Recipe, Rows, fit, make_model
+from vestige.training._engine import Hook, Rows, fit, make_model
 from vestige.training._examples import ALARM_OFF, TrainInputs, Watched, read_inputs, repeat_settings
 from vestige.training._recorder import Recorder
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps, last_resumable
@@ -156,7 +156,7 @@ class CommandTraining(Retraining):
         fit(
             model,
             Rows(inputs.data, plan.rows, plan.weights, left),
-            Recipe.of(settings),
+            settings,
             steps=plan.steps,
             seed=settings.seed,
             after_step=lambda _: after_step(),

@@ -141,11 +141,7 @@ class Source(CheckpointMethod):
     )
 
     def adopt(self, settings: AttributeSettings) -> AttributeSettings:
-        """Open the recorded training; return the settings with its checkpoints, and how it read its data.
-
-        Raises:
-            SpecError: Several were given, or a segment has no checkpoint.
-        """
+        """Open the recorded training; return the settings with its checkpoints, and how it read its data."""
         given = settings.training
         if isinstance(given, list | tuple) and len(given) != 1:
             raise SpecError(f"source unrolls one training, and {len(given)} were given. Give one --training.")
@@ -162,11 +158,7 @@ class Source(CheckpointMethod):
         return adopt_settings(settings, last, self._trained, model=None, checkpoints=saved)
 
     def read_train(self, loaded: LoadedModel) -> TokenizedData:
-        """Return all examples as the training learned them.
-
-        Raises:
-            SpecError: They have weights.
-        """
+        """Return all examples as the training learned them."""
         data, weights = read_learned(self._trained, loaded)
         if weights is not None:
             raise SpecError(
@@ -234,11 +226,10 @@ class Source(CheckpointMethod):
 
     def _reaches(self) -> Float[np.ndarray, "segment"]:
         """Return the sum of the learning rates of each segment's steps."""
-        table, found = self._run.steps, np.zeros(self.segments)
+        table = self._run.steps
         steps, first = np.unique(table["step"].to_numpy(), return_index=True)
-        for step, rate in zip(steps, table["learning_rate"].to_numpy()[first], strict=True):
-            found[self._segment(int(step))] += rate
-        return found
+        rates = table["learning_rate"].to_numpy()[first]
+        return np.bincount((steps - 1) * self.segments // self._steps, rates, self.segments)
 
     def _measure(self, job: Job, segment: int, learned: Int[np.ndarray, "row"]) -> KroneckerCurvature:
         """Return EK-FAC at the middle checkpoint of a segment."""

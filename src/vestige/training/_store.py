@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -245,6 +246,11 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     write_durably(folder / RECORD, [(json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
+def begin_record(folder: Path, **facts: Any) -> None:
+    """Write the record of a training that begins."""
+    write_record(folder, {"format": FORMAT, "kind": KIND, "vestige": version("vestige"), **facts})
+
+
 def identity_digest(identity: Mapping[str, Any]) -> str:
     """Return sixteen hexadecimal digits of the sha256 over the identity."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -305,7 +311,7 @@ def remove_after(folder: Path, step: int) -> None:
             remove_tree(checkpoint_folder(folder, later).rename(folder / f"checkpoint-{later}.gone"))
 
 
-def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], add: Callable[[Path], None]) -> None:
+def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], add: Callable[[Path], Any]) -> None:
     """Write a new checkpoint's folder, whole or not at all.
 
     It holds the model or its adapter, the tokenizer, `trainer_state.json` with `log` as its `log_history` and, after
@@ -362,13 +368,10 @@ class Unfinished:
         new = checkpoint_folder(self._folder, number)
         if new.is_dir():
             remove_tree(new)
-        write_checkpoint(trainer, new, (), self._sign)
+        write_checkpoint(trainer, new, (), lambda folder: (folder / _MADE_OF).write_text(self._digest))
         for old in checkpoint_steps(self._folder):
             if old != number:
                 remove_tree(checkpoint_folder(self._folder, old))
-
-    def _sign(self, folder: Path) -> None:
-        (folder / _MADE_OF).write_text(self._digest)
 
     def remove(self) -> None:
         """Remove it: the training is complete."""

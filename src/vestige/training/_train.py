@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,13 @@ from vestige.storage import (
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
-from vestige.training._engine import Recipe, Rows, Step, fit, make_model
+from vestige.training._engine import Rows, Step, fit, make_model
 from vestige.training._examples import TrainInputs, members_of, read_inputs
 from vestige.training._recorder import Recorder
 from vestige.training._store import (
     FORMAT,
     IN_RUN,
     IN_RUN_LOG,
-    KIND,
     MEMBERSHIP,
     RECORD,
     RESULT_FILES,
@@ -50,6 +48,7 @@ from vestige.training._store import (
     STEP,
     CurrentStep,
     TrainingRun,
+    begin_record,
     checkpoint_folder,
     checkpoint_steps,
     identity_digest,
@@ -175,11 +174,7 @@ def group_examples(
 def make_plan(
     settings: TrainSettings, data: TokenizedData, weights: np.ndarray | None, groups: Int[np.ndarray, "example"]
 ) -> Plan:
-    """Return the plan of a training.
-
-    Raises:
-        DataError: None of its examples has a token to learn.
-    """
+    """Return the plan of a training."""
     members = members_of(groups, settings.split_fraction, settings.split_seed)
     if weights is not None:
         members &= weights > 0
@@ -225,12 +220,7 @@ def _identify(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData,
 def _prepare_folder(
     settings: TrainSettings, old: dict[str, Any] | None, identity: dict[str, Any], names: dict[str, str]
 ) -> None:
-    """Prepare the folder with the record of this training, new or as an interrupted one has left it.
-
-    Raises:
-        IndexMismatch: It holds a training with other settings; nothing was changed.
-        UserError: It holds something else.
-    """
+    """Prepare the folder with the record of this training, new or as an interrupted one has left it."""
     folder = settings.out
     if old is None:
         require_no_others(folder, ())
@@ -241,17 +231,10 @@ def _prepare_folder(
     make_folder(folder)
     remove_strays(folder)
     if old is None:
-        record = {
-            "format": FORMAT,
-            "kind": KIND,
-            "vestige": version("vestige"),
-            "id": identity_digest(identity),
-            "command": settings.command_line("train"),
-            "config": settings.record(),
-            "identity": identity,
-            "names": names,
-        }
-        write_record(folder, record)
+        command, config = settings.command_line("train"), settings.record()
+        begin_record(
+            folder, id=identity_digest(identity), command=command, config=config, identity=identity, names=names
+        )
 
 
 def _run(
@@ -274,7 +257,7 @@ def _run(
         fit(
             model,
             Rows(data, plan.rows, plan.weights),
-            Recipe.of(settings),
+            settings,
             steps=plan.steps,
             seed=settings.seed,
             hooks=[watcher.begin],

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +253,7 @@ def _run(
         open_tracking(reported, settings.out, config, group=group, step=last) as tracking,
         progress(plan.steps - last, "Training", unit="steps") as bar,
     ):
-        watcher = _Watcher(settings, inputs, plan, tracking, bar)
+        watcher = _Watcher(settings, inputs, plan, tracking, bar, on_step)
         fit(
             model,
             Rows(data, plan.rows, plan.weights),
@@ -261,7 +261,7 @@ def _run(
             steps=plan.steps,
             seed=settings.seed,
             hooks=[watcher.begin],
-            after_step=lambda step: (watcher.note(step), on_step()),
+            after_step=watcher.note,
             resume=checkpoint_folder(settings.out, last) if last else None,
             tokenizer=loaded.tokenizer,
             eval_size=max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max()))),
@@ -279,22 +279,25 @@ def _make_alarm(settings: TrainSettings) -> Alarm | None:
     return Alarm(**given, layer=int(layer) if layer.isdigit() else layer, seed=settings.seed)
 
 
+@dataclass
 class _Watcher:
     """Records a training, scores its steps if there are validation examples, and shows how far it is."""
 
-    recorder: Recorder
-
-    def __init__(
-        self, settings: TrainSettings, inputs: TrainInputs, plan: Plan, tracking: Tracking, bar: Progress
-    ) -> None:
-        self._settings, self._inputs, self._plan, self._tracking, self._bar = settings, inputs, plan, tracking, bar
-        self._begun = self._written = time.monotonic()
-        self._done = 0
-        self._scores: Attached | None = None
+    settings: TrainSettings
+    inputs: TrainInputs
+    plan: Plan
+    tracking: Tracking
+    bar: Progress
+    on_step: Callable[[], object]
+    recorder: Recorder = field(init=False)
+    scores: Attached | None = None
+    done: int = 0
+    begun: float = field(default_factory=time.monotonic)
+    written: float = field(default_factory=time.monotonic)
 
     def begin(self, trainer: Trainer) -> None:
         """Record this Trainer, and score its steps."""
-        settings, data = self._settings, self._inputs.data
+        settings, data = self.settings, self.inputs.data
         self.recorder = Recorder(
             trainer,
             settings.out,
@@ -303,35 +306,36 @@ class _Watcher:
             watch=Rows(data, range(len(data))) if settings.losses else None,
             keep_optimizer=settings.keep_optimizer,
             overwrite=True,
-            on_losses=lambda step, found: self._tracking.log({"train/data_loss": float(np.nanmean(found.loss))}, step),
+            on_losses=lambda step, found: self.tracking.log({"train/data_loss": float(np.nanmean(found.loss))}, step),
         )
-        if self._inputs.validation is not None:
-            self._scores = attach(
+        if self.inputs.validation is not None:
+            self.scores = attach(
                 trainer,
-                self._inputs.validation,
+                self.inputs.validation,
                 out=settings.out / IN_RUN_LOG,
                 select=settings.select,
                 score_optimizer=settings.score_optimizer,
-                token_budget=batch_tokens(settings, self._inputs.loaded),
+                token_budget=batch_tokens(settings, self.inputs.loaded),
             )
 
     def note(self, step: Step) -> None:
         """Report a step, before the recorder saves a checkpoint behind it."""
-        if self._scores is None:
-            self._tracking.log_step(step)
+        if self.scores is None:
+            self.tracking.log_step(step)
         else:
-            self._tracking.log_step(step, validation_loss=self._scores.engine.validation_loss)
-            if step.number in self._plan.checkpoints:
-                self._scores.engine.flush()
+            self.tracking.log_step(step, validation_loss=self.scores.engine.validation_loss)
+            if step.number in self.plan.checkpoints:
+                self.scores.engine.flush()
         loss = float(np.mean(self.recorder.last_step[1]))
-        self._bar.advance()
-        self._bar.note(f"loss {loss:.3f}")
-        self._done += 1
+        self.bar.advance()
+        self.bar.note(f"loss {loss:.3f}")
+        self.done += 1
         now = time.monotonic()
-        if now - self._written >= _SECONDS_BETWEEN_NOTES and step.number < self._plan.steps:
-            self._written = now
-            rate = self._done / (now - self._begun)
-            write_step(self._settings.out, CurrentStep(step.number, self._plan.steps, loss, rate))
+        if now - self.written >= _SECONDS_BETWEEN_NOTES and step.number < self.plan.steps:
+            self.written = now
+            rate = self.done / (now - self.begun)
+            write_step(self.settings.out, CurrentStep(step.number, self.plan.steps, loss, rate))
+        self.on_step()
 
 
 def _announce(settings: TrainSettings, model: nn.Module, plan: Plan, examples: int) -> None:

@@ -271,7 +271,7 @@ class Replay:
 
     def run_without(self, ids: Collection[str], title: str) -> None:
         """Take all steps with the weight of some examples at 0: order, batches and divisors stay; keep the model."""
-        self._run(0, self.steps, title, without=list(ids))
+        self._run(0, self.steps, title, without=ids)
 
     def _require_same(self) -> None:
         run, steps = self.training.run, self.training.steps
@@ -295,13 +295,13 @@ class Replay:
         self._run(begin, end, f"Replay of steps {begin + 1} to {end}", tape)
         return tape.files
 
-    def _run(
-        self, begin: int, end: int, title: str, hook: Hook | None = None, without: Sequence[str] | None = None
-    ) -> None:
+    def _run(self, begin: int, end: int, title: str, *hooks: Hook, without: Collection[str] = ()) -> None:
         """Take the steps after `begin`, with something hooked in; the model is kept."""
         resume = checkpoint_folder(self._folder, begin) if begin else None
+        counting = TrainerCallback()
         with progress(end - begin, title, unit="steps") as bar:
-            self.model = self.training.take(resume, hook, without, bar.advance)
+            counting.on_step_end = lambda *_, **__: bar.advance()
+            self.model = self.training.take(resume, [lambda trainer: trainer.add_callback(counting), *hooks], without)
 
 
 def _keep(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from vestige.data import NO_TARGET, Example, TokenizedData, data_fingerprint
 from vestige.errors import IndexMismatch, SpecError, UserError, differences, mismatch_message
@@ -25,8 +25,6 @@ from vestige.training._examples import ALARM_OFF, TrainInputs, Watched, read_inp
 from vestige.training._recorder import Recorder
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps, last_resumable
 from vestige.training._train import Plan, group_examples, make_plan, train
-
-AfterStep = Callable[[], Any]
 
 
 class Retraining(ABC):
@@ -66,16 +64,13 @@ class Retraining(ABC):
         """
 
     @abstractmethod
-    def take(
-        self, resume: Path | None, hook: Hook | None, without: Sequence[str] | None, after_step: AfterStep
-    ) -> nn.Module:
+    def take(self, resume: Path | None, hooks: Sequence[Hook], without: Collection[str]) -> nn.Module:
         """Take steps from a checkpoint on, or all, until the end or a hook ends them; return the model.
 
         Args:
             resume: The checkpoint.
-            hook: Hooked into the Trainer.
-            without: Ids of examples with a weight of 0, where that can be.
-            after_step: Called after each step.
+            hooks: Hooked into the Trainer.
+            without: Ids of examples with a weight of 0; none where the training cannot reweigh.
         """
 
 
@@ -146,21 +141,18 @@ class CommandTraining(Retraining):
             raise IndexMismatch(mismatch_message(f"The training in {self.run.folder}", found))
         return again
 
-    def take(
-        self, resume: Path | None, hook: Hook | None, without: Sequence[str] | None, after_step: AfterStep
-    ) -> nn.Module:
+    def take(self, resume: Path | None, hooks: Sequence[Hook], without: Collection[str]) -> nn.Module:
         """Take the steps by the engine of the command."""
         inputs, plan, settings = self._inputs, self._plan, self.settings
         model = make_model(settings, inputs.loaded, settings.seed)
-        left = None if without is None else np.array([example.id in without for example in self.data.examples])
+        left = np.array([example.id in without for example in self.data.examples]) if without else None
         fit(
             model,
             Rows(inputs.data, plan.rows, plan.weights, left),
             settings,
             steps=plan.steps,
             seed=settings.seed,
-            after_step=lambda _: after_step(),
-            hooks=[] if hook is None else [hook],
+            hooks=hooks,
             resume=resume,
             tokenizer=inputs.loaded.tokenizer,
         )
@@ -249,20 +241,11 @@ class TrainerTraining(Retraining):
             raise IndexMismatch(f"{self.run.folder} began with another model than the Trainer has. Nothing was scored.")
         return again
 
-    def take(
-        self,
-        resume: Path | None,
-        hook: Hook | None,
-        without: Sequence[str] | None,  # noqa: ARG002
-        after_step: AfterStep,
-    ) -> nn.Module:
+    def take(self, resume: Path | None, hooks: Sequence[Hook], without: Collection[str]) -> nn.Module:  # noqa: ARG002
         """Take the steps by a new Trainer."""
         with _apart():
             trainer: Any = self._make()
-            callback = TrainerCallback()
-            callback.on_step_end = lambda *_, **__: after_step()
-            trainer.add_callback(callback)
-            if hook is not None:
+            for hook in hooks:
                 hook(trainer)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         return trainer.model

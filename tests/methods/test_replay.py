@@ -307,6 +307,15 @@ def test_a_training_of_ones_own_trainer_scores_as_the_same_one_of_the_command(fo
 
 
 @pytest.mark.slow
+def test_a_training_with_an_alarm_is_replayed_without_it(folder, tmp_path):
+    given = {"model": str(folder / "tiny-model"), "data": str(folder / "train.jsonl"), "steps": 2, "batch_size": 4}
+    vestige.train(**given, alarm=True, alarm_measure="loss", alarm_window=4, out=tmp_path / "training")
+    common = {"method": "replay", "queries": str(folder / "queries.jsonl"), "options": {"drops": 0}}
+    scores = vestige.attribute(**common, training=tmp_path / "training", out=tmp_path / "run")
+    assert len(scores.top("sky", 3)) == 3
+
+
+@pytest.mark.slow
 def test_a_training_that_does_not_come_out_again_is_refused(folder, trained, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(trained, changed)

@@ -93,9 +93,7 @@ def doctor(settings: DoctorSettings) -> DoctorReport:
     inputs = read_inputs(settings, settings.model, settings.data, settings.components, checked=False)
     loaded, data, selection = inputs
     loss = CausalLoss(settings.loss)
-    checks = check_data(
-        data, loaded.tokenizer, loaded.model, max_length=tokens_at_most(settings, loaded), chat=settings.chat
-    )
+    checks = check_data(data, loaded, max_length=tokens_at_most(settings, loaded), chat=settings.chat)
     costs: tuple[Cost, ...] = ()
     free = shutil.disk_usage(Path.cwd()).free
     if checks[0].verdict == "bad":

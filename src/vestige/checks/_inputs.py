@@ -24,19 +24,12 @@ _NAMED = 3
 _EXACT_ATTENTION = ("eager", "sdpa")
 
 
-def check_data(
-    data: TokenizedData,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    model: nn.Module,
-    *,
-    max_length: int | None,
-    chat: bool,
-) -> list[Check]:
+def check_data(data: TokenizedData, loaded: LoadedModel, *, max_length: int | None, chat: bool) -> list[Check]:
     """Check everything that the tokens alone show."""
     return [
-        _check_vocabulary(data, model),
-        _check_beginnings(data, tokenizer),
-        _check_template(data, tokenizer, chat),
+        _check_vocabulary(data, loaded.model),
+        _check_beginnings(data, loaded.tokenizer),
+        _check_template(data, loaded.tokenizer, chat),
         _check_targets(data),
         _check_lengths(data, max_length),
         _check_empty(data),
@@ -81,8 +74,8 @@ def _check_beginnings(data: TokenizedData, tokenizer: "PreTrainedTokenizerBase |
             "give rows with `input_ids`."
         )
         return Check(name, "warn", f"{token} twice from the tokenizer, once here", advice, 0)
-    value = f"{token} before {int(once.sum()):,} of {len(data):,} examples"
-    if 0 < int(once.sum()) < len(data):
+    value = f"{token} before {once.sum():,} of {len(data):,} examples"
+    if 0 < once.sum() < len(data):
         advice = "Some examples begin with it and some do not; train and trace with one way of writing them."
         return Check(name, "warn", value, advice, 0)
     return Check(name, "good", value, "It stands nowhere twice.", 0)

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 from vestige.progress import format_bytes, format_seconds
 
 Verdict = Literal["good", "warn", "bad"]
+_WIDEST = 120
+_NUMERALS = frozenset("0123456789,.%")
 
 
 @dataclass(frozen=True)
@@ -93,29 +95,19 @@ class DoctorReport:
         }
 
     def __str__(self) -> str:
-        return render(self)
+        columns = min(shutil.get_terminal_size((100, 24)).columns, _WIDEST)
+        blocks = [
+            [f"{self.model} on {self.examples:,} examples of {self.data}"],
+            _checks(self.checks, max(columns, 60)),
+            ["Parameters covered", *_coverage(self.coverage)],
+        ]
+        if self.costs:
+            free = format_bytes(self.free_disk_bytes)
+            blocks.append([f"What an index would cost ({free} of disk are free here)", *_costs(self.costs)])
+        return "\n\n".join("\n".join(block) for block in [*blocks, [_last_line(self.checks)]])
 
 
-_WIDEST = 120
-_NUMERALS = frozenset("0123456789,.%")
-
-
-def render(report: "DoctorReport") -> str:
-    """Render checks, coverage and costs, one block each, and a last line with the verdict."""
-    columns = min(shutil.get_terminal_size((100, 24)).columns, _WIDEST)
-    blocks = [
-        [f"{report.model} on {report.examples:,} examples of {report.data}"],
-        _checks(report.checks, max(columns, 60)),
-        ["Parameters covered", *_coverage(report)],
-    ]
-    if report.costs:
-        free = format_bytes(report.free_disk_bytes)
-        blocks.append([f"What an index would cost ({free} of disk are free here)", *_costs(report.costs)])
-    blocks.append([_last_line(report.checks)])
-    return "\n\n".join("\n".join(block) for block in blocks)
-
-
-def _checks(checks: Sequence["Check"], columns: int) -> list[str]:
+def _checks(checks: Sequence[Check], columns: int) -> list[str]:
     name_width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -128,16 +120,14 @@ def _checks(checks: Sequence["Check"], columns: int) -> list[str]:
     return lines
 
 
-def _coverage(report: "DoctorReport") -> list[str]:
+def _coverage(coverage: Sequence[Coverage]) -> list[str]:
     rows = [["kind", "parameters", "selected", "no rule", "why not all"]]
-    rows += [
-        [row.kind, f"{row.parameters:,}", f"{row.selected:,}", f"{row.without_rule:,}", row.reason]
-        for row in report.coverage
-    ]
+    for row in coverage:
+        rows.append([row.kind, f"{row.parameters:,}", f"{row.selected:,}", f"{row.without_rule:,}", row.reason])
     return _align(rows)
 
 
-def _costs(costs: Sequence["Cost"]) -> list[str]:
+def _costs(costs: Sequence[Cost]) -> list[str]:
     dtypes = list(costs[0].disk_bytes)
     rows = [["compress", "numbers", "time", "memory", *dtypes]]
     for cost in costs:
@@ -158,7 +148,7 @@ def _align(rows: list[list[str]], right: Sequence[int] | None = None) -> list[st
     ]
 
 
-def _last_line(checks: Sequence["Check"]) -> str:
+def _last_line(checks: Sequence[Check]) -> str:
     names = {verdict: [check.name for check in checks if check.verdict == verdict] for verdict in ("bad", "warn")}
     if names["bad"]:
         return f"Bad: {', '.join(names['bad'])}. Fix this before you trust a score."

@@ -58,7 +58,8 @@ def fix(settings: FixSettings) -> Fix | Siblings:
     questions = Questions.of(scores.run, asked, expected, recorded.settings)
     folder = settings.out
     assert folder is not None
-    record = _make_record(settings, scores, recorded, choice, kept, questions)
+    trainings = Trainings(recorded, questions, folder, tuple(kept), settings.seeds)
+    record = _make_record(settings, scores, trainings, choice, kept)
     if settings.dry_run:
         return Fix(None, record)
     seeds = range(recorded.settings.seed, recorded.settings.seed + settings.seeds)
@@ -66,7 +67,6 @@ def fix(settings: FixSettings) -> Fix | Siblings:
     if old is not None:
         return old
     data, cleaned = _write_data(recorded, choice, kept, folder)
-    trainings = Trainings(recorded, questions, folder, data, settings.seeds)
     record = record.model_copy(update={"cleaned": cleaned, "price": trainings.price()})
     if not is_worker():
         write_fix(folder, record)
@@ -79,7 +79,7 @@ def fix(settings: FixSettings) -> Fix | Siblings:
         report(folder)
         return Fix(folder, whole)
 
-    return trainings.run(kept, settings, finish)
+    return trainings.run(kept, data, settings, finish)
 
 
 def _read_data(recorded: Recorded) -> list[Example]:
@@ -91,21 +91,13 @@ def _read_data(recorded: Recorded) -> list[Example]:
 
 
 def _read_queries(settings: FixSettings, scores: Scores) -> list[Example]:
-    """Return the chosen queries of the run, with the answers that it explains.
-
-    Raises:
-        UserError: One is not among them.
-    """
+    """Return the chosen queries of the run, with the answers that it explains."""
     wanted = [scores.query_id(name) for name in settings.queries] or scores.queries
     return [query for query in load_queries(str(settings.run), focus="read") if query.id in wanted]
 
 
 def _read_expected(settings: FixSettings, asked: Sequence[Example]) -> dict[str, str]:
-    """Return the right answers by the id of their query.
-
-    Raises:
-        DataError: The file has none of the queries.
-    """
+    """Return the right answers by the id of their query."""
     if settings.expect is None:
         return {}
     known = {query.id for query in asked}
@@ -120,11 +112,7 @@ def _read_expected(settings: FixSettings, asked: Sequence[Example]) -> dict[str,
 
 
 def _keep(recorded: Recorded, choice: Choice, settings: FixSettings) -> dict[Arm, list[np.ndarray]]:
-    """Return the rows that each training reads, ascending, by arm and seed.
-
-    Raises:
-        SpecError: No removed row was trained on, or nothing is left.
-    """
+    """Return the rows that each training reads, ascending, by arm and seed."""
     members = recorded.members()
     allowed = np.array([row for row, one in enumerate(choice.examples) if members is None or one.id in members])
     removed = [row for row in choice.reasons if row in set(allowed.tolist())]
@@ -144,14 +132,13 @@ def _keep(recorded: Recorded, choice: Choice, settings: FixSettings) -> dict[Arm
 def _make_record(
     settings: FixSettings,
     scores: Scores,
-    recorded: Recorded,
+    trainings: Trainings,
     choice: Choice,
     kept: Mapping[Arm, Sequence[np.ndarray]],
-    questions: Questions,
 ) -> FixRecord:
+    recorded, questions = trainings.recorded, trainings.questions
     examples, whole = choice.examples, kept["before"][0]
     drawn = [np.setdiff1d(whole, rows) for rows in kept.get("control", ())]
-    trainings = Trainings(recorded, questions, settings.out or Path(), kept, settings.seeds)
     return FixRecord(
         **describe_process(),
         command=settings.command_line("fix"),
@@ -177,7 +164,7 @@ def _make_record(
             for one in questions.queries
         ],
         price=trainings.price(),
-        models=settings.seeds * len(kept),
+        models=len(trainings.plan),
         notes=_note(settings, choice, len(np.setdiff1d(whole, kept["after"][0])), drawn, recorded),
     )
 
@@ -228,17 +215,7 @@ def _note(
 def _prepare_folder(
     settings: FixSettings, record: FixRecord, models: Set[tuple[Arm, int]]
 ) -> tuple[FixRecord, Fix | None]:
-    """Return the record as an interrupted fix has left it, and the whole result where there is nothing left to do.
-
-    Args:
-        settings: As they were typed.
-        record: What is to be in the folder.
-        models: Arm and seed of each model that is to answer.
-
-    Raises:
-        IndexMismatch: The folder holds a fix with other settings.
-        UserError: It holds something else.
-    """
+    """Return the record as an interrupted fix has left it, and the result where all of these models have answered."""
     folder = settings.out
     assert folder is not None
     if settings.overwrite:

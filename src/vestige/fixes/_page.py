@@ -23,11 +23,7 @@ _SHOWN = 3
 
 
 def _make(folder: Path) -> dict[str, Any]:
-    """Return everything that is on the page of the fix in the folder.
-
-    Raises:
-        UserError: Not all models have answered.
-    """
+    """Return everything that is on the page of the fix in the folder."""
     found = Fix.open(folder)
     record = found.record
     if not found.is_complete:

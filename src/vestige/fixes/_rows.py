@@ -33,12 +33,7 @@ class Choice:
 
 
 def choose_rows(settings: FixSettings, scores: Scores, queries: Sequence[str], examples: Sequence[Example]) -> Choice:
-    """Return the rows that the settings name, each with its reasons.
-
-    Raises:
-        DataError: One is not in the data.
-        SpecError: None is found, or they are all there is.
-    """
+    """Return the rows that the settings name, each with its reasons."""
     choice = Choice(examples, text_groups(examples))
     found: dict[int, list[str]] = {}
     for row, reason in _find(settings, scores, queries, choice):
@@ -87,11 +82,7 @@ def _rows_of_source(name: str, examples: Sequence[Example]) -> list[int]:
 def _find_top(
     settings: FixSettings, scores: Scores, query: str, ids: list[str], groups: Int[np.ndarray, "example"]
 ) -> Iterator[tuple[int, str]]:
-    """Yield the strongest proponents of a query, with all copies of their texts.
-
-    Raises:
-        SpecError: The run lists fewer.
-    """
+    """Yield the strongest proponents of a query, with all copies of their texts."""
     assert settings.top is not None
     listed = [entry for entry in scores.listed(query, "proponent") if entry.score > 0]
     rows = rows_named([entry.example_id for entry in listed], ids, place=str(settings.run))

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, final, overload
+from typing import NamedTuple, Self, final
 
 import numpy as np
 import torch
@@ -34,21 +34,16 @@ class Sibling(NamedTuple):
 
 
 @final
-class Siblings(Sequence[Sibling]):
+class Siblings(tuple[Sibling, ...]):
     """The rows most like one, those with the largest sum of cosine and share of words first; both are at most 1."""
 
-    def __init__(self, example: Example, rows: Sequence[Sibling], notes: Sequence[str]) -> None:
-        self.example, self._rows, self.notes = example, tuple(rows), tuple(notes)
+    example: Example
+    notes: tuple[str, ...]
 
-    @overload
-    def __getitem__(self, index: int) -> Sibling: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sibling]: ...
-    def __getitem__(self, index: int | slice) -> Sibling | Sequence[Sibling]:
-        return self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
+    def __new__(cls, example: Example, rows: Sequence[Sibling], notes: Sequence[str]) -> Self:
+        found = super().__new__(cls, rows)
+        found.example, found.notes = example, tuple(notes)
+        return found
 
     def __str__(self) -> str:
         return as_text(self, 120)
@@ -60,7 +55,7 @@ class Siblings(Sequence[Sibling]):
         table = Table(title=title, title_justify="left")
         for name in ("row", "gradient", "words", "source", "text"):
             table.add_column(name, justify="right" if name in ("gradient", "words") else "left")
-        for one in self._rows:
+        for one in self:
             table.add_row(shorten(one.example_id), *_numbers(one), shorten(one.source or ""), shorten(one.text, _WIDTH))
         return Group(table, *self.notes)
 
@@ -69,7 +64,7 @@ class Siblings(Sequence[Sibling]):
             "<tr>"
             + "".join(f"<td>{html.escape(cell)}</td>" for cell in (one.example_id, *_numbers(one), one.source or ""))
             + f'<td style="text-align:left">{html.escape(one.text)}</td></tr>'
-            for one in self._rows
+            for one in self
         )
         head = "".join(f"<th>{name}</th>" for name in ("row", "gradient", "words", "source", "text"))
         caption = html.escape(f"Most like {self.example.id}. {' '.join(self.notes)}")
@@ -82,18 +77,7 @@ def flat_text(example: Example) -> str:
 
 
 def find_siblings(scores: Scores, name: str, count: int, run: Path) -> Siblings:
-    """Return the rows most like the one of this name.
-
-    Args:
-        scores: Of the run, whose index holds the gradients.
-        name: Id of the row.
-        count: How many to return.
-        run: What was typed for the run.
-
-    Raises:
-        DataError: There is no such row.
-        SpecError: The run was made from data in a Python program.
-    """
+    """Return the `count` rows most like the one of this name, of the data of the run that was typed as `run`."""
     index = _open_index(scores)
     examples = list(index.examples()) if index is not None else _read_data(scores)
     ids = [example.id for example in examples]

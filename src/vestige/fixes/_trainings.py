@@ -1,8 +1,8 @@
 """The trainings of a fix: on all rows, without the removed ones and without random ones, and what each answers."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from vestige.data import Example, TokenizedData, tokenize
 from vestige.errors import SpecError
 from vestige.fixes._record import ARMS, Arm, Fix, Outcome
 from vestige.indexes import batch_tokens, read_manifest, tokens_at_most
-from vestige.jobs import Compute, Pieces, own_jobs, run_pieces, step_done, worker_command
+from vestige.jobs import Pieces, own_jobs, run_pieces, step_done, worker_command
 from vestige.models import generate_answers, load_model
 from vestige.parsing import parse_json
 from vestige.progress import announce, format_seconds, quiet
 from vestige.runs import RunRecord, environment
 from vestige.settings import FixSettings, TrainSettings
 from vestige.storage import remove_tree, write_durably
-from vestige.training import TrainingRun, measure, read_inputs, require_inputs, steps_per_epoch, train
+from vestige.training import ALARM_OFF, TrainingRun, measure, read_inputs, require_inputs, steps_per_epoch, train
 
 MODELS = "models"
 """Folder of the trainings in the folder of a fix."""
@@ -57,17 +57,11 @@ class Recorded:
         if self.settings.split_fraction == 1:
             return None
         assert self.run is not None, "a split that was typed is refused"
-        table = self.run.membership
-        pairs = zip(table["example_id"].to_pylist(), table["member"].to_pylist(), strict=True)
-        return {name for name, member in pairs if member}
+        return self.run.members
 
 
 def find_training(settings: FixSettings, run: RunRecord) -> Recorded:
-    """Return the training behind the model of a run, with the settings that were typed in place of recorded ones.
-
-    Raises:
-        SpecError: None was recorded, or its settings are not those of `vestige train`.
-    """
+    """Return the training behind the model of a run, with the settings that were typed in place of recorded ones."""
     found, model = settings.training, run.model
     if found is None and model is not None:
         place = Path(model.name).expanduser()
@@ -119,10 +113,9 @@ class Questions:
         """Return the questions of a run, put as there."""
         config = run.config
         chat = config.get("chat")
-        manifest = (
-            read_manifest(Path(config["index"])) if chat is None and isinstance(config.get("index"), str) else None
-        )
-        chat = (trained.chat if manifest is None else manifest.chat) if chat is None else chat
+        if chat is None:
+            manifest = read_manifest(Path(config["index"])) if isinstance(config.get("index"), str) else None
+            chat = trained.chat if manifest is None else manifest.chat
         return cls(queries, expected, bool(chat), config.get("max_new_tokens", 64), config.get("loss") == "mean")
 
 
@@ -133,13 +126,13 @@ class Trainings:
     recorded: Recorded
     questions: Questions
     folder: Path
-    data: Mapping[Arm, Sequence[Any]]
-    """What the training of each seed reads."""
+    arms: Sequence[Arm]
     seeds: int
 
-    def _plan(self) -> list[tuple[Arm, int]]:
-        """Return arm and number of every model; all kinds have the first seed before any has the second."""
-        return [(arm, number) for number in range(self.seeds) for arm in self.data]
+    @property
+    def plan(self) -> list[tuple[Arm, int]]:
+        """Arm and number of every model; all kinds have the first seed before any has the second."""
+        return [(arm, number) for number in range(self.seeds) for arm in self.arms]
 
     def _result(self, arm: Arm, number: int) -> Path:
         return self.folder / MODELS / f"{arm}-{number}.json"
@@ -147,86 +140,71 @@ class Trainings:
     @property
     def missing(self) -> list[tuple[Arm, int]]:
         """Arm and number of the trainings that have not answered."""
-        return [one for one in self._plan() if not self._result(*one).is_file()]
-
-    @property
-    def repeated(self) -> int:
-        """The number of models that are still to be trained: the recorded one is there."""
-        return sum(self._known(*one) is None for one in self.missing)
+        return [one for one in self.plan if not self._result(*one).is_file()]
 
     def _known(self, arm: Arm, number: int) -> Path | None:
         return self.recorded.last if arm == "before" and number == 0 else None
 
     def price(self) -> str:
         """Return how much there is to train, and how long that takes by the record."""
-        total = len(self._plan())
-        words = f"{total} models ({', '.join(self.data)}; {self.seeds} seeds)"
-        words += f", {self.repeated} of them to be trained"
-        each = self.recorded.seconds
-        return (
-            words if each is None else f"{words}, {format_seconds(each)} each: {format_seconds(each * self.repeated)}"
+        repeated = sum(self._known(*one) is None for one in self.missing)  # the recorded one is there
+        words = (
+            f"{len(self.plan)} models ({', '.join(self.arms)}; {self.seeds} seeds), {repeated} of them to be trained"
         )
+        each = self.recorded.seconds
+        return words if each is None else f"{words}, {format_seconds(each)} each: {format_seconds(each * repeated)}"
 
     def run(
         self,
         rows: Mapping[Arm, Sequence[Int[np.ndarray, "row"]]],
+        data: Mapping[Arm, Sequence[Any]],
         settings: FixSettings,
         finish: Callable[[list[Outcome]], Fix],
     ) -> Fix:
         """Train and ask what is missing, and return what `finish` makes of what all models answer; as `run_pieces`.
 
         Args:
-            rows: Rows of the data of the recorded training that each training reads.
+            rows: Rows of the data of the recorded training that the training of each seed learns.
+            data: The same as the setting of that training.
             settings: Where the trainings run.
             finish: Writes the result.
         """
-        plan = self._plan()
-        known = [self._known(*one) is not None for one in plan]
+        plan = self.plan
         # Once the last training is done its base model and data may be gone.
         epochs, steps = self._check(rows) if self.missing else ({}, 1)
-        pieces = Pieces(
-            name="Fixing",
-            unit="steps",
-            folder=self.folder,
-            weights=[1 if found else steps for found in known],
-            is_done=lambda piece: self._result(*plan[piece]).is_file(),
-            open=lambda: self._open(plan, epochs),
-            reduce=lambda: finish(self._collect(plan)),
-        )
-        return run_pieces(pieces, settings, worker_command(settings, "fix"))
-
-    @contextmanager
-    def _open(self, plan: Sequence[tuple[Arm, int]], epochs: Mapping[Arm, Sequence[float]]) -> Iterator[Compute]:
-        """Yield what trains a model and writes its answers."""
 
         def compute(piece: int) -> None:
             arm, number = plan[piece]
             announce(f"Model {piece + 1} of {len(plan)}: {ARMS[arm]}, seed {self._seed(number)}.")
             # One bar shows all trainings; each is a command of its own.
             with own_jobs(), quiet():
-                known = self._known(arm, number)
-                found = self._ask(known or self._train(arm, number, epochs[arm][number]), arm, number)
+                model = self._known(arm, number) or self._train(arm, number, data[arm][number], epochs[arm][number])
+                found = self._ask(model, arm, number)
             content = json.dumps([one.model_dump() for one in found], ensure_ascii=False, indent=1)
             write_durably(self._result(arm, number), [content.encode()])
             self._discard(arm, number)
 
-        yield compute
+        def collect() -> list[Outcome]:
+            for one in plan:  # a kill may have come before
+                self._discard(*one)
+            return [Outcome(**one) for each in plan for one in parse_json(self._result(*each).read_bytes())]
 
-    def _collect(self, plan: Sequence[tuple[Arm, int]]) -> list[Outcome]:
-        """Return what all models answer."""
-        for one in plan:  # a kill may have come before
-            self._discard(*one)
-        return [Outcome(**one) for each in plan for one in parse_json(self._result(*each).read_bytes())]
+        pieces = Pieces(
+            name="Fixing",
+            unit="steps",
+            folder=self.folder,
+            weights=[steps if self._known(*one) is None else 1 for one in plan],
+            is_done=lambda piece: self._result(*plan[piece]).is_file(),
+            open=lambda: nullcontext(compute),
+            reduce=lambda: finish(collect()),
+        )
+        return run_pieces(pieces, settings, worker_command(settings, "fix"))
 
     def _seed(self, number: int) -> int:
         return self.recorded.settings.seed + number
 
     def _check(self, rows: Mapping[Arm, Sequence[Int[np.ndarray, "row"]]]) -> tuple[dict[Arm, list[float]], int]:
-        """Return the epochs of each training, which make it as long as the recorded one, and the steps of all.
-
-        Raises:
-            IndexMismatch: Model or data are not what was trained with.
-        """
+        """Return the epochs of each training, which make it as long as the recorded one, and the steps of all."""
         settings, run = self.recorded.settings, self.recorded.run
         loaded, data, weights, _ = read_inputs(settings)
         if run is not None and not self.recorded.changed:
@@ -241,11 +219,11 @@ class Trainings:
 
         return {arm: [epochs(kept) for kept in each] for arm, each in rows.items()}, steps
 
-    def _train(self, arm: Arm, number: int, epochs: float) -> Path:
+    def _train(self, arm: Arm, number: int, data: Any, epochs: float) -> Path:
         """Train one model, unless it is there, and return its folder."""
         own = {
-            "out": self.folder / MODELS / f"{arm}-{number}",
-            "data": self.data[arm][number],
+            "out": self._result(arm, number).with_suffix(""),
+            "data": data,
             "seed": self._seed(number),
             "steps": None,
             "epochs": epochs,
@@ -254,11 +232,9 @@ class Trainings:
             "validation": self.recorded.settings.validation if self.recorded.settings.select else None,
             "losses": False,
             "keep_optimizer": False,
-            **{
-                name: TrainSettings.model_fields[name].default for name in TrainSettings.model_fields if "alarm" in name
-            },
+            **ALARM_OFF,
         }
-        if self.data[arm][number] != self.recorded.settings.data:
+        if data != self.recorded.settings.data:
             own |= {"limit": None, "where": {}}
         whole = TrainSettings(**{**self.recorded.settings.arguments(), **own})
         # What decorates a command's function gives it this attribute, of which types know nothing.
@@ -303,7 +279,7 @@ class Trainings:
 
     def _discard(self, arm: Arm, number: int) -> None:
         """Remove the weights of a model that only had to be compared; those of the fixed ones stay."""
-        folder = self.folder / MODELS / f"{arm}-{number}"
+        folder = self._result(arm, number).with_suffix("")
         if arm != "after" and folder.is_dir():
             for path in TrainingRun.open(folder).checkpoints.values():
                 remove_tree(path)

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         Objective as Objective,
         Reduction as Reduction,
         Seq2SeqLoss as Seq2SeqLoss,
+        evaluating as evaluating,
         example_count as example_count,
         logit_bytes_on as logit_bytes_on,
         token_losses as token_losses,

@@ -204,7 +204,7 @@ def _find_plain_head(model: nn.Module) -> str | None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     tokens = torch.randint(vocabulary, (2, 5), generator=generator).to(embeddings.weight.device)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         whole = model(input_ids=tokens, use_cache=False).logits.float()
         hidden = _causal(model).base_model(input_ids=tokens, use_cache=False).last_hidden_state
         if hidden.shape[-1] != embeddings.in_features:
@@ -234,7 +234,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Keep the model in evaluation mode: dropout makes two passes differ, checkpointing warns of no gradient."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -12,14 +12,11 @@ from torch import nn
 from vestige.errors import ModelError, SpecError, UserError
 from vestige.gradients import CausalLoss, Objective, observable
 from vestige.models import Component, select_components
-from vestige.online._log import SCHEMA, OnlineLog, StepLog, begin_log
+from vestige.online._log import MEANING, SCHEMA, OnlineLog, StepLog, begin_log
 from vestige.online._optimizers import Preconditioner, ScoreOptimizer
 from vestige.online._step import Step, StepScores
 from vestige.online._validation import Selected, Validation
 from vestige.progress import announce
-
-SIGN = "positive: training on the example lowered the validation loss"
-UNIT = "nats of the mean validation loss"
 
 
 class OnlineAttribution:
@@ -91,12 +88,11 @@ class OnlineAttribution:
         self._score_optimizer: ScoreOptimizer = score_optimizer
         self.processes = 1
         """How many of them train the model together, each on examples of its own; all hold the same weights."""
-        self._patterns = tuple(components)
         self._validation = Validation(model, validation, objective or CausalLoss("mean"), token_budget, context)
         if second_order:
             self._validation.as_data()
         self._second_order = second_order
-        selection = select_components(model, self._patterns)
+        selection = select_components(model, tuple(components))
         self._components = tuple(component for component in selection.components if observable(component))
         self.components: tuple[Component, ...] = self._training()
         if not self.components:
@@ -139,14 +135,12 @@ class OnlineAttribution:
             NonFinite: on leaving, if a score is not finite; the ids are named, and what was logged before is kept.
         """
         components = self._training()
-        rates = self._rates(components, learning_rate)
-        number = self.steps_done + 1
         return Step(
             self.model,
             components,
-            rates,
-            self._precondition(components),
-            number,
+            self._rates(components, learning_rate),
+            Preconditioner(self.model, components, self.optimizer, self._score_optimizer),
+            self.steps_done + 1,
             self._validation,
             self._second_order,
             self.processes,
@@ -170,7 +164,8 @@ class OnlineAttribution:
         """
         components = self._training()
         rates = self._rates(components, learning_rate)
-        return self._validation.select(candidates, k, components, rates, self._precondition(components))
+        preconditioner = Preconditioner(self.model, components, self.optimizer, self._score_optimizer)
+        return self._validation.select(candidates, k, components, rates, preconditioner)
 
     def flush(self) -> None:
         """Write every step so far to the log on disk; call it before each checkpoint and at the end."""
@@ -219,9 +214,6 @@ class OnlineAttribution:
         rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
         return [rates.get(id(self.model.get_parameter(component.parameter)), 0.0) for component in components]
 
-    def _precondition(self, components: Sequence[Component]) -> Preconditioner:
-        return Preconditioner(self.model, components, self.optimizer, self._score_optimizer)
-
     def _training(self) -> tuple[Component, ...]:
         """Return the components whose parameter trains at this moment."""
         return tuple(part for part in self._components if self.model.get_parameter(part.parameter).requires_grad)
@@ -246,6 +238,6 @@ class OnlineAttribution:
             "validation": {"ids": self._validation.ids, "fingerprint": self._validation.fingerprint},
             "second_order": self._second_order,
             "score_optimizer": self._score_optimizer,
-            "sign": SIGN,
-            "unit": UNIT,
+            "sign": MEANING.sign,
+            "unit": "nats of the mean validation loss",
         }

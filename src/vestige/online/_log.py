@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +31,11 @@ from vestige.runs import (
     Scores,
     TrustRecord,
     check_target,
-    environment,
+    describe_process,
     write_run,
 )
 from vestige.storage import make_folder, remove_durably, remove_strays, write_durably
-from vestige.tables import write_table
-from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
+from vestige.tables import reading, write_table
 
 HEADER = "log.json"
 FORMAT = 1
@@ -137,10 +135,8 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     Raises:
         CorruptFile: It is damaged.
     """
-    try:
+    with reading(path, "Restore it, or delete it to go on without."):
         return parquet.read_table(path, schema=schema)
-    except (OSError, pa.ArrowException) as error:
-        raise CorruptFile(f"{path} cannot be read: {error}. Restore it, or delete it to go on without.") from error
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -221,11 +217,7 @@ class OnlineLog:
 
 
 def begin_log(log: StepLog, header: Mapping[str, Any], step: int) -> None:
-    """Prepare to log the steps after `step` under this header; drop later ones, of a training that was cut off.
-
-    Raises:
-        IndexMismatch: the log holds another training: `step` is 0, or the header differs.
-    """
+    """Prepare to log the steps after `step` under this header; drop later ones, of a training that was cut off."""
     folder = log.folder
     if (folder / HEADER).is_file():
         old = OnlineLog.open(folder)
@@ -278,19 +270,14 @@ def write_in_run_influence(
     started = time.perf_counter()
     log = log if isinstance(log, OnlineLog) else OnlineLog.open(log)
     check_target(out, overwrite=overwrite)
-    values, query = _read_values(log, train), _join(validation)
-    sources = [example.source for example in train.examples]
-    collector = ScoreCollector(1, len(train), k=k, sources=sources, dense=True)
+    values, query, losses = _read_values(log, train), _join(validation), log.table()["validation_loss"]
+    collector = ScoreCollector(1, len(train), k=k, sources=[one.source for one in train.examples], dense=True)
     collector.add(ScoreBlock(torch.arange(len(train)), torch.from_numpy(values)[None]))
     summary = collector.finish()
-    table = log.table()
-    loss = table["validation_loss"][-1].as_py() if len(table) else float("nan")
     record = RunRecord(
-        vestige=version("vestige"),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_process(),
         command=" ".join(sys.argv[:1]),
         config={"log": str(log.folder), "steps": log.last_step(), **log.header},
-        versions=environment(),
         model=ModelRecord(name=log.header["model"], fingerprint="", parameters=log.header["parameters"]),
         data=DataRecord(name=train.name, fingerprint=train.fingerprint, examples=len(train)),
         queries=DataRecord(name=validation.name, fingerprint=query.fingerprint, examples=1),
@@ -299,12 +286,11 @@ def write_in_run_influence(
         coverage=None,
         components=[],
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(),
-        peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
         trust=TrustRecord(),
         distribution={query.examples[0].id: summary.distribution[0]},
         groups={query.examples[0].id: summary.groups[0]},
     )
+    loss = losses[-1].as_py() if len(losses) else math.nan
     tables = RunTables(train, query, summary.ranked, [False], [loss], dense=summary.dense)
     return Scores.open(write_run(out, record, tables, overwrite=overwrite))
 

@@ -80,15 +80,6 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """What Adam knows of one component's parameter before a step."""
-
-    rule: Rule
-    squares: Tensor | None
-    """Mean of squared gradients; None before the first step."""
-
-
 class Preconditioner:
     """What the optimizer multiplies a gradient by in one step, elementwise, but for the learning rate.
 
@@ -106,7 +97,8 @@ class Preconditioner:
             SpecError: Its steps are to be scored as they are, and its rule is not known.
         """
         self._model, self._components = model, components
-        self._moments: list[_Moments | None] = [None] * len(components)
+        self._moments: list[tuple[Rule, Tensor | None] | None] = [None] * len(components)
+        """Of Adam, by component: its rule, and the mean of squared gradients, None before the first step."""
         if optimizer is None or score_optimizer == "sgd":
             return
         inner = unwrap_optimizer(optimizer)
@@ -117,7 +109,7 @@ class Preconditioner:
                 state = inner.state.get(parameter, {})
                 rule = read_rule(inner, groups[parameter], state, 'Score its steps with score_optimizer="sgd".')
                 if rule.betas is not None:
-                    self._moments[number] = _Moments(rule, state.get("exp_avg_sq"))
+                    self._moments[number] = rule, state.get("exp_avg_sq")
 
     @property
     def changes(self) -> bool:
@@ -133,9 +125,9 @@ class Preconditioner:
         moments = self._moments[number]
         if moments is None:
             return None
-        rule, component = moments.rule, self._components[number]
+        (rule, squares), component = moments, self._components[number]
         assert rule.betas is not None
-        beta, squares = rule.betas[1], moments.squares
+        beta = rule.betas[1]
         past = None if squares is None else parameter_view(self._model, component, stored=squares)
         if rule.decay and not rule.decoupled:
             gradient = gradient + rule.decay * parameter_view(self._model, component)

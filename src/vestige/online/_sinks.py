@@ -79,9 +79,10 @@ class ValidationGradient:
     def accumulate(self, component: int, examples: slice, left: Factor, right: Tensor) -> None:  # noqa: ARG002
         """Add one use: all examples are one, whose tokens stand in a row."""
         right = _widen(right).reshape(1, -1, right.shape[-1])  # type: ignore[union-attr]
-        left = left._replace(ids=left.ids.reshape(1, -1)) if isinstance(left, OneHot) else _widen(left)
-        if not isinstance(left, OneHot):
-            left = left.reshape(1, -1, left.shape[-1])
+        if isinstance(left, OneHot):
+            left = left._replace(ids=left.ids.reshape(1, -1))
+        else:
+            left = _widen(left).reshape(1, -1, left.shape[-1])  # type: ignore[union-attr]
         out, width = self._shapes[component]
         pieces, matrix = self._pieces[component], self._matrices[component]
         pieces.append((left, right))

@@ -1,7 +1,7 @@
 """One step of a training: the scores of its examples, from its own backward pass."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,43 +47,42 @@ class _Batch:
     loss: Tensor | None = None
 
 
+@dataclass(eq=False, repr=False)
 class Step:
     """A context around the forward and backward passes of one optimizer step; `result` is there once it is left.
 
     Clip the gradient inside the block: the scores are shares in what `.grad` holds at its end.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        components: Sequence[Component],
-        rates: Sequence[float],
-        preconditioner: Preconditioner,
-        number: int,
-        validation: Validation,
-        second_order: bool,
-        processes: int,
-        done: Callable[[StepScores], None],
-        ids: Iterable[Any] | None = None,
-    ) -> None:
-        self._model, self._components, self._rates, self._number = model, components, rates, number
-        self._preconditioner, self._processes = preconditioner, processes
-        self._validation, self._second_order, self._done, self._ids = validation, second_order, done, ids
-        self._batches: list[_Batch] = []
-        self._handles: list[Handle] = []
-        self.result: StepScores | None = None
+    model: nn.Module
+    components: Sequence[Component]
+    rates: Sequence[float]
+    """Learning rate of each component."""
+    preconditioner: Preconditioner
+    number: int
+    """1 for the first step of the training."""
+    validation: Validation
+    second_order: bool
+    processes: int
+    done: Callable[[StepScores], None]
+    """Takes the result."""
+    ids: Iterable[Any] | None = None
+    """Of the batch; None where `batch` announces them."""
+    result: StepScores | None = None
+    _batches: list[_Batch] = field(default_factory=list, init=False)
+    _handles: list[Handle] = field(default_factory=list, init=False)
 
     def __enter__(self) -> "Step":
         """Take the validation gradient and place the hooks."""
-        _refuse_batch_statistics(self._model)
-        self._measured = self._validation.measure(self._components, as_matrices=self._preconditioner.changes)
-        self._scales: list[Tensor | None] = [None] * len(self._components)
-        if self._ids is not None:
-            self.batch(self._ids)
-        self._handles += observe(self._model, self._components, self._receive, self._measured.by_function)
-        self._handles.append(self._model.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._handles.append(self._model.register_forward_hook(self._after))
-        self._probe = ScaleProbe(self._model, self._components)
+        _refuse_batch_statistics(self.model)
+        self._measured = self.validation.measure(self.components, as_matrices=self.preconditioner.changes)
+        self._scales: list[Tensor | None] = [None] * len(self.components)
+        if self.ids is not None:
+            self.batch(self.ids)
+        self._handles += observe(self.model, self.components, self._receive, self._measured.by_function)
+        self._handles.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._after))
+        self._probe = ScaleProbe(self.model, self.components)
         self._handles.append(self._probe)
         return self
 
@@ -94,7 +93,7 @@ class Step:
         self._handles.clear()
         if kind is None:
             self.result = self._finish()
-            self._done(self.result)
+            self.done(self.result)
         self._batches.clear()
 
     def batch(self, ids: Iterable[Any]) -> None:
@@ -106,8 +105,8 @@ class Step:
         names = tuple(str(name) for name in (ids.tolist() if isinstance(ids, Tensor) else ids))
         if not names:
             raise DataError("A batch without examples has no step. Give at least one id.")
-        count, keep = len(self._components), self._second_order
-        late = self._preconditioner.changes
+        count, keep = len(self.components), self.second_order
+        late = self.preconditioner.changes
         sink = ScoreSink(self._measured.gradient, count, len(names), keep=keep, late=late)
         self._batches.append(_Batch(names, sink))
 
@@ -117,12 +116,12 @@ class Step:
 
     def _precondition(self) -> None:
         """Multiply the validation gradient by what the optimizer multiplies a gradient by, and take its products."""
-        for number, component in enumerate(self._components):
-            gradient = self._model.get_parameter(component.parameter).grad
+        for number, component in enumerate(self.components):
+            gradient = self.model.get_parameter(component.parameter).grad
             if gradient is None:
                 continue
-            own = parameter_view(self._model, component, stored=gradient)
-            scale = self._scales[number] = self._preconditioner.scale(number, own)
+            own = parameter_view(self.model, component, stored=gradient)
+            scale = self._scales[number] = self.preconditioner.scale(number, own)
             if scale is not None:
                 self._measured.gradient.precondition(number, scale)
         for batch in self._batches:
@@ -148,38 +147,38 @@ class Step:
 
     def _finish(self) -> StepScores:
         self._refuse_missed()
-        if self._preconditioner.changes:
+        if self.preconditioner.changes:
             self._precondition()
         # Several processes average their gradients: that is the share of each.
-        factor = self._probe.factor() / self._processes
-        rates = torch.tensor(self._rates, dtype=torch.float64)
+        factor = self._probe.factor() / self.processes
+        rates = torch.tensor(self.rates, dtype=torch.float64)
         parts = [factor * batch.sink.scores for batch in self._batches]
         influence = [rates @ part for part in parts]
-        if self._second_order:
+        if self.second_order:
             pieces = [(len(batch.ids), batch.sink.pieces) for batch in self._batches]
-            bends = self._validation.curvature_terms(self._components, self._rates, self._scales, factor, pieces)
+            bends = self.validation.curvature_terms(self.components, self.rates, self._scales, factor, pieces)
             influence = [first - bend for first, bend in zip(influence, bends, strict=True)]
         ids = tuple(name for batch in self._batches for name in batch.ids)
         scores, total = torch.cat([part.sum(0) for part in parts]), torch.cat(influence)
         losses = [None if batch.loss is None else float(batch.loss) for batch in self._batches]
         each = tuple(loss for loss, batch in zip(losses, self._batches, strict=True) for _ in batch.ids)
-        rate = self._rates[0] if len(set(self._rates)) == 1 else None
-        found = StepScores(self._number, ids, scores, total, rate, each, self._measured.loss)
-        found = found if self._processes == 1 else _gather(found, self._processes)
+        rate = self.rates[0] if len(set(self.rates)) == 1 else None
+        found = StepScores(self.number, ids, scores, total, rate, each, self._measured.loss)
+        found = found if self.processes == 1 else _gather(found, self.processes)
         _refuse_nonfinite(found)
         return found
 
     def _refuse_missed(self) -> None:
         """Raise if no gradient arrived, or a parameter has one of which no example got a share."""
-        names = enumerate(self._components)
+        names = enumerate(self.components)
         missed = [part for number, part in names if not any(one.sink.has_gradient(number) for one in self._batches)]
-        if len(missed) == len(self._components):
+        if len(missed) == len(self.components):
             raise UserError(
                 "No gradient arrived in this step. Call loss.backward() inside the block: "
                 "`with engine.step(ids): loss = ...; loss.backward()`."
             )
         for component in missed:
-            gradient = self._model.get_parameter(component.parameter).grad
+            gradient = self.model.get_parameter(component.parameter).grad
             if gradient is not None and gradient.any():
                 raise ModelError(
                     f"{component.name} has a gradient, but no example's share in it arrived: the model uses it in a "

@@ -73,21 +73,19 @@ class Attached(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Continue the log where the checkpoint stands."""
-        self._abandon()
+        self._close(UserError)
         self.engine.optimizer = self._trainer.optimizer
         self.engine.resume(self._trainer.state.global_step)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Open a step."""
-        self._abandon()
+        self._close(UserError)
         if self._select is None:
             self._open = self.engine.step().__enter__()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Close it: the gradient is clipped, the weights have not moved."""
-        if self._open is not None:
-            opened, self._open = self._open, None
-            opened.__exit__(None)
+        self._close(None)
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """Write the log up to the checkpoint."""
@@ -95,7 +93,7 @@ class Attached(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Free the memory."""
-        self._abandon()
+        self._close(UserError)
         self.engine.flush()
 
     def _training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -125,11 +123,11 @@ class Attached(TrainerCallback):
         targets = self._trainer._get_num_items_in_batch([kept], self._trainer.args.device)
         return chosen, {**kept, ID_KEY: chosen}, targets
 
-    def _abandon(self) -> None:
-        """Take the hooks of a step away that an error has cut short."""
+    def _close(self, error: type[Exception] | None) -> None:
+        """Leave the open step, if there is one; of one that an error has cut short only the hooks are removed."""
         if self._open is not None:
             opened, self._open = self._open, None
-            opened.__exit__(UserError)
+            opened.__exit__(error)
 
 
 class RowsWithIds(Dataset):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vestige.curvature import CurvatureProduct
 from vestige.data import NO_TARGET, Batch, Example, TokenizedData, data_fingerprint, make_batch, plan_batches
 from vestige.errors import DataError, NonFinite, SpecError
-from vestige.gradients import CausalLoss, GradientPass, Objective, example_count
+from vestige.gradients import CausalLoss, GradientPass, Objective, evaluating, example_count
 from vestige.models import Component, batch_sharing, parameter_view
 from vestige.online._optimizers import Preconditioner
 from vestige.online._sinks import (
@@ -178,11 +178,7 @@ class Validation:
         return terms
 
     def as_data(self) -> TokenizedData:
-        """Return the validation examples as data.
-
-        Raises:
-            SpecError: they are not token sequences with a causal loss.
-        """
+        """Return the validation examples as data."""
         if not isinstance(self._objective, CausalLoss):
             raise SpecError("Second order needs the Hessian of a causal language model's loss: objective=CausalLoss().")
         return self._data if isinstance(self._data, TokenizedData) else _batch_as_data(self._data, self.ids)
@@ -243,15 +239,9 @@ def restore_randomness() -> Iterator[None]:
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
     """Run a detour that does not affect the training: evaluation mode inside, every flag and random state restored."""
-    training = [module for module in model.modules() if module.training]
     devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
-    with torch.random.fork_rng(devices=devices), restore_randomness():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with torch.random.fork_rng(devices=devices), restore_randomness(), evaluating(model):
+        yield
 
 
 def _multiply(scale: Tensor | None, matrix: Tensor) -> Tensor:
@@ -259,11 +249,7 @@ def _multiply(scale: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def _as_inputs(data: Any, objective: Objective) -> Any:
-    """Return what the objective reads: keyword inputs become a `Batch` for `CausalLoss`, and stay for any other.
-
-    Raises:
-        DataError: `input_ids` or `labels`, which `CausalLoss` reads, are missing, or padding is on the left.
-    """
+    """Return what the objective reads: keyword inputs become a `Batch` for `CausalLoss`, and stay for any other."""
     if not isinstance(data, Mapping) or not isinstance(objective, CausalLoss):
         return data
     missing = [name for name in ("input_ids", "labels") if not isinstance(data.get(name), Tensor)]

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
         pad as pad,
     )
     from vestige.training._examples import (
+        ALARM_OFF as ALARM_OFF,
         TrainInputs as TrainInputs,
         Watched as Watched,
         measure as measure,
         members_of as members_of,
         only_answers as only_answers,
         read_inputs as read_inputs,
-        read_learned as read_learned,
         read_questions as read_questions,
         read_weights as read_weights,
         require_inputs as require_inputs,
@@ -63,7 +63,6 @@ if TYPE_CHECKING:
         TRACKERS as TRACKERS,
         Tracked as Tracked,
         Tracker as Tracker,
-        open_tracking as open_tracking,
         report_numbers as report_numbers,
         require_tracker as require_tracker,
     )

@@ -14,7 +14,7 @@ from vestige.errors import DataError, IndexMismatch, SpecError, UserError, diffe
 from vestige.indexes import read_data
 from vestige.models import LoadedModel, load_model
 from vestige.settings import BankSettings, TrainSettings
-from vestige.training._examples import as_learned, repeat_settings, require_inputs
+from vestige.training._examples import ALARM_OFF, as_learned, repeat_settings, require_inputs
 from vestige.training._store import RECORD, TrainingRun
 
 _OF_EACH = ("seed", "split_seed")
@@ -52,13 +52,7 @@ class Adopted:
 
 
 def adopt_trainings(settings: BankSettings) -> Adopted:
-    """Return the trainings in the folders of `--from-trainings` as a bank's, with their model and data.
-
-    Raises:
-        DataError: There is none, or one is not finished.
-        IndexMismatch: They differ in more than seeds, or model or data are not what they were trained with.
-        SpecError: Some subset was trained on with other seeds than another.
-    """
+    """Return the trainings in the folders of `--from-trainings` as a bank's, with their model and data."""
     runs = list(_find_trainings(settings.from_trainings))
     if not runs:
         raise DataError(f"There is no training of `vestige train` in {', '.join(map(str, settings.from_trainings))}.")
@@ -92,7 +86,7 @@ def _find_trainings(folders: Sequence[Path]) -> Iterator[TrainingRun]:
 
 
 def _share(run: TrainingRun) -> dict[str, Any]:
-    other = (*_OF_EACH, "checkpoints", "losses", *(name for name in TrainSettings.model_fields if "alarm" in name))
+    other = (*_OF_EACH, "checkpoints", "losses", *ALARM_OFF)
     return {name: value for name, value in run.record["identity"].items() if name not in other}
 
 
@@ -101,9 +95,7 @@ def _arrange(runs: Sequence[TrainingRun], data: TokenizedData) -> tuple[list[Sub
     row = {example.id: number for number, example in enumerate(data.examples)}
     found: dict[tuple[int, bytes], dict[int, TrainingRun]] = {}
     for run in runs:
-        table = run.membership
-        pairs = zip(table["example_id"].to_pylist(), table["member"].to_pylist(), strict=True)
-        rows = np.array(sorted(row[name] for name, inside in pairs if inside), dtype=np.int64)
+        rows = np.array(sorted(row[name] for name in run.members), dtype=np.int64)
         seed, split = (int(run.record["identity"][name]) for name in _OF_EACH)
         same = found.setdefault((split, rows.tobytes()), {})
         if (twin := same.setdefault(seed, run)) is not run:

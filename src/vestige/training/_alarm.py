@@ -107,11 +107,9 @@ def find_at_risk(alarm: Alarm, watched: Watched, model: nn.Module, first: float,
     # 1 where high values are at risk, -1 where low ones are.
     sign = MEASURES.find(_MEASURES[alarm.measure]).sign_for("flag")
     risk = sign * value
-    flagged, rule = _flag(alarm, risk, sign, first)
     # Stable, so that equals stay in the order of the data; NaN sorts last.
-    order = np.argsort(-risk, kind="stable")
-    rank = np.empty(len(value), dtype=np.int64)
-    rank[order] = np.arange(1, len(value) + 1)
+    rank = np.argsort(np.argsort(-risk, kind="stable")) + 1
+    flagged, rule = _flag(alarm, risk, rank, sign, first)
     return AtRisk(value, flagged, rank, alarm.measure, layer, rule)
 
 
@@ -164,13 +162,12 @@ def _compute_psmi(alarm: Alarm, watched: Watched, model: nn.Module, context: Con
     return layer, value
 
 
-def _flag(alarm: Alarm, risk: np.ndarray, sign: int, first: float) -> tuple[np.ndarray, str]:
+def _flag(alarm: Alarm, risk: np.ndarray, rank: np.ndarray, sign: int, first: float) -> tuple[np.ndarray, str]:
     """Return the flagged examples, and the rule in words; NaN is never flagged."""
     if alarm.quantile is not None:
-        count = int(np.ceil(alarm.quantile * np.isfinite(risk).sum()))
-        flagged = np.zeros(len(risk), dtype=bool)
-        flagged[np.argsort(-risk, kind="stable")[:count]] = True
-        return flagged & np.isfinite(risk), f"the {alarm.quantile:.4g} of the examples most at risk by {alarm.measure}"
+        finite = np.isfinite(risk)
+        flagged = finite & (rank <= np.ceil(alarm.quantile * finite.sum()))
+        return flagged, f"the {alarm.quantile:.4g} of the examples most at risk by {alarm.measure}"
     untuned = {"psmi": 0.0, "gap": 0.0, "loss": first}[alarm.measure]
     limit, note = (untuned, " (untuned)") if alarm.threshold is None else (alarm.threshold, "")
     return risk >= sign * limit, f"{alarm.measure} {'>=' if sign > 0 else '<='} {limit:.6g}{note}"

@@ -37,7 +37,7 @@ from vestige.models import LoadedModel, load_model, save_trained
 from vestige.progress import announce
 from vestige.settings import BankSettings, with_settings
 from vestige.training._adopted import adopt_trainings
-from vestige.training._engine import Recipe, Rows, Step, fit, make_model
+from vestige.training._engine import Rows, Step, fit, make_model
 from vestige.training._examples import as_learned, measure, read_questions
 from vestige.training._store import Unfinished
 from vestige.training._tracking import begin_tracking, open_tracking
@@ -113,11 +113,7 @@ def _name_inputs(settings: BankSettings, loaded: LoadedModel, data: TokenizedDat
 
 
 def _find_finished(settings: BankSettings, wanted: BankManifest) -> Bank | None:
-    """Return the bank that an earlier version has finished in the folder, None if it is to be made or extended here.
-
-    Raises:
-        IndexMismatch: An earlier version has begun it: its members could not be compared with new ones.
-    """
+    """Return the bank that an earlier version has finished in the folder, None if it is to be made or extended here."""
     old = read_manifest(settings.out)
     if old is None or _ENGINE in old.identity:
         return None
@@ -299,11 +295,7 @@ def _train_member(
     steps: int,
     run: Run,
 ) -> nn.Module:
-    """Train a model for `run` and return it; its weights are saved if they are to be.
-
-    Raises:
-        DataError: Nothing is left to learn.
-    """
+    """Train a model for `run` and return it; its weights are saved if they are to be."""
     teaches = (data.target_counts > 0) & (True if weights is None else weights > 0)
     inside = np.zeros(len(data), dtype=bool)
     inside[run.rows] = True
@@ -325,7 +317,7 @@ def _train_member(
         fit(
             model,
             Rows(data, rows, weights, ~inside if by_weight else None),
-            Recipe.of(settings),
+            settings,
             steps=steps,
             seed=run.seed,
             after_step=after,

@@ -5,9 +5,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torc
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model learns, but for the length of the training and its seed."""
+    """How a model learns, but for the length of the training and its seed; `LearningSettings` name the same."""
 
     learning_rate: float
     """At its highest."""
@@ -56,11 +56,6 @@ class Recipe:
     """Compute in bfloat16, with weights as they are."""
     gradient_checkpointing: bool = False
     """Keep no activations of layers."""
-
-    @classmethod
-    def of(cls, settings: LearningSettings) -> Self:
-        """Return the recipe in the settings of a command."""
-        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
 class Rows(Dataset):
@@ -225,7 +220,7 @@ Hook = Callable[[Trainer], Any]
 def fit(
     model: nn.Module,
     rows: Rows,
-    recipe: Recipe,
+    recipe: Recipe | LearningSettings,
     *,
     steps: int,
     seed: int,
@@ -268,7 +263,13 @@ def fit(
 
 
 def _make_trainer(
-    model: nn.Module, rows: Rows, recipe: Recipe, steps: int, seed: int, tokenizer: Any, eval_size: int
+    model: nn.Module,
+    rows: Rows,
+    recipe: Recipe | LearningSettings,
+    steps: int,
+    seed: int,
+    tokenizer: Any,
+    eval_size: int,
 ) -> Trainer:
     device = next(model.parameters()).device
     if device.type == "cuda" and device.index:

@@ -1,5 +1,6 @@
 """The examples of a training: what it reads, which are drawn, how much each counts, and what is measured of them."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,11 +20,13 @@ from vestige.measures import margin
 from vestige.models import LoadedModel, batch_sharing, load_model
 from vestige.online import ID_KEY
 from vestige.progress import announce
-from vestige.settings import ReadingSettings, TrainedOn, TrainSettings
+from vestige.settings import AttributeSettings, ReadingSettings, TrainedOn, TrainSettings
 from vestige.training._engine import LEARNED, WEIGHT, Losses, example_losses, leave_no_trace
 from vestige.training._store import TrainingRun
 
 Context = Callable[[], AbstractContextManager[Any]]
+ALARM_OFF = {name: one.default for name, one in TrainSettings.model_fields.items() if name.startswith("alarm")}
+"""Settings of a training without an alarm; without `alarm` the others are refused at any other value."""
 _SPLIT = 0x5EED
 """Sets the draw of the members apart from every other use of the same seed."""
 _SHOWN = 3
@@ -71,6 +74,16 @@ def repeat_settings(training: TrainingRun, **changed: Any) -> TrainSettings:
     return TrainSettings(**given)
 
 
+def adopt_settings(
+    settings: AttributeSettings, last: Path, trained: TrainSettings | None, **changed: Any
+) -> AttributeSettings:
+    """Return the settings of a question about a recorded training, whose last checkpoint and own settings these are."""
+    changed |= {"data": None, "components": ("adapter",) if (last / "adapter_config.json").is_file() else ("all",)}
+    if trained is not None:
+        changed |= {"max_length": trained.max_length, "chat": trained.chat if settings.chat is None else settings.chat}
+    return settings.model_copy(update=changed)
+
+
 def require_inputs(training: TrainingRun, loaded: LoadedModel, data: TokenizedData) -> None:
     """Raise unless model and data are those of a recorded training.
 
@@ -95,9 +108,8 @@ def read_inputs(settings: TrainSettings) -> TrainInputs:
     """
     loaded = load_model(settings.model, **settings.loading)
     data, weights = read_learned(settings, loaded)
-    given, validation = settings.validation, None
-    if given is not None:
-        validation = read_questions(given, settings, loaded, data, "validation")
+    given = settings.validation
+    validation = None if given is None else read_questions(given, settings, loaded, data, "validation")
     return TrainInputs(loaded, data, weights, validation)
 
 
@@ -117,7 +129,12 @@ def as_learned(
     weights = read_weights(data)
     if weights is None:
         return data, None
-    announce_weights(data, weights)
+    none = int((weights == 0).sum())
+    announce(
+        f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
+        f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
+        + (f" {none:,} with weight 0 are left out." if none else "")
+    )
     return with_weights(data, weights), weights
 
 
@@ -180,21 +197,17 @@ def only_answers(data: TokenizedData, end_token: int | None) -> TokenizedData:
             f"{data.name}: {len(lost):,} examples ({named}) are so long that their answer was cut off. Give a larger "
             "--max-length, or shorten them: `vestige data multiple-choice` with --tokenizer and --max-length does."
         )
-    targets = []
-    for example, ids, mask in zip(data.examples, data.input_ids, data.targets, strict=True):
+    targets = [mask.copy() for mask in data.targets]
+    for example, ids, kept in zip(data.examples, data.input_ids, targets, strict=True):
         if example.completion is None and "input_ids" not in example.extra:
             raise DataError(
                 f"{data.name}, example {example.id!r}: --loss answer needs a `prompt` and a `completion`, and it has "
                 "neither. Leave --loss out to learn the whole text."
             )
-        kept = mask.copy()
-        last = np.flatnonzero(mask)
-        if len(last) > 1 and end_token is not None and ids[last[-1]] == end_token:
-            kept[last[-1]] = False
-        targets.append(kept)
-    return TokenizedData(
-        data.examples, data.input_ids, targets, data.truncated, f"{data.fingerprint}:answer", data.name
-    )
+        learned = np.flatnonzero(kept)
+        if len(learned) > 1 and ids[learned[-1]] == end_token:
+            kept[learned[-1]] = False
+    return dataclasses.replace(data, targets=targets, fingerprint=f"{data.fingerprint}:answer")
 
 
 def read_weights(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
@@ -210,17 +223,7 @@ def read_weights(data: TokenizedData) -> Float[np.ndarray, "example"] | None:
 def with_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> TokenizedData:
     """Return the same data under a fingerprint that depends on the weights."""
     digest = hashlib.sha256(f"{data.fingerprint}:weights:".encode() + weights.astype("<f4").tobytes()).hexdigest()
-    return TokenizedData(data.examples, data.input_ids, data.targets, data.truncated, digest, data.name)
-
-
-def announce_weights(data: TokenizedData, weights: Float[np.ndarray, "example"]) -> None:
-    """Print that there are weights, and which examples they leave out."""
-    none = int((weights == 0).sum())
-    announce(
-        f"{data.name}: {int((weights != 1).sum()):,} of {len(data):,} examples have a `weight` other than 1 "
-        f"({weights.min():g} to {weights.max():g}); the loss of a step is the weighted mean over its target tokens."
-        + (f" {none:,} with weight 0 are left out." if none else "")
-    )
+    return dataclasses.replace(data, fingerprint=digest)
 
 
 def _weight(example: Example, name: str) -> float:

@@ -1,7 +1,6 @@
 """A callback that records a Trainer's run for attribution and audit, and leaves the training as it was, bit for bit."""
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from vestige.errors import CorruptFile, DataError, IndexMismatch, UserError
 from vestige.models import model_fingerprint
-from vestige.online import ID_KEY, CarriedIds, RowsWithIds
+from vestige.online import ID_KEY, CarriedIds, RowsWithIds, StepLog
 from vestige.parsing import parse_object
 from vestige.progress import announce
 from vestige.settings import list_epochs
@@ -22,20 +21,19 @@ from vestige.training._engine import Losses, example_losses, leave_no_trace
 from vestige.training._examples import Watched
 from vestige.training._store import (
     AT_RISK,
-    FORMAT,
-    KIND,
+    LOG,
     RECORD,
+    STEPS,
     TrainingRun,
+    begin_record,
     checkpoint_folder,
     checkpoint_steps,
     keep_last_optimizer,
     merge_losses,
-    open_log,
     plan_steps,
     remove_after,
     write_checkpoint,
     write_losses,
-    write_record,
 )
 
 
@@ -88,7 +86,7 @@ class Recorder(TrainerCallback):
         self._trainer: Any = trainer
         self._epochs, self._overwrite = checkpoints, overwrite
         self._keep_optimizer, self._id_column, self._on_losses = keep_optimizer, id_column, on_losses
-        self._log = open_log(self.folder)
+        self._log = StepLog(self.folder / LOG, STEPS)
         self._held = TrainingRun(self.folder, {})
         self._trigger: Trigger | None = None
         self._steps: frozenset[int] = frozenset()
@@ -159,11 +157,7 @@ class Recorder(TrainerCallback):
         self._log.flush()
 
     def _open(self, step: int) -> None:
-        """Prepare the folder for what comes after `step`.
-
-        Raises:
-            IndexMismatch: It holds another training.
-        """
+        """Prepare the folder for what comes after `step`."""
         held = self._held.steps
         last = held["step"][-1].as_py() if len(held) else 0
         if step == 0 and last and not self._overwrite:
@@ -175,7 +169,7 @@ class Recorder(TrainerCallback):
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise IndexMismatch(f"{self.folder} holds other files and is left alone. Give another folder.")
             make_folder(self.folder)
-            write_record(self.folder, self._header())
+            begin_record(self.folder, **self._header())
         if last < step:
             announce(f"{self.folder} ends at step {last}, the training goes on after step {step}: a gap remains.")
         remove_after(self.folder, step)
@@ -192,9 +186,6 @@ class Recorder(TrainerCallback):
         model = self._trainer.model
         name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
         return {
-            "format": FORMAT,
-            "kind": KIND,
-            "vestige": version("vestige"),
             "model": {"name": name, "fingerprint": model_fingerprint(model)},
             "examples": len(self._trainer.train_dataset),
             "id_column": self._id_column,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
@@ -27,6 +27,7 @@ from vestige.runs import Check, Meaning, ScoreBlock
 from vestige.settings import AttributeSettings
 from vestige.storage import make_folder, partial_folder, temporary_path
 from vestige.training._adjoint import Adjoints
+from vestige.training._examples import adopt_settings
 from vestige.training._replay import KEPT_CLASSES, Derivatives, Replay
 from vestige.training._replay_checks import check_drops, check_growth, compare_runs, query_losses
 from vestige.training._retraining import CommandTraining, Retraining, TrainerTraining
@@ -53,15 +54,6 @@ class _Walk:
     components: Float[Tensor, "query example component"] | None
 
 
-class _Outcome(NamedTuple):
-    """Scores, mean over trainings."""
-
-    scores: Float[Tensor, "query example"]
-    tokens: Float[Tensor, "query position"] | None
-    components: Float[Tensor, "query example component"] | None
-    checks: list[Check]
-
-
 @method("replay")
 @dataclass
 class TrainingReplay(Method):
@@ -82,9 +74,9 @@ class TrainingReplay(Method):
         str | None, "Of a training that a Recorder recorded: `module:function`, which returns its Trainer again."
     ] = None
     by_component: Annotated[bool, "Also score components, at the price of one pass more a step."] = False
-    _typed: AttributeSettings | None = field(default=None, repr=False, init=False)
+    _typed: AttributeSettings = field(repr=False, init=False, compare=False)
     _trained: tuple[Retraining, ...] = field(default=(), repr=False, init=False)
-    _known: tuple[str, _Outcome] | None = field(default=None, repr=False, init=False)
+    _known: tuple[str, Tensors, list[Check]] | None = field(default=None, repr=False, init=False)
 
     splits_tokens = True
     splits_components = True
@@ -105,36 +97,23 @@ class TrainingReplay(Method):
     )
 
     def __post_init__(self) -> None:
-        """Say what these options make possible.
-
-        Raises:
-            SpecError: No query would be walked.
-        """
+        """Say what these options make possible."""
         if self.together < 1:
             raise SpecError(f"together={self.together}: walk 1 query or more at once.")
         self.splits_components = self.by_component
 
     def adopt(self, settings: AttributeSettings) -> AttributeSettings:
-        """Open the recorded trainings; return the settings with the model of the first, and how it read its data.
-
-        Raises:
-            SpecError: A training cannot be replayed, or has no checkpoint yet.
-        """
+        """Open the recorded trainings; return the settings with the model of the first, and how it read its data."""
         self._typed, given = settings, settings.training
-        folders = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        folders = given if isinstance(given, list | tuple) else [given]
         live = {"model": settings.model, "data": settings.data, "tokenizer": settings.tokenizer}
         self._trained = tuple(self._find(TrainingRun.open(folder), live) for folder in folders)
         first = self._trained[0]
-        steps = first.run.checkpoints
-        if not steps:
+        saved = list(first.run.checkpoints.values())
+        if not saved:
             raise SpecError(f"{first.run.folder} has no checkpoint yet. Let its training finish first.")
-        changed: dict[str, Any] = {"model": str(steps[max(steps)]), "data": None, "components": ("all",)}
-        if (Path(changed["model"]) / "adapter_config.json").is_file():
-            changed["components"] = ("adapter",)
-        if isinstance(first, CommandTraining):
-            changed["max_length"] = first.settings.max_length
-            changed["chat"] = first.settings.chat if settings.chat is None else settings.chat
-        return settings.model_copy(update=changed)
+        trained = first.settings if isinstance(first, CommandTraining) else None
+        return adopt_settings(settings, saved[-1], trained, model=str(saved[-1]))
 
     def _find(self, run: TrainingRun, live: dict[str, Any]) -> Retraining:
         """Return how the steps of a recorded training are taken again."""
@@ -153,27 +132,24 @@ class TrainingReplay(Method):
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the scores of all rows; an example that the training did not draw scores 0."""
-        yield ScoreBlock(torch.arange(len(job.train)), self._walk_all(job).scores)
+        yield ScoreBlock(torch.arange(len(job.train)), self._walk_all(job)[0]["scores"])
 
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
         """Return what was added up by component on the way."""
-        found = self._walk_all(job).components
-        assert found is not None
+        found = self._walk_all(job)[0]["components"]
         return ComponentBlock([part.name for part in job.components], found[queries, rows])
 
     def token_scores(self, job: Job, query: int, rows: Sequence[int]) -> list[np.ndarray] | None:
         """Return what was added up by token on the way."""
-        found = self._walk_all(job).tokens
-        assert found is not None
-        begins = _first_tokens(job)
+        found, begins = self._walk_all(job)[0]["tokens"], _first_tokens(job)
         return [found[query, begins[row] : begins[row + 1]].double().numpy() for row in rows]
 
     def checks(self, job: Job) -> list[Check]:
         """Return how the adjoints grew, how trainings without some examples ended, and how several runs agree."""
-        return self._walk_all(job).checks
+        return self._walk_all(job)[1]
 
-    def _walk_all(self, job: Job) -> _Outcome:
-        """Return the outcome for a job, which is on disk until the run is complete."""
+    def _walk_all(self, job: Job) -> tuple[Tensors, list[Check]]:
+        """Return the tensors of a walk, mean over trainings, and checks; all is on disk until the run is complete."""
         key = settings_key(job)
         if self._known is None or self._known[0] != key:
             runs = [self._open(job, number) for number in range(len(self._trained))]
@@ -187,8 +163,8 @@ class TrainingReplay(Method):
             if len(runs) > 1:
                 checks.append(compare_runs([found["scores"] for found in walked]))
             mean = {name: torch.stack([found[name] for found in walked]).mean(0) for name in walked[0]}
-            self._known = key, _Outcome(mean["scores"], mean.get("tokens"), mean.get("components"), checks)
-        return self._known[1]
+            self._known = key, mean, checks
+        return self._known[1:]
 
     def _open(self, job: Job, number: int) -> tuple[Replay, Path]:
         """Run a training again, unless another process has, and return it with the folder of its replay."""
@@ -224,7 +200,6 @@ class TrainingReplay(Method):
             norms = (torch.stack([each.pop("norms") for each in found]) * sizes[:, None]).sum(0) / count
             return {"norms": norms} | {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
-        assert self._typed is not None
         weights = [len(each) * replay.steps for each in groups]
         pieces = tensor_pieces("Replay", files, weights, open_walks, collect, unit="steps")
         return run_pieces(pieces, job.settings, worker_command(self._typed, "attribute"))
@@ -262,12 +237,9 @@ def _walk_group(job: Job, replay: Replay, queries: range, work: Path) -> Tensors
         walks = [_walk(job, replay, part, work / f"walk-{part[0]}-{part[-1]}.pt") for part in parts]
     lengths = torch.tensor([[*walk.norms] for walk in walks], dtype=torch.float64)
     shares = torch.tensor([[len(part) / len(queries)] for part in parts], dtype=torch.float64)
-    found = {"scores": torch.cat([walk.scores for walk in walks]), "norms": (lengths * shares).sum(0)}
-    if all(walk.tokens is not None for walk in walks):
-        found["tokens"] = torch.cat([walk.tokens for walk in walks if walk.tokens is not None])
-    if all(walk.components is not None for walk in walks):
-        found["components"] = torch.cat([walk.components for walk in walks if walk.components is not None])
-    return found
+    sums = {name: [getattr(walk, name) for walk in walks] for name in ("scores", "tokens", "components")}
+    found = {name: torch.cat(each) for name, each in sums.items() if each[0] is not None}
+    return found | {"norms": (lengths * shares).sum(0)}
 
 
 def _walk(job: Job, replay: Replay, queries: range, kept: Path) -> _Walk:
@@ -326,16 +298,10 @@ def _end(replay: Replay, job: Job, queries: Sequence[int]) -> dict[str, Tensor]:
     """Return the gradients of the queries' losses at the end of the training, by parameter [query, *shape]."""
     # An earlier walk has left the weights of the first step.
     replay.load_end()
-    parameters, rows = replay.parameters, []
-    for losses in query_losses(replay, job, queries):
-        found = torch.autograd.grad(losses, [*parameters.values()], allow_unused=True)
-        rows.append(
-            [
-                torch.zeros_like(one) if each is None else each
-                for one, each in zip(parameters.values(), found, strict=True)
-            ]
-        )
-    return {name: torch.stack([row[place] for row in rows]) for place, name in enumerate(parameters)}
+    names, weights = zip(*replay.parameters.items(), strict=True)
+    losses = query_losses(replay, job, queries)
+    rows = [torch.autograd.grad(each, weights, allow_unused=True, materialize_grads=True) for each in losses]
+    return {name: torch.stack(found) for name, found in zip(names, zip(*rows, strict=True), strict=True)}
 
 
 def _length(tensors: dict[str, Tensor]) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from vestige.data import NO_TARGET, Example, TokenizedData, data_fingerprint
 from vestige.errors import IndexMismatch, SpecError, UserError, differences, mismatch_message
@@ -20,13 +20,11 @@ from vestige.models import quiet_transformers
 from vestige.online import CollatorWithIds, RowsWithIds, restore_randomness
 from vestige.registry import import_object
 from vestige.settings import TrainSettings
-from vestige.training._engine import Hook, Recipe, Rows, fit, make_model
-from vestige.training._examples import TrainInputs, Watched, read_inputs, repeat_settings
+from vestige.training._engine import Hook, Rows, fit, make_model
+from vestige.training._examples import ALARM_OFF, TrainInputs, Watched, read_inputs, repeat_settings
 from vestige.training._recorder import Recorder
 from vestige.training._store import TrainingRun, checkpoint_folder, checkpoint_steps, last_resumable
 from vestige.training._train import Plan, group_examples, make_plan, train
-
-AfterStep = Callable[[], Any]
 
 
 class Retraining(ABC):
@@ -36,14 +34,11 @@ class Retraining(ABC):
     """Whether examples may be given a weight of 0."""
     id_column = "id"
     """Column of the data with the ids of the rows."""
+    clip: float
+    """Largest norm of a step's gradient; 0 does not clip."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
-
-    @property
-    @abstractmethod
-    def clip(self) -> float:
-        """Largest norm of a step's gradient; 0 does not clip."""
 
     @property
     @abstractmethod
@@ -69,16 +64,13 @@ class Retraining(ABC):
         """
 
     @abstractmethod
-    def take(
-        self, resume: Path | None, hook: Hook | None, without: Sequence[str] | None, after_step: AfterStep
-    ) -> nn.Module:
+    def take(self, resume: Path | None, hooks: Sequence[Hook], without: Collection[str]) -> nn.Module:
         """Take steps from a checkpoint on, or all, until the end or a hook ends them; return the model.
 
         Args:
             resume: The checkpoint.
-            hook: Hooked into the Trainer.
-            without: Ids of examples with a weight of 0, where that can be.
-            after_step: Called after each step.
+            hooks: Hooked into the Trainer.
+            without: Ids of examples with a weight of 0; none where the training cannot reweigh.
         """
 
 
@@ -111,13 +103,9 @@ class CommandTraining(Retraining):
             )
         # What is computed again for memory's sake alone could not be differentiated twice.
         changed: dict[str, Any] = {"gradient_checkpointing": False, "validation": None}
-        changed |= {"alarm": False, "losses": False, "keep_optimizer": True, "overwrite": False, "report_to": ()}
+        changed |= {"losses": False, "keep_optimizer": True, "overwrite": False, "report_to": (), **ALARM_OFF}
         self.settings: TrainSettings = settings.model_copy(update=changed)
-
-    @property
-    def clip(self) -> float:
-        """As the setting."""
-        return self.settings.clip
+        self.clip = settings.clip
 
     @property
     def steps(self) -> int:
@@ -153,21 +141,18 @@ class CommandTraining(Retraining):
             raise IndexMismatch(mismatch_message(f"The training in {self.run.folder}", found))
         return again
 
-    def take(
-        self, resume: Path | None, hook: Hook | None, without: Sequence[str] | None, after_step: AfterStep
-    ) -> nn.Module:
+    def take(self, resume: Path | None, hooks: Sequence[Hook], without: Collection[str]) -> nn.Module:
         """Take the steps by the engine of the command."""
         inputs, plan, settings = self._inputs, self._plan, self.settings
         model = make_model(settings, inputs.loaded, settings.seed)
-        left = None if without is None else np.array([example.id in without for example in self.data.examples])
+        left = np.array([example.id in without for example in self.data.examples]) if without else None
         fit(
             model,
             Rows(inputs.data, plan.rows, plan.weights, left),
-            Recipe.of(settings),
+            settings,
             steps=plan.steps,
             seed=settings.seed,
-            after_step=lambda _: after_step(),
-            hooks=[] if hook is None else [hook],
+            hooks=hooks,
             resume=resume,
             tokenizer=inputs.loaded.tokenizer,
         )
@@ -210,25 +195,15 @@ class TrainerTraining(Retraining):
             trainer = self._make()
         if trainer.args.bf16 or trainer.args.fp16:
             raise SpecError(f"{run.folder} was trained in 16 bits: its steps are too rough to be walked backward.")
+        self.clip = float(trainer.args.max_grad_norm or 0.0)
         self._trainer = trainer
 
-    @property
-    def clip(self) -> float:
-        """As in the Trainer's arguments."""
-        return float(self._trainer.args.max_grad_norm or 0.0)
-
-    @property
-    def data(self) -> TokenizedData:
-        """The rows of the Trainer's data, as its collator makes them."""
-        return self._data
-
     @cached_property
-    def _data(self) -> TokenizedData:
-        rows: Any = self._trainer.train_dataset
-        rows = RowsWithIds(rows, self.id_column)
+    def data(self) -> TokenizedData:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The rows of the Trainer's data, as its collator makes them."""
         trainer: Any = self._trainer
         collate = CollatorWithIds(trainer._get_collator_with_removed_columns(trainer.data_collator))
-        watched = Watched(rows, collate, 1)
+        watched = Watched(RowsWithIds(trainer.train_dataset, self.id_column), collate, 1)
         ids, masks = [], []
         for batch in watched.batches():
             tokens, labels = batch["input_ids"][0].cpu(), batch["labels"][0].cpu()
@@ -266,18 +241,11 @@ class TrainerTraining(Retraining):
             raise IndexMismatch(f"{self.run.folder} began with another model than the Trainer has. Nothing was scored.")
         return again
 
-    def take(
-        self,
-        resume: Path | None,
-        hook: Hook | None,
-        without: Sequence[str] | None,  # noqa: ARG002
-        after_step: AfterStep,
-    ) -> nn.Module:
+    def take(self, resume: Path | None, hooks: Sequence[Hook], without: Collection[str]) -> nn.Module:  # noqa: ARG002
         """Take the steps by a new Trainer."""
         with _apart():
             trainer: Any = self._make()
-            trainer.add_callback(_AfterStep(after_step))
-            if hook is not None:
+            for hook in hooks:
                 hook(trainer)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         return trainer.model
@@ -299,14 +267,3 @@ def _apart() -> Iterator[None]:
     """Leave the random numbers of this process as they are: a Trainer sets their seeds."""
     with torch.random.fork_rng(), restore_randomness(), own_jobs(), quiet_transformers():
         yield
-
-
-class _AfterStep(TrainerCallback):
-    """Calls a function after each step."""
-
-    def __init__(self, call: AfterStep) -> None:
-        self._call = call
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Call it."""
-        self._call()

@@ -36,7 +36,7 @@ from vestige.progress import announce
 from vestige.runs import Meaning, ScoreBlock
 from vestige.settings import AttributeSettings, TrainSettings
 from vestige.storage import partial_folder
-from vestige.training._examples import read_learned, repeat_settings
+from vestige.training._examples import adopt_settings, read_learned, repeat_settings
 from vestige.training._store import TrainingRun
 
 
@@ -119,8 +119,8 @@ class Source(CheckpointMethod):
     labels: Annotated[Labels, "Drawn from the model: the true Fisher matrix; or the data's: the empirical one."] = (
         "sampled"
     )
-    _run: TrainingRun | None = field(default=None, repr=False, init=False)
-    _trained: TrainSettings | None = field(default=None, repr=False, init=False)
+    _run: TrainingRun = field(repr=False, init=False, compare=False)
+    _trained: TrainSettings = field(repr=False, init=False, compare=False)
     _unrolled: tuple[Job, list[Vectors]] | None = field(default=None, repr=False, init=False)
 
     needs_training = True
@@ -141,11 +141,7 @@ class Source(CheckpointMethod):
     )
 
     def adopt(self, settings: AttributeSettings) -> AttributeSettings:
-        """Open the recorded training; return the settings with its checkpoints, and how it read its data.
-
-        Raises:
-            SpecError: Several were given, or a segment has no checkpoint.
-        """
+        """Open the recorded training; return the settings with its checkpoints, and how it read its data."""
         given = settings.training
         if isinstance(given, list | tuple) and len(given) != 1:
             raise SpecError(f"source unrolls one training, and {len(given)} were given. Give one --training.")
@@ -157,21 +153,12 @@ class Source(CheckpointMethod):
                 f"{run.folder}: no checkpoint lies in {len(missing)} of {self.segments} segments of its "
                 f"{self._steps:,} steps. Train with more --checkpoints, or type --option segments={len(held) or 1}."
             )
+        saved = [str(path) for step, path in run.checkpoints.items() if step]
         last = run.checkpoints[self._steps]
-        changed: dict[str, Any] = {"checkpoints": [str(run.checkpoints[step]) for step in run.checkpoints if step]}
-        changed |= {"model": None, "data": None, "max_length": self._trained.max_length}
-        changed["components"] = ("adapter",) if (last / "adapter_config.json").is_file() else ("all",)
-        if settings.chat is None:
-            changed["chat"] = self._trained.chat
-        return settings.model_copy(update=changed)
+        return adopt_settings(settings, last, self._trained, model=None, checkpoints=saved)
 
     def read_train(self, loaded: LoadedModel) -> TokenizedData:
-        """Return all examples as the training learned them.
-
-        Raises:
-            SpecError: They have weights.
-        """
-        assert self._trained is not None
+        """Return all examples as the training learned them."""
         data, weights = read_learned(self._trained, loaded)
         if weights is not None:
             raise SpecError(
@@ -186,7 +173,6 @@ class Source(CheckpointMethod):
 
     def key(self, job: Job) -> dict[str, Any]:  # noqa: ARG002
         """Return the options and the training."""
-        assert self._run is not None
         return {"segments": self.segments, "labels": self.labels, "training": self._run.id}
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
@@ -208,7 +194,6 @@ class Source(CheckpointMethod):
 
     @property
     def _steps(self) -> int:
-        assert self._run is not None
         return int(self._run.record["identity"]["steps"])
 
     def _segment(self, step: int) -> int:
@@ -217,10 +202,8 @@ class Source(CheckpointMethod):
 
     def _learned(self, job: Job) -> Int[np.ndarray, "row"]:
         """Return the rows that the training drew."""
-        assert self._run is not None
-        table = self._run.membership
-        members = dict(zip(table["example_id"].to_pylist(), table["member"].to_pylist(), strict=True))
-        inside = np.array([members[example.id] for example in job.train.examples])
+        members = self._run.members
+        inside = np.array([example.id in members for example in job.train.examples])
         return np.flatnonzero(inside & (job.train.target_counts > 0))
 
     def _unroll(self, job: Job) -> None:
@@ -228,7 +211,6 @@ class Source(CheckpointMethod):
         if self._unrolled is not None and self._unrolled[0] is job:
             return
         check_memory(job)
-        assert self._trained is not None
         learned = self._learned(job)
         queries = ExactGradients(_of_sums(job)).of_queries(job.queries)
         if job.settings.loss == "mean":
@@ -244,12 +226,10 @@ class Source(CheckpointMethod):
 
     def _reaches(self) -> Float[np.ndarray, "segment"]:
         """Return the sum of the learning rates of each segment's steps."""
-        assert self._run is not None
-        table, found = self._run.steps, np.zeros(self.segments)
+        table = self._run.steps
         steps, first = np.unique(table["step"].to_numpy(), return_index=True)
-        for step, rate in zip(steps, table["learning_rate"].to_numpy()[first], strict=True):
-            found[self._segment(int(step))] += rate
-        return found
+        rates = table["learning_rate"].to_numpy()[first]
+        return np.bincount((steps - 1) * self.segments // self._steps, rates, self.segments)
 
     def _measure(self, job: Job, segment: int, learned: Int[np.ndarray, "row"]) -> KroneckerCurvature:
         """Return EK-FAC at the middle checkpoint of a segment."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vestige import models
 from vestige.errors import CorruptFile, DataError, UserError
-from vestige.online import StepLog, read_steps, read_table
+from vestige.online import read_steps, read_table
 from vestige.parsing import as_record, first_problem, parse_object
 from vestige.storage import make_folder, remove_strays, remove_tree, stage_folder, write_durably
 from vestige.tables import write_table
@@ -29,7 +30,7 @@ KIND = "training"
 RECORD, LOSSES, MEMBERSHIP, AT_RISK = "run.json", "losses.parquet", "membership.parquet", "at_risk"
 STEP = "step.json"
 """How far a training is, for `vestige status`; gone when it is complete."""
-_LOG, _OPTIMIZER = "log", "optimizer.pt"
+LOG, _OPTIMIZER = "log", "optimizer.pt"
 IN_RUN, IN_RUN_LOG, RESULTS = "in-run", "in-run-log", "results.json"
 """Of scores by the loss of validation examples: a run, the folder of the scores of every step, and its losses."""
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -41,12 +42,12 @@ _IN_CHECKPOINT = (
 )
 """What the Trainer, models and tokenizers write into a checkpoint."""
 RESULT_FILES = (
-    *(RECORD, STEP, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{_LOG}/steps-*.parquet"),
+    *(RECORD, STEP, LOSSES, MEMBERSHIP, f"{AT_RISK}.parquet", f"{AT_RISK}.jsonl", f"{LOG}/steps-*.parquet"),
     *(f"checkpoint-[0-9]*/{name}" for name in _IN_CHECKPOINT),
     *(IN_RUN, IN_RUN_LOG, RESULTS, "tracking"),
 )
 """What a training consists of, as for `require_no_others`."""
-_STEPS = pa.schema(
+STEPS = pa.schema(
     [
         ("step", pa.int64()),
         ("example_id", pa.string()),
@@ -98,19 +99,6 @@ def write_step(folder: Path, step: CurrentStep) -> None:
     write_durably(folder / STEP, [json.dumps(step._asdict()).encode()])
 
 
-def read_step(folder: Path) -> CurrentStep | None:
-    """Return how far the training was when that was last written, None if it was not or does not read."""
-    try:
-        return as_record(CurrentStep, parse_object((folder / STEP).read_bytes()))
-    except (OSError, ValueError):
-        return None
-
-
-def remove_step(folder: Path) -> None:
-    """Forget how far the training is: it is complete."""
-    (folder / STEP).unlink(missing_ok=True)
-
-
 class TrainingRun:
     """What `vestige train`, or a `Recorder`, has left in a folder.
 
@@ -144,7 +132,10 @@ class TrainingRun:
     @property
     def current_step(self) -> CurrentStep | None:
         """The last step that was noted; None of one that is complete, or whose first seconds have not passed."""
-        return read_step(self.folder)
+        try:
+            return as_record(CurrentStep, parse_object((self.folder / STEP).read_bytes()))
+        except (OSError, ValueError):
+            return None
 
     @property
     def losses(self) -> pa.Table:
@@ -165,13 +156,19 @@ class TrainingRun:
         return self._table(MEMBERSHIP, "The log lists the examples that a training of your own has used.")
 
     @property
+    def members(self) -> set[str]:
+        """Ids of the examples that were trained on, as `membership` lists them."""
+        table = self.membership
+        return set(table["example_id"].filter(table["member"]).to_pylist())
+
+    @property
     def steps(self) -> pa.Table:
         """Every example of every step, in the order in which the model took them.
 
         Columns: step (from 1), example_id, loss (mean per target token before the step, with dropout as it fell, nats;
         NaN without a target), targets, learning_rate (of the first parameter group).
         """
-        return read_steps(self.folder / _LOG, _STEPS)
+        return read_steps(self.folder / LOG, STEPS)
 
     @property
     def at_risk(self) -> pa.Table | None:
@@ -194,11 +191,6 @@ class TrainingRun:
         if not path.is_file():
             raise UserError(f"{self.folder} has no {name}. {reason}")
         return read_table(path)
-
-
-def open_log(folder: Path) -> StepLog:
-    """Return the log of a training, to write."""
-    return StepLog(folder / _LOG, _STEPS)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -252,6 +244,11 @@ def require_trainings(folder: str | Path) -> None:
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record into `run.json`."""
     write_durably(folder / RECORD, [(json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()])
+
+
+def begin_record(folder: Path, **facts: Any) -> None:
+    """Write the record of a training that begins."""
+    write_record(folder, {"format": FORMAT, "kind": KIND, "vestige": version("vestige"), **facts})
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
@@ -314,7 +311,7 @@ def remove_after(folder: Path, step: int) -> None:
             remove_tree(checkpoint_folder(folder, later).rename(folder / f"checkpoint-{later}.gone"))
 
 
-def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], add: Callable[[Path], None]) -> None:
+def write_checkpoint(trainer: Any, folder: Path, log: Sequence[dict[str, Any]], add: Callable[[Path], Any]) -> None:
     """Write a new checkpoint's folder, whole or not at all.
 
     It holds the model or its adapter, the tokenizer, `trainer_state.json` with `log` as its `log_history` and, after
@@ -371,13 +368,10 @@ class Unfinished:
         new = checkpoint_folder(self._folder, number)
         if new.is_dir():
             remove_tree(new)
-        write_checkpoint(trainer, new, (), self._sign)
+        write_checkpoint(trainer, new, (), lambda folder: (folder / _MADE_OF).write_text(self._digest))
         for old in checkpoint_steps(self._folder):
             if old != number:
                 remove_tree(checkpoint_folder(self._folder, old))
-
-    def _sign(self, folder: Path) -> None:
-        (folder / _MADE_OF).write_text(self._digest)
 
     def remove(self) -> None:
         """Remove it: the training is complete."""

@@ -82,9 +82,19 @@ class TensorBoard(Tracker):
 
 
 class RowTracker(Tracker):
-    """A tracker whose run takes the numbers of a step as one row."""
+    """A tracker whose run takes the numbers of a step as one row.
 
-    _run: Any
+    The project is that of `WANDB_PROJECT` or `TRACKIO_PROJECT`, else "vestige".
+    """
+
+    def __init__(self, run: Tracked, **settings: Any) -> None:
+        self._run: Any = importlib.import_module(self.package).init(
+            project=os.environ.get(f"{self.package.upper()}_PROJECT", "vestige"),
+            group=run.group,
+            config=dict(run.config),
+            resume="allow",
+            **settings,
+        )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log a row."""
@@ -97,41 +107,22 @@ class RowTracker(Tracker):
 
 @final
 class Wandb(RowTracker):
-    """A run of Weights & Biases, in the project of `WANDB_PROJECT`, else "vestige"."""
+    """A run of Weights & Biases."""
 
     package = "wandb"
 
     def __init__(self, run: Tracked) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "vestige"),
-            name=run.name,
-            group=run.group,
-            id=run.id,
-            resume="allow",
-            config=dict(run.config),
-            reinit="create_new",
-        )
+        super().__init__(run, name=run.name, id=run.id, reinit="create_new")
 
 
 @final
 class Trackio(RowTracker):
-    """A run of trackio, in the project of `TRACKIO_PROJECT`, else "vestige"."""
+    """A run of trackio."""
 
     package = "trackio"
 
     def __init__(self, run: Tracked) -> None:
-        import trackio  # pyright: ignore[reportMissingImports]
-
-        self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "vestige"),
-            name=f"{run.name}-{run.id}",
-            group=run.group,
-            config=dict(run.config),
-            resume="allow",
-            embed=False,
-        )
+        super().__init__(run, name=f"{run.name}-{run.id}", embed=False)
 
 
 def require_tracker(name: str) -> None:
@@ -220,11 +211,7 @@ def open_tracking(
 
 
 def begin_tracking(names: Sequence[str], out: Path) -> str:
-    """Return what trackers know the run of a result by: drawn once, so that one that is resumed is the same run.
-
-    Raises:
-        MissingExtra: The package of a tracker is not installed.
-    """
+    """Return what trackers know the run of a result by: drawn once, so that one that is resumed is the same run."""
     for name in names:
         require_tracker(name)
     if not names:

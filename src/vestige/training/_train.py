@@ -3,8 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from vestige.data import TokenizedData, describe_copies, token_groups
 from vestige.errors import DataError, IndexMismatch, UserError, differences, mismatch_message
@@ -35,20 +34,21 @@ from vestige.storage import (
 from vestige.tables import write_table
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
 from vestige.training._alarm import Alarm
-from vestige.training._engine import Recipe, Rows, Step, fit, make_model
+from vestige.training._engine import Rows, Step, fit, make_model
 from vestige.training._examples import TrainInputs, members_of, read_inputs
 from vestige.training._recorder import Recorder
 from vestige.training._store import (
     FORMAT,
     IN_RUN,
     IN_RUN_LOG,
-    KIND,
     MEMBERSHIP,
     RECORD,
     RESULT_FILES,
     RESULTS,
+    STEP,
     CurrentStep,
     TrainingRun,
+    begin_record,
     checkpoint_folder,
     checkpoint_steps,
     identity_digest,
@@ -56,7 +56,6 @@ from vestige.training._store import (
     plan_steps,
     read_record,
     remove_after,
-    remove_step,
     write_record,
     write_step,
 )
@@ -175,11 +174,7 @@ def group_examples(
 def make_plan(
     settings: TrainSettings, data: TokenizedData, weights: np.ndarray | None, groups: Int[np.ndarray, "example"]
 ) -> Plan:
-    """Return the plan of a training.
-
-    Raises:
-        DataError: None of its examples has a token to learn.
-    """
+    """Return the plan of a training."""
     members = members_of(groups, settings.split_fraction, settings.split_seed)
     if weights is not None:
         members &= weights > 0
@@ -225,12 +220,7 @@ def _identify(settings: TrainSettings, loaded: LoadedModel, data: TokenizedData,
 def _prepare_folder(
     settings: TrainSettings, old: dict[str, Any] | None, identity: dict[str, Any], names: dict[str, str]
 ) -> None:
-    """Prepare the folder with the record of this training, new or as an interrupted one has left it.
-
-    Raises:
-        IndexMismatch: It holds a training with other settings; nothing was changed.
-        UserError: It holds something else.
-    """
+    """Prepare the folder with the record of this training, new or as an interrupted one has left it."""
     folder = settings.out
     if old is None:
         require_no_others(folder, ())
@@ -241,17 +231,10 @@ def _prepare_folder(
     make_folder(folder)
     remove_strays(folder)
     if old is None:
-        record = {
-            "format": FORMAT,
-            "kind": KIND,
-            "vestige": version("vestige"),
-            "id": identity_digest(identity),
-            "command": settings.command_line("train"),
-            "config": settings.record(),
-            "identity": identity,
-            "names": names,
-        }
-        write_record(folder, record)
+        command, config = settings.command_line("train"), settings.record()
+        begin_record(
+            folder, id=identity_digest(identity), command=command, config=config, identity=identity, names=names
+        )
 
 
 def _run(
@@ -270,26 +253,21 @@ def _run(
         open_tracking(reported, settings.out, config, group=group, step=last) as tracking,
         progress(plan.steps - last, "Training", unit="steps") as bar,
     ):
-
-        def after(step: Step) -> None:
-            tracking.log_step(step, **watcher.validation)
-            on_step()
-
-        watcher = _Watcher(bar, settings, inputs, plan, tracking)
+        watcher = _Watcher(settings, inputs, plan, tracking, bar, on_step)
         fit(
             model,
             Rows(data, plan.rows, plan.weights),
-            Recipe.of(settings),
+            settings,
             steps=plan.steps,
             seed=settings.seed,
-            hooks=[watcher],
-            after_step=after,
+            hooks=[watcher.begin],
+            after_step=watcher.note,
             resume=checkpoint_folder(settings.out, last) if last else None,
             tokenizer=loaded.tokenizer,
             eval_size=max(1, batch_tokens(settings, loaded) // max(1, int(data.lengths.max()))),
         )
     watcher.recorder.release()
-    remove_step(settings.out)
+    (settings.out / STEP).unlink(missing_ok=True)
 
 
 def _make_alarm(settings: TrainSettings) -> Alarm | None:
@@ -301,24 +279,25 @@ def _make_alarm(settings: TrainSettings) -> Alarm | None:
     return Alarm(**given, layer=int(layer) if layer.isdigit() else layer, seed=settings.seed)
 
 
-class _Watcher(TrainerCallback):
-    """Shows how far the training is; called before the recorder."""
+@dataclass
+class _Watcher:
+    """Records a training, scores its steps if there are validation examples, and shows how far it is."""
 
-    recorder: Recorder
+    settings: TrainSettings
+    inputs: TrainInputs
+    plan: Plan
+    tracking: Tracking
+    bar: Progress
+    on_step: Callable[[], object]
+    recorder: Recorder = field(init=False)
+    scores: Attached | None = None
+    done: int = 0
+    begun: float = field(default_factory=time.monotonic)
+    written: float = field(default_factory=time.monotonic)
 
-    def __init__(
-        self, bar: Progress, settings: TrainSettings, inputs: TrainInputs, plan: Plan, tracking: Tracking
-    ) -> None:
-        self._bar, self._settings, self._inputs, self._plan = bar, settings, inputs, plan
-        self._tracking = tracking
-        self._begun = self._written = time.monotonic()
-        self._done = 0
-        self._scores: Attached | None = None
-
-    def __call__(self, trainer: Trainer) -> None:
-        """Begin with this Trainer, record it, and score its steps if there are validation examples."""
-        trainer.add_callback(self)
-        settings, data = self._settings, self._inputs.data
+    def begin(self, trainer: Trainer) -> None:
+        """Record this Trainer, and score its steps."""
+        settings, data = self.settings, self.inputs.data
         self.recorder = Recorder(
             trainer,
             settings.out,
@@ -327,36 +306,36 @@ class _Watcher(TrainerCallback):
             watch=Rows(data, range(len(data))) if settings.losses else None,
             keep_optimizer=settings.keep_optimizer,
             overwrite=True,
-            on_losses=lambda step, found: self._tracking.log({"train/data_loss": float(np.nanmean(found.loss))}, step),
+            on_losses=lambda step, found: self.tracking.log({"train/data_loss": float(np.nanmean(found.loss))}, step),
         )
-        if self._inputs.validation is not None:
-            self._scores = attach(
+        if self.inputs.validation is not None:
+            self.scores = attach(
                 trainer,
-                self._inputs.validation,
+                self.inputs.validation,
                 out=settings.out / IN_RUN_LOG,
                 select=settings.select,
                 score_optimizer=settings.score_optimizer,
-                token_budget=batch_tokens(settings, self._inputs.loaded),
+                token_budget=batch_tokens(settings, self.inputs.loaded),
             )
 
-    @property
-    def validation(self) -> dict[str, float]:
-        """The mean loss of the validation examples before the step that is done; nothing without them."""
-        return {} if self._scores is None else {"validation_loss": self._scores.engine.validation_loss}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        losses = self.recorder.last_step[1]
-        if self._scores is not None and state.global_step in self._plan.checkpoints:
-            self._scores.engine.flush()
-        self._bar.advance()
-        self._bar.note(f"loss {np.mean(losses):.3f}")
-        self._done += 1
+    def note(self, step: Step) -> None:
+        """Report a step, before the recorder saves a checkpoint behind it."""
+        if self.scores is None:
+            self.tracking.log_step(step)
+        else:
+            self.tracking.log_step(step, validation_loss=self.scores.engine.validation_loss)
+            if step.number in self.plan.checkpoints:
+                self.scores.engine.flush()
+        loss = float(np.mean(self.recorder.last_step[1]))
+        self.bar.advance()
+        self.bar.note(f"loss {loss:.3f}")
+        self.done += 1
         now = time.monotonic()
-        if now - self._written >= _SECONDS_BETWEEN_NOTES and state.global_step < state.max_steps:
-            self._written = now
-            rate = self._done / (now - self._begun)
-            step = CurrentStep(state.global_step, state.max_steps, float(np.mean(losses)), rate)
-            write_step(self._settings.out, step)
+        if now - self.written >= _SECONDS_BETWEEN_NOTES and step.number < self.plan.steps:
+            self.written = now
+            rate = self.done / (now - self.begun)
+            write_step(self.settings.out, CurrentStep(step.number, self.plan.steps, loss, rate))
+        self.on_step()
 
 
 def _announce(settings: TrainSettings, model: nn.Module, plan: Plan, examples: int) -> None:
@@ -366,8 +345,8 @@ def _announce(settings: TrainSettings, model: nn.Module, plan: Plan, examples: i
     states = len(plan.checkpoints) if settings.keep_optimizer else 1
     trained = sum(weight.numel() for weight in learning)
     moments = 2 * 4 * trained if settings.optimizer == "adamw" else 0
-    missing = len(plan.checkpoints) - len(checkpoint_steps(settings.out))
-    check_disk(settings.out, missing * size + min(states, max(missing, 0)) * moments if missing > 0 else 0)
+    missing = max(0, len(plan.checkpoints) - len(checkpoint_steps(settings.out)))
+    check_disk(settings.out, missing * size + min(states, missing) * moments)
     announce(
         f"Training {trained:,} of {sum(weight.numel() for weight in model.parameters()):,} parameters on "
         f"{len(plan.rows):,} of {examples:,} examples: {plan.steps:,} steps, {len(plan.checkpoints)} checkpoints."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vestige.data._chat import TEXT_KEYS, ChatTemplate, as_conversation
+from vestige.data._chat import TEXT_KEYS, ChatTemplate, Conversation, as_conversation
 from vestige.data._encode import Rendered, Span, encode
 from vestige.data._focus import INSTEAD, SPAN, WEIGHTS
 from vestige.data._records import quote
@@ -235,21 +235,17 @@ class _Part:
         assert self._tokenizer is not None
         if example.messages:
             _refuse_text_keys(example, SPAN, self._place)
-        template, turns, variables = (
-            ChatTemplate(self._tokenizer),
-            as_conversation(example),
-            template_variables(example),
-        )
-        text, _, _ = template.spoken(turns, variables)
-        written = template.find_last_content(turns, variables, text)
-        shown, answer = text[written.start : written.stop], turns[-1].content
+        turns, template = as_conversation(example), ChatTemplate(self._tokenizer)
+        conversation = Conversation(turns, template_variables(example), template)
+        written, answer = conversation.find_last_content(), turns[-1].content
+        shown = conversation.text[written.start : written.stop]
         if shown not in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
             raise DataError(
                 f"{self._place}: the chat template rewrites the answer, so its characters cannot be found. Give "
                 "`weights` of its tokens in place of `span`."
             )
         start = written.start - answer.index(shown)
-        return Rendered(text, (), has_special_tokens=True, ends=False), start
+        return Rendered(conversation.text, (), has_special_tokens=True, ends=False), start
 
     def _weigh(self, targets: np.ndarray, masks: Sequence[np.ndarray]) -> Float[np.ndarray, "token"]:
         """Return the weight of each token, 1 where none was given."""

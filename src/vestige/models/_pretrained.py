@@ -73,17 +73,14 @@ def read_model(folder: Path, reading: Reading) -> "PreTrainedModel":
     dtype, device, stay, quantize = reading
     spread = isinstance(device, str)
     on_cpu = not torch.cuda.is_available() if spread else device.type == "cpu"
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except LOADING_ERRORS as error:
-            _refuse_own_code(error, folder)
-            raise ModelError(f"{folder / 'config.json'} is not readable: {short(error)}") from error
-        _refuse_foreign_kernels(config, folder)
-        _require_causal(config, folder)
-        kind = dtype or _own_dtype(config, on_cpu=on_cpu)
-        # Tensor by tensor onto a card: the host never holds all of them.
-        direct = quantize is not None or (not on_cpu and not stay)
+    with _loading(folder, f"{folder / 'config.json'} is not readable"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    _refuse_foreign_kernels(config, folder)
+    _require_causal(config, folder)
+    kind = dtype or _own_dtype(config, on_cpu=on_cpu)
+    # Tensor by tensor onto a card: the host never holds all of them.
+    direct = quantize is not None or (not on_cpu and not stay)
+    with _loading(folder, f"{folder} does not load as a causal language model"):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -94,22 +91,36 @@ def read_model(folder: Path, reading: Reading) -> "PreTrainedModel":
                 local_files_only=True,
                 trust_remote_code=False,
             )
-        except UserError:
-            raise
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"{folder} is larger than the memory of {device}. Type --precision bfloat16, --quantize 4 if it has a "
                 "LoRA adapter, or --device balanced, which spreads it over all GPUs."
             ) from error
-        except LOADING_ERRORS as error:
-            _refuse_own_code(error, folder)
-            raise ModelError(f"{folder} does not load as a causal language model: {short(error)}") from error
     model, info = loaded
     keep_as_read(model)
     _require_all_weights(model, info["missing_keys"], folder, info["unexpected_keys"])
     if dtype is None and on_cpu and quantize is None and next(model.parameters()).dtype in _HALF:
         model = model.float()
     return model if spread or stay or direct else model.to(device)
+
+
+@contextmanager
+def _loading(folder: Path, failure: str) -> Iterator[None]:
+    """Keep transformers quiet inside the block, and turn what reading broken files raises into a `ModelError`."""
+    with quiet_transformers():
+        try:
+            yield
+        except UserError:
+            raise
+        except LOADING_ERRORS as error:
+            if "trust_remote_code" in str(error):
+                raise ModelError(
+                    f"{folder} names Python code of its own (`auto_map`), and Vestige never runs code that a model "
+                    "folder brings. If transformers has the architecture itself, load the weights into that class, "
+                    "save them with save_pretrained(...) and give that folder; else load the model in Python and give "
+                    "the live module: vestige.index(model=module, tokenizer=tokenizer, ...)."
+                ) from None
+            raise ModelError(f"{failure}: {short(error)}") from error
 
 
 def _require_all_weights(model: Any, missing: Iterable[str], folder: Path, unexpected: Iterable[str]) -> None:
@@ -161,12 +172,8 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """
     if not any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)):
         return None
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except LOADING_ERRORS as error:
-            _refuse_own_code(error, folder)
-            raise ModelError(f"The tokenizer in {folder} does not load: {short(error)}") from error
+    with _loading(folder, f"The tokenizer in {folder} does not load"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _own_dtype(config: Any, *, on_cpu: bool) -> torch.dtype | str:
@@ -189,17 +196,6 @@ def _require_causal(config: Any, folder: Path) -> None:
             f"{folder} holds a {kind!r} encoder without a causal head (its config has no is_decoder). "
             "Vestige needs a causal (decoder-only) language model such as GPT-2, Llama, GPT-NeoX or OPT."
         )
-
-
-def _refuse_own_code(error: Exception, folder: Path) -> None:
-    """Raise a clear error if loading failed because transformers would have to run code of the folder."""
-    if "trust_remote_code" in str(error):
-        raise ModelError(
-            f"{folder} names Python code of its own (`auto_map`), and Vestige never runs code that a model folder "
-            "brings. If transformers has the architecture itself, load the weights into that class, save them with "
-            "save_pretrained(...) and give that folder; else load the model in Python and give the live module: "
-            "vestige.index(model=module, tokenizer=tokenizer, ...)."
-        ) from None
 
 
 def _refuse_foreign_kernels(config: Any, folder: Path) -> None:

@@ -125,8 +125,7 @@ def _encode_fast(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *,
     if all_whole:
         return [Tokens(numbers, np.ones(len(numbers), dtype=bool)) for numbers in ids]
     offsets = [np.array(places, dtype=np.int64).reshape(-1, 2) for places in encoded["offset_mapping"]]
-    marks = map(mark_targets, items, offsets)
-    return [Tokens(numbers, targets) for numbers, targets in zip(ids, marks, strict=True)]
+    return list(map(Tokens, ids, map(mark_targets, items, offsets)))
 
 
 def mark_targets(item: Rendered, offsets: np.ndarray) -> np.ndarray:
@@ -193,7 +192,7 @@ def _finish(item: Rendered, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase"
 def read_columns(columns: Mapping[str, Any], place: str) -> dict[str, np.ndarray]:
     """Return the columns of a tokenised row that Vestige uses, as int32 arrays of one length: ids, labels and marks."""
     found = {IDS: _whole(columns[IDS], IDS, place)}
-    if len(found[IDS]) and found[IDS].min() < 0:
+    if found[IDS].min(initial=0) < 0:
         raise DataError(f"{place}: `{IDS}` holds {found[IDS].min()}; ids of tokens begin at 0.")
     for name in columns:
         if name in (LABELS, ATTENTION) or _is_mark(name):

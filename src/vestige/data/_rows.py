@@ -59,7 +59,7 @@ def refuse_columns(columns: Mapping[str, Any], example: Example, place: str) -> 
 def turns_before(example: Example) -> tuple[Message, ...]:
     """Return the turns that `system` and `history` put before those of the row itself."""
     found = [name for name in SYSTEM if example.extra.get(name)]
-    place = f"row {example.row} (id {example.id!r})"
+    place = example.position
     turns: list[Message] = []
     for name in found:
         text = example.extra[name]
@@ -91,7 +91,7 @@ def _history(example: Example, place: str) -> list[Any]:
 
 def template_variables(example: Example) -> dict[str, Any]:
     """Return what the columns of a row pass to the chat template: `tools`, `documents` and its own settings."""
-    place, found = f"row {example.row} (id {example.id!r})", dict[str, Any]()
+    place, found = example.position, dict[str, Any]()
     for name in _TEMPLATE:
         cell: Any = example.extra.get(name)
         cell = read_json(cell, name, place) if isinstance(cell, str) and cell else cell
@@ -123,9 +123,8 @@ def refuse_without_template(example: Example, name: str) -> None:
     given = [column for column in (*SYSTEM, HISTORY, *TOOLS, TEMPLATE_SETTINGS) if example.extra.get(column)]
     if given and example.text is None:
         raise DataError(
-            f"{name}, row {example.row} (id {example.id!r}): `{given[0]}` belongs to a conversation, and the row is "
-            "read as plain text. Type --chat (chat=True) to write it with the chat template, put it into the prompt, "
-            "or drop the column."
+            f"{name}, {example.position}: `{given[0]}` belongs to a conversation, and the row is read as plain text. "
+            "Type --chat (chat=True) to write it with the chat template, put it into the prompt, or drop the column."
         )
 
 

@@ -36,15 +36,7 @@ if TYPE_CHECKING:
 
 
 def spread_over_ranks(read: Callable[[], LoadedModel], device: torch.device) -> LoadedModel:
-    """Spread the model that `read` gives on the CPU of the first process over all processes.
-
-    Args:
-        read: Called in the first process alone.
-        device: Where this process keeps its part.
-
-    Raises:
-        ModelError: The model has no blocks to spread, or FSDP2 does not take it.
-    """
+    """Spread the model that `read`, called in the first process, puts on its CPU: each has its part on its `device`."""
     whole: list[nn.Module] = []
 
     def skeleton() -> LoadedModel:
@@ -138,11 +130,7 @@ def _places(model: nn.Module) -> Iterator[tuple[tuple[str, str], dict[str, Any]]
 
 
 def _blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """Return the model without its head, and the blocks in it: what the outermost lists of modules hold.
-
-    Raises:
-        ModelError: There are none.
-    """
+    """Return the model without its head, and the blocks in it: what the outermost lists of modules hold."""
     unwrap = getattr(model, "get_base_model", None)
     causal = unwrap() if unwrap is not None else model
     backbone = getattr(causal, "base_model", causal)
@@ -257,11 +245,7 @@ def _read_adapter(folder: Path, reading: Reading) -> tuple[nn.Module, "PreTraine
 
 
 def _adapter_base(folder: Path) -> str | Path:
-    """Return the folder or hub id of the model that an adapter was trained on.
-
-    Raises:
-        ModelError: adapter_config.json names none, or an adapter.
-    """
+    """Return the folder or hub id of the model that an adapter was trained on."""
     file = folder / "adapter_config.json"
     try:
         base = parse_json(file.read_text()).get("base_model_name_or_path")

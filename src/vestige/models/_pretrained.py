@@ -64,12 +64,7 @@ class Reading(NamedTuple):
 
 
 def read_model(folder: Path, reading: Reading) -> "PreTrainedModel":
-    """Read the causal language model saved in `folder`, with every weight from there.
-
-    Raises:
-        ModelError: It does not load, has no causal head, lacks weights (which would be drawn at random), or is larger
-            than the memory of the GPUs.
-    """
+    """Read the causal language model saved in `folder`, with every weight from there: none is drawn at random."""
     dtype, device, stay, quantize = reading
     spread = isinstance(device, str)
     on_cpu = not torch.cuda.is_available() if spread else device.type == "cpu"
@@ -228,11 +223,7 @@ _SHAPES = re.compile(
 
 
 def put_on(base: nn.Module, folder: Path) -> Any:
-    """Return the base model with the adapter of `folder` on it, every trained tensor read from there.
-
-    Raises:
-        ModelError: It does not fit, holds a part only, or puts virtual tokens before the input.
-    """
+    """Return the base model with the adapter of `folder` on it, every trained tensor read from there."""
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     try:
@@ -262,11 +253,7 @@ def peft_configs(model: nn.Module) -> list[Any]:
 
 
 def refuse_virtual_tokens(config: Any, name: str) -> None:
-    """Raise unless an adapter of this PEFT config changes weights.
-
-    Raises:
-        ModelError: It puts virtual tokens before the input.
-    """
+    """Raise unless an adapter of this PEFT config changes weights."""
     if config.is_prompt_learning:
         raise ModelError(
             f"{name} is a {_kind_of(config)} adapter, which puts virtual tokens before the input. Vestige supports "
@@ -298,12 +285,10 @@ def _rope_switches(module: nn.Module) -> Iterator[int]:
 
 def adapter_parameters(model: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that the model's PEFT adapter trains; empty for any other model."""
-    configs = peft_configs(model)
-    if not configs:
+    if not (configs := peft_configs(model)):
         return frozenset()
-    own = _own_parameters(model)
     biases = any(getattr(config, "bias", "none") != "none" for config in configs)
-    return own | {name for name, _ in model.named_parameters() if biases and name.endswith(".bias")}
+    return _own_parameters(model) | {name for name, _ in model.named_parameters() if biases and name.endswith(".bias")}
 
 
 def acts_in_forward(model: nn.Module) -> bool:
@@ -357,19 +342,18 @@ def _own_parameters(model: nn.Module) -> frozenset[str]:
 
 def _require_all_keys(model: Any, folder: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    missing = set(missing)
     # A tensor that several layers share lies in the file once.
     read = {id(parameter) for name, parameter in parameters.items() if name not in missing}
-    untrained = {name for name in _own_parameters(model) & missing if id(parameters[name]) not in read}
+    untrained = {name for name in _own_parameters(model) & set(missing) if id(parameters[name]) not in read}
     # In the file, names do not hold that of the adapter.
     untrained = sorted(name.replace(f".{model.active_adapter}", "") for name in untrained)
-    if not untrained and not unexpected:
-        return
     faults = []
     if unexpected:
         faults.append(f"it holds {len(unexpected)} tensors that the model does not have, such as {min(unexpected)}")
     if untrained:
         faults.append(f"it lacks {len(untrained)} of the adapter's, such as {untrained[0]}, which would stay untrained")
+    if not faults:
+        return
     raise ModelError(
         f"The adapter {folder} does not fit its base model: {', and '.join(faults)}."
         + (

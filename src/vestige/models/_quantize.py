@@ -18,16 +18,6 @@ def quantization_of(bits: Bits, dtype: torch.dtype | str, config: Any, folder: P
 
     4 bits are NF4 (Dettmers et al. 2023, "QLoRA"). 8 bits are LLM.int8() (Dettmers et al. 2022) without its threshold
     for outliers: that looks at all tokens of a batch, and an example's loss would depend on the others.
-
-    Args:
-        bits: 4 or 8.
-        dtype: Number format of the products.
-        config: The model's own.
-        folder: Where the model is from.
-
-    Raises:
-        MissingExtra: bitsandbytes is not installed.
-        ModelError: The model is quantised already.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{folder} is quantised already, as its config.json says. Drop --quantize {bits}.")

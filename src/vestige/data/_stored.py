@@ -70,12 +70,8 @@ class StoredRows(Sequence[Item], ABC, Generic[Item]):
     @overload
     def __getitem__(self, index: slice) -> list[Item]: ...
     def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self._read(row) for row in range(*index.indices(len(self)))]
-        row = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return self._read(row)
+        rows = range(len(self))[index]
+        return self._read(rows) if isinstance(rows, int) else [self._read(row) for row in rows]
 
     def __iter__(self) -> Iterator[Item]:
         return (self._read(row) for row in range(len(self)))

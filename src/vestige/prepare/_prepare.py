@@ -5,6 +5,7 @@ A folder holds lines of JSON, the same as a `datasets` folder, and a record of h
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -196,9 +197,7 @@ def write_prepared(
     Raises:
         DataError: No row is left, or the hub refuses.
     """
-    counts: dict[str, int] = {}
-    for row in [*flagged, *(row for row in rows if "problem" in row)]:
-        counts[str(row["problem"])] = counts.get(str(row["problem"]), 0) + 1
+    counts = dict(Counter(str(row["problem"]) for row in (*flagged, *rows) if "problem" in row))
     claim_result(settings, kind, fingerprint)
     if flagged:
         write_durably(settings.out / FLAGGED, map(_line, flagged))
@@ -273,11 +272,9 @@ def _save_dataset(rows: Sequence[Mapping[str, Any]], folder: Path) -> Any:
 
 def _of_one_type(name: str, values: list[Any]) -> list[Any]:
     """Return the column, its values as JSON text where they are of several types, which such a folder cannot hold."""
-    import pyarrow
-
     try:
-        pyarrow.array(values)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
+        pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
         announce(f"{DATASET}/: the column {name!r} holds values of several types and is kept there as JSON text.")
         return [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     return values
@@ -334,8 +331,7 @@ def _assign_parts(
 ) -> list[str | None]:
     """Return the part of every example, None where the shares leave some out; the same for the same arguments.
 
-    Examples of one group are in one part, wherever sources are not to stay whole. Raise `DataError` where `by` asks for
-    sources and an example has none.
+    Examples of one group are in one part, wherever sources are not to stay whole.
     """
     draw = np.random.default_rng(seed)
     firsts = np.unique(groups, return_index=True)[1]
@@ -347,12 +343,10 @@ def _assign_parts(
         if example.source is None:
             raise DataError(f"Row {row} (id {example.id!r}) has no `source`, and --by {by} asks for one.")
         sources.setdefault(example.source, []).append(row)
-    found: list[str | None] = [None] * len(examples)
     if by == "source":
-        for rows, part in zip(sources.values(), _draw_parts(len(sources), shares, draw), strict=True):
-            for row in rows:
-                found[row] = part
-        return found
+        part_of = dict(zip(sources, _draw_parts(len(sources), shares, draw), strict=True))
+        return [part_of[str(example.source)] for example in examples]
+    found: list[str | None] = [None] * len(examples)
     for rows in sources.values():
         own = [row for row in rows if firsts[groups[row]] == row]
         for row, part in zip(own, _draw_parts(len(own), shares, draw), strict=True):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vestige.data._encode import IDS, SUSPECT, is_used, read_columns
 from vestige.data._records import Record, quote
-from vestige.data._turns import MEDIA, read_json, read_turns
+from vestige.data._turns import MEDIA, read_json, read_turns, refuse_media
 from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
 
@@ -48,12 +48,7 @@ def refuse_columns(columns: Mapping[str, Any], example: Example, place: str) -> 
                 f"{place}: `{name}` may decide which parts of the row are learned, and Vestige does not read it. Give "
                 "each turn a `weight` of 0 or 1 instead, or drop it if it changes nothing."
             )
-    for name in MEDIA:
-        if columns.get(name):
-            raise DataError(
-                f"{place}: `{name}` is no text, and Vestige reads text alone. Leave the row out, or drop the column to "
-                "have the text without it."
-            )
+    refuse_media([name for name in MEDIA if columns.get(name)], "column", place)
 
 
 def turns_before(example: Example) -> tuple[Message, ...]:
@@ -101,21 +96,17 @@ def template_variables(example: Example) -> dict[str, Any]:
             kind = "an object" if name == TEMPLATE_SETTINGS else "a list"
             raise DataError(f"{place}: `{name}` is {quote(cell)}; expected {kind}, also as JSON text.")
         if isinstance(cell, Mapping):
-            _refuse_reserved(cell, place)
+            if taken := [key for key in cell if key in _RESERVED or key.startswith("return_")]:
+                raise DataError(
+                    f"{place}: `{TEMPLATE_SETTINGS}` holds `{taken[0]}`, which is no variable of a chat template but "
+                    "decides how it is called. Drop it."
+                )
             found |= cell
         elif "tools" in found and name in TOOLS:
             raise DataError(f"{place}: `{name}` beside other tools. Put all tools into `tools`.")
         else:
             found["tools" if name in TOOLS else name] = cell
     return found
-
-
-def _refuse_reserved(settings: Mapping[str, Any], place: str) -> None:
-    if taken := [key for key in settings if key in _RESERVED or key.startswith("return_")]:
-        raise DataError(
-            f"{place}: `{TEMPLATE_SETTINGS}` holds `{taken[0]}`, which is no variable of a chat template but decides "
-            "how it is called. Drop it."
-        )
 
 
 def refuse_without_template(example: Example, name: str) -> None:
@@ -140,7 +131,7 @@ def find_unused_columns(example: Example) -> set[str]:
     if example.text is not None:
         return set(example.extra)
     used = (*SYSTEM, *_TEMPLATE, *(() if example.messages else (HISTORY,)))
-    return set(example.extra) - set(used)
+    return set(example.extra).difference(used)
 
 
 class PairFormat(NamedTuple):

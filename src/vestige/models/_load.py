@@ -202,8 +202,8 @@ def load_model(
         return _freeze(module, given_tokenizer, type(model).__name__)
 
     def read(place: torch.device | str, *, stay: bool = False) -> LoadedModel:
-        module, own_tokenizer = _read(model, Reading(dtype, place, stay, quantize))
-        identity = files_identity(_paths(model), module, quantize)
+        module, own_tokenizer, files = _read(model, Reading(dtype, place, stay, quantize))
+        identity = files_identity(files, module, quantize)
         return _freeze(module, given_tokenizer or own_tokenizer, str(model), identity)
 
     if device == FSDP:
@@ -221,17 +221,18 @@ def context_length(model: nn.Module) -> int | None:
     return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
-def _read(model: str | Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
+def _read(model: str | Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None", list[Path]]:
+    """Return the model, its tokenizer, and the files or folders that it was read from, an adapter's base last."""
     source = find_source(model)
     if source.kind == "adapter":
         return _read_adapter(source.folder, reading)
     folder = unpack_gguf(source.gguf) if source.gguf else source.folder
-    return read_model(folder, reading), read_tokenizer(folder)
+    return read_model(folder, reading), read_tokenizer(folder), [source.gguf or source.folder]
 
 
-def _read_adapter(folder: Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
+def _read_adapter(folder: Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None", list[Path]]:
     place = _adapter_base(folder)
-    base, base_tokenizer = _read(place, reading)
+    base, base_tokenizer, files = _read(place, reading)
     model = put_on(base, folder)
     if isinstance(place, Path):
         # Trained further and saved elsewhere, the adapter still finds its base.
@@ -241,7 +242,7 @@ def _read_adapter(folder: Path, reading: Reading) -> tuple[nn.Module, "PreTraine
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(reading.dtype)
-    return model, read_tokenizer(folder) or base_tokenizer
+    return model, read_tokenizer(folder) or base_tokenizer, [folder, *files]
 
 
 def _adapter_base(folder: Path) -> str | Path:
@@ -326,15 +327,14 @@ def own_gpu(environment: Mapping[str, str], count: int) -> int:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return torch.device("cuda", own_gpu(os.environ, count)) if count else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"device={device!r} is not a device; type cpu, cuda, cuda:1 or balanced.") from error
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
         raise ModelError(f"device={str(device)!r}, but PyTorch sees {count} CUDA devices here. Type device cpu.")
     if chosen.type not in ("cpu", "cuda"):
         # `meta` has no numbers, and most builds know few devices.
@@ -362,13 +362,6 @@ def leave_card(model: nn.Module, settings: LaunchSettings) -> Iterator[None]:
         yield
     finally:
         model.to(card)
-
-
-def _paths(model: str | Path) -> list[Path]:
-    """Return the file or folder that a model is read from, and that of the base of an adapter."""
-    source = find_source(model)
-    base = _paths(_adapter_base(source.folder)) if source.kind == "adapter" else []
-    return [source.gguf or source.folder, *base]
 
 
 def _freeze(

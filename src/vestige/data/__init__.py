@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vestige.data._chat import as_conversation as as_conversation
     from vestige.data._encode import Rendered as Rendered, Span as Span, mark_targets as mark_targets
     from vestige.data._files import exists as exists
-    from vestige.data._focus import FocusUse as FocusUse, describe_focus as describe_focus, find_focus as find_focus
+    from vestige.data._focus import describe_focus as describe_focus, find_focus as find_focus
     from vestige.data._focus_tokens import focus_queries as focus_queries, locate_spans as locate_spans
     from vestige.data._load import (
         load_examples as load_examples,

@@ -13,6 +13,9 @@ Several processes may make them at once: they write the same bytes.
 
 import hashlib
 import json
+import shutil
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, reduce
@@ -172,10 +175,15 @@ def _example(record: dict[str, Any]) -> Example:
 
 @final
 class TokenFolder:
-    """The tokens of one source, encoded in one way, in a folder of their own."""
+    """The tokens of one source, encoded in one way, in a folder of their own.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Without a path it is a temporary folder, which is deleted when nothing uses its tokens any more.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="vestige-tokens-")) if path is None else path
+        if path is None:
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def write_part(self, number: int, examples: Sequence[Example], encoded: Encoded) -> None:
         """Write consecutive examples, their tokens and then the marker of the part; the same bytes in every process."""
@@ -221,8 +229,8 @@ class TokenFolder:
         content = {"format": FORMAT, "encoder": encoder, "fingerprint": fingerprint, "parts": parts}
         write_durably(self.path / _LIST, [json.dumps(content).encode()])
 
-    def open(self, name: str, owner: object = None) -> tuple[TokenizedData, Tally] | None:
-        """Return the tokens; None if they are not complete. `owner` is kept as long as the data is in use."""
+    def open(self, name: str) -> tuple[TokenizedData, Tally] | None:
+        """Return the tokens; None if they are not complete."""
         content = self.read_list()
         markers = [] if content is None else [self._read_marker(number) for number in range(content["parts"])]
         parts = [part for part in markers if part is not None]
@@ -233,7 +241,7 @@ class TokenFolder:
         tokens = pa.concat_tables(map(_map_tokens, arrows))
         lengths, counts = (about[column].to_numpy().astype(np.int32) for column in ("length", "targets"))
         data = TokenizedData(
-            StoredExamples(parquets, owner),
+            StoredExamples(parquets, owner=self),
             StoredArrays(tokens["input_ids"], lengths),
             StoredArrays(tokens["targets"], counts),
             about["truncated"].to_numpy(),

@@ -135,11 +135,7 @@ class Encoder:
         return hashlib.sha256(json.dumps([tokenizer_identity(self.tokenizer), *settings]).encode()).hexdigest()
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Return the tokens of every example.
-
-        Raises:
-            DataError: As for `tokenize`.
-        """
+        """Return the tokens of every example."""
         rows, tally = self._encode_all(examples)
         self._require_known(examples, rows)
         lengths = np.array([len(tokens.ids) for tokens in rows], dtype=np.int64)

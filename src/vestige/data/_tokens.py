@@ -5,10 +5,7 @@ import json
 import os
 import pickle
 import re
-import shutil
-import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -198,14 +195,12 @@ class _Corpus:
 
     def _write(self, chunks: Iterator[_Chunk]) -> tuple[TokenizedData, Tally]:
         """Write the tokens to disk, and return the data there."""
-        owner = None if self._folder else _TemporaryFolder()
-        folder = self._folder or owner.path  # type: ignore[union-attr]
-        tokens = TokenFolder(folder)
-        make_folder(folder)
-        remove_strays(folder)
+        tokens = TokenFolder(self._folder)
+        make_folder(tokens.path)
+        remove_strays(tokens.path)
         of = f" by {self.workers} processes" if self.workers > 1 else ""
         least = format_bytes(self.held_bytes)
-        announce(f"{self.parts.encoder.name}: more than {least} in memory; its tokens are made{of} in {folder}.")
+        announce(f"{self.parts.encoder.name}: more than {least} in memory; its tokens are made{of} in {tokens.path}.")
         digest, last_line, count = hashlib.sha256(), time.monotonic(), 0
         for number, chunk in self._make_parts(tokens, enumerate(chunks)):
             count = number + 1
@@ -216,9 +211,9 @@ class _Corpus:
         if not self._rows:
             raise empty_error(self.parts.source)
         tokens.finish(self.parts.encoder.identity, digest.hexdigest(), count)
-        found = tokens.open(self.parts.encoder.name, owner)
+        found = tokens.open(self.parts.encoder.name)
         if found is None:
-            raise CorruptFile(f"The tokens in {folder} changed while they were made. Run the same command again.")
+            raise CorruptFile(f"The tokens in {tokens.path} changed while they were made. Run the same command again.")
         return found
 
     def _make_parts(self, tokens: TokenFolder, chunks: Iterator[tuple[int, _Chunk]]) -> Iterator[tuple[int, _Chunk]]:
@@ -274,14 +269,6 @@ class _Corpus:
                 record = item if isinstance(item, Record) else Record(None, row=row)
                 raise repeat_error(place(self.parts.source, record), names[position], first)
         self._rows += len(names)
-
-
-class _TemporaryFolder:
-    """A folder that is deleted with its last user."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="vestige-tokens-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _cut(items: Iterable[Record | Example], most: int) -> Iterator[tuple[_Chunk, int]]:

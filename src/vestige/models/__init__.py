@@ -39,7 +39,6 @@ if TYPE_CHECKING:
         adapter_parameters as adapter_parameters,
         batch_sharing as batch_sharing,
         quiet_transformers as quiet_transformers,
-        read_tokenizer as read_tokenizer,
     )
     from vestige.models._quantize import Bits as Bits, quantized_bits as quantized_bits
     from vestige.models._selection import (

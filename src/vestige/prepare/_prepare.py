@@ -172,11 +172,7 @@ def tokenize(settings: TokenizeSettings) -> Prepared:
 
 
 def _write_tokens(path: Path, names: Sequence[str], expected: int, rows: Iterator[dict[str, Any]]) -> tuple[int, ...]:
-    """Write rows as Parquet, some at a time; the file is there whole or as it was before.
-
-    Returns:
-        How many rows, tokens and targets it holds.
-    """
+    """Write rows as Parquet, whole or not at all, and return how many rows, tokens and targets there are."""
     unfinished = temporary_path(path)
     texts = [(name, pa.string()) for name in names]
     schema = pa.schema([*texts, ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])

@@ -72,7 +72,8 @@ def read_model(folder: Path, reading: Reading) -> "PreTrainedModel":
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     _refuse_foreign_kernels(config, folder)
     _require_causal(config, folder)
-    kind = dtype or _own_dtype(config, on_cpu=on_cpu)
+    own = torch.float32 if on_cpu and config.dtype in _HALF else config.dtype
+    kind = dtype or own or "auto"
     # Tensor by tensor onto a card: the host never holds all of them.
     direct = quantize is not None or (not on_cpu and not stay)
     with _loading(folder, f"{folder} does not load as a causal language model"):
@@ -171,25 +172,18 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _own_dtype(config: Any, *, on_cpu: bool) -> torch.dtype | str:
-    if config.dtype is None:
-        return "auto"
-    return torch.float32 if on_cpu and config.dtype in _HALF else config.dtype
-
-
 def _require_causal(config: Any, folder: Path) -> None:
-    kind = config.model_type
+    kind, fault = config.model_type, ""
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(
-            f"{folder} holds a {kind!r} model, which predicts no next token. Vestige needs a causal "
-            "(decoder-only) language model such as GPT-2, Llama, GPT-NeoX or OPT."
-        )
+        fault = "model, which predicts no next token"
     # transformers gives encoders a causal head on request; without is_decoder their attention still
     # attends to later tokens.
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        fault = "encoder without a causal head (its config has no is_decoder)"
+    if fault:
         raise ModelError(
-            f"{folder} holds a {kind!r} encoder without a causal head (its config has no is_decoder). "
-            "Vestige needs a causal (decoder-only) language model such as GPT-2, Llama, GPT-NeoX or OPT."
+            f"{folder} holds a {kind!r} {fault}. Vestige needs a causal (decoder-only) language model such as GPT-2, "
+            "Llama, GPT-NeoX or OPT."
         )
 
 
@@ -341,10 +335,10 @@ def _own_parameters(model: nn.Module) -> frozenset[str]:
 
 
 def _require_all_keys(model: Any, folder: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters, missing = dict(model.named_parameters(remove_duplicate=False)), set(missing)
     # A tensor that several layers share lies in the file once.
     read = {id(parameter) for name, parameter in parameters.items() if name not in missing}
-    untrained = {name for name in _own_parameters(model) & set(missing) if id(parameters[name]) not in read}
+    untrained = {name for name in _own_parameters(model) & missing if id(parameters[name]) not in read}
     # In the file, names do not hold that of the adapter.
     untrained = sorted(name.replace(f".{model.active_adapter}", "") for name in untrained)
     faults = []

@@ -90,24 +90,18 @@ def _spread(model: nn.Module, whole: nn.Module | None, device: torch.device) -> 
 
     backbone, blocks = _blocks(model)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    values = {} if whole is None else {place: held[place[1]] for place, held in _places(whole)}
-    skeleton = list(_places(model))
+    values = {} if whole is None else dict(zip(map(id, _tensors(model)), _tensors(whole), strict=True))
 
     def fill(part: nn.Module) -> None:
         """Fill everything in the part that has no value, on the device, from rank 0; tied tensors stay tied."""
-        empty = {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers()) if tensor.is_meta}
-        owners: dict[int, list[tuple[tuple[str, str], dict[str, Any]]]] = {}
-        for place, held in skeleton:
-            owners.setdefault(id(held.get(place[1])), []).append((place, held))
-        for key, tensor in empty.items():
+        for tensor in (one for one in _tensors(part) if one.is_meta):
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             if values:
-                value.copy_(values[owners[key][0][0]])
+                value.copy_(values[id(tensor)])
             if value.numel():
                 distributed.broadcast(value.reshape(-1).view(torch.uint8), 0)
-            filled = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-            for (_, attribute), held in owners[key]:
-                held[attribute] = filled
+            is_parameter = isinstance(tensor, nn.Parameter)
+            torch.utils.swap_tensors(tensor, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
     try:
         for block in blocks:
@@ -122,11 +116,9 @@ def _spread(model: nn.Module, whole: nn.Module | None, device: torch.device) -> 
         raise ModelError(f"FSDP2 does not take {type(model).__name__}: {error}") from error
 
 
-def _places(model: nn.Module) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
-    """Yield path and attribute of every parameter and buffer, with the dictionary of its module that holds it."""
-    for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
-            yield from (((path, attribute), held) for attribute, tensor in held.items() if tensor is not None)
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Return every parameter and buffer of the model, tied ones once."""
+    return [*model.parameters(), *model.buffers()]
 
 
 def _blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -161,13 +162,9 @@ def _encode_pieces(item: Rendered, tokenizer: "PreTrainedTokenizerBase", *, add_
 
 def _pieces(item: Rendered) -> list[tuple[str, bool]]:
     """Cut the text at the borders of its target spans, empty pieces left out."""
-    pieces: list[tuple[str, bool]] = []
-    done = 0
-    for span in item.targets:
-        start = max(span.start, 0)
-        pieces += [(item.text[done:start], False), (item.text[start : span.stop], True)]
-        done = span.stop
-    pieces.append((item.text[done:], False))
+    borders = [0, *(max(at, 0) for span in item.targets for at in span), len(item.text)]
+    # Of the pieces between borders every second one is a span.
+    pieces = [(item.text[start:stop], number % 2 == 1) for number, (start, stop) in enumerate(pairwise(borders))]
     return [(text, is_target) for text, is_target in pieces if text]
 
 

@@ -36,14 +36,8 @@ def focus_queries(
 ) -> TokenizedData:
     """Return tokenised queries with what is explained of them as their targets, their weights and their contrasts.
 
-    Of a query that chooses, the last answer alone is explained, whatever turns of the assistant are before it.
-
-    Args:
-        data: The queries, with their answers, as `tokenize` returns them; one of them chooses, at least.
-        tokenizer: As for `tokenize`, like the rest.
-        max_length: Most tokens.
-        chat: Whether a prompt and its completion are put into the chat template.
-        vocabulary: Tokens that the model has embeddings for.
+    Of a query that chooses, the last answer alone is explained, whatever turns of the assistant are before it. `data`
+    are the queries with their answers, of which at least one chooses, as `tokenize` returns them for the same arguments.
 
     Raises:
         DataError: A span is not found, is found twice, or covers no token; weights do not fit; or the answers of a

@@ -64,26 +64,12 @@ def tokenize_source(
 
     A small data set is returned in memory. Of a larger one, tokens and examples are written to a folder of their own
     in `folder`, and read from there, now and whenever the same is requested again; killed before the end, the same call
-    goes on where it stopped.
+    goes on where it stopped. Without `folder`, and of what is in a live list, tokens live in a temporary folder as long
+    as the result. The source may also be the examples of an index: their data have the `fingerprint`, and their tokens
+    may have been left in the folder `kept`.
 
-    Args:
-        source: As for `load_examples`; or the examples of an index.
-        tokenizer: As for `tokenize`.
-        max_length: As for `tokenize`.
-        name: As for `tokenize`.
-        chat: As for `tokenize`.
-        limit: As for `load_examples`.
-        split: As for `load_examples`.
-        where: As for `load_examples`.
-        folder: Where tokens are kept; None, and what is in a live list, lives in a temporary folder as long as the
-            result.
-        kept: Where tokens of the examples of an index may have been left.
-        fingerprint: Of the data whose examples an index holds.
-        workers: Processes that read and encode a large data set.
-        on_bad_text: As for `load_examples`.
-        vocabulary: As for `tokenize`.
-        held_bytes: What the examples of a data set may take in memory.
-        part_rows: Most examples that are encoded at once.
+    A small data set takes at most `held_bytes` of memory. A larger one is read and encoded by `workers` processes, at
+    most `part_rows` examples at once. The other arguments are those of `load_examples` and `tokenize`.
 
     Raises:
         DataError: As for `load_examples` and `tokenize`.

@@ -36,8 +36,9 @@ def focus_queries(
 ) -> TokenizedData:
     """Return tokenised queries with what is explained of them as their targets, their weights and their contrasts.
 
-    Of a query that chooses, the last answer alone is explained, whatever turns of the assistant are before it. `data`
-    are the queries with their answers, of which at least one chooses, as `tokenize` returns them for the same arguments.
+    Of a query that chooses, the last answer alone is explained, whatever turns of the assistant are before it.
+    `data` are the queries with their answers, one of which chooses at least, as `tokenize` returns them with the same
+    arguments.
 
     Raises:
         DataError: A span is not found, is found twice, or covers no token; weights do not fit; or the answers of a

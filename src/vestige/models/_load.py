@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vestige.distributed import FSDP, broadcast_from_rank0, is_helper
 from vestige.errors import ModelError
 from vestige.models._components import LoadedModel
-from vestige.models._fingerprint import files_identity, hash_once
 from vestige.models._pretrained import (
     Reading,
     peft_configs,
@@ -25,8 +24,8 @@ from vestige.models._pretrained import (
     refuse_virtual_tokens,
     short,
 )
-from vestige.models._quantize import Bits, quantized_bits
 from vestige.models._source import find_source, unpack_gguf
+from vestige.models._weights import Bits, files_identity, hash_once, quantized_bits
 from vestige.parsing import parse_json
 from vestige.settings import LaunchSettings
 from vestige.terminal import shorten

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from vestige.data import Sharing
 from vestige.errors import ModelError, UserError
-from vestige.models._quantize import Bits, keep_as_read, quantization_of
+from vestige.models._weights import Bits, keep_as_read, quantization_of
 from vestige.progress import is_verbose
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from vestige.models._components import (
     owners_of_parameters,
 )
 from vestige.models._pretrained import adapter_kind, adapter_parameters, find_unsupported_adapter
-from vestige.models._quantize import quantized_bits
+from vestige.models._weights import quantized_bits
 from vestige.progress import announce
 
 WORDS = {

@@ -70,13 +70,12 @@ def render_conversations(examples: Sequence[Example], template: "ChatTemplate") 
     rendered: list[Rendered] = []
     rewritten, unwritten = 0, set[str]()
     for example in examples:
-        turns, variables = as_conversation(example), template_variables(example)
         try:
-            conversation = Conversation(turns, variables, template)
+            conversation = Conversation(example, template)
             spans, by_prefixes = conversation.find_spoken()
             unwritten |= conversation.find_unwritten_keys()
         except _FAILURES as error:
-            roles = ", ".join(turn.role for turn in turns)
+            roles = ", ".join(turn.role for turn in as_conversation(example))
             raise DataError(
                 f"The tokenizer's chat template refuses {example.position}, whose roles are {roles}: {error}. Change "
                 "the roles or their order, or give a tokenizer with another template."
@@ -124,11 +123,11 @@ class ChatTemplate:
 class Conversation:
     """A conversation as a chat template writes it; one that waits for the assistant ends in the generation prompt."""
 
-    def __init__(self, turns: Sequence[Message], variables: Mapping[str, Any], template: ChatTemplate) -> None:
-        self._template, self._variables = template, variables
-        self._source = template.source(variables)
-        self._waiting = turns[-1].role != ASSISTANT
-        self._turns = self._without_written_nulls(turns)
+    def __init__(self, example: Example, template: ChatTemplate) -> None:
+        self._template, self._variables = template, template_variables(example)
+        self._source = template.source(self._variables)
+        self._turns = self._without_written_nulls(as_conversation(example))
+        self._waiting = self._turns[-1].role != ASSISTANT
 
     @cached_property
     def text(self) -> str:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vestige.data._chat import TEXT_KEYS, ChatTemplate, Conversation, as_conversation
+from vestige.data._chat import TEXT_KEYS, ChatTemplate, Conversation
 from vestige.data._encode import Rendered, Span, encode
 from vestige.data._focus import INSTEAD, SPAN, WEIGHTS
 from vestige.data._records import quote
-from vestige.data._rows import template_variables
 from vestige.data._tokenize import render_plain, tokenize
 from vestige.data._turns import is_learned
 from vestige.data._types import ASSISTANT, Contrast, Example, Focus, TokenizedData
@@ -216,9 +215,8 @@ class _Part(NamedTuple):
         assert self.tokenizer is not None
         if example.messages:
             _refuse_text_keys(example, SPAN, self.place)
-        turns, template = as_conversation(example), ChatTemplate(self.tokenizer)
-        conversation = Conversation(turns, template_variables(example), template)
-        written, answer = conversation.find_last_content(), turns[-1].content
+        conversation = Conversation(example, ChatTemplate(self.tokenizer))
+        written, answer = conversation.find_last_content(), example.answer or ""
         shown = conversation.text[written.start : written.stop]
         if shown not in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
             raise DataError(

@@ -6,7 +6,7 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.data._blocks import Block as Block, pack_blocks as pack_blocks
-    from vestige.data._bm25 import Bm25Variant as Bm25Variant, LexicalIndex as LexicalIndex, prompt_of as prompt_of
+    from vestige.data._bm25 import Bm25Variant as Bm25Variant, LexicalIndex as LexicalIndex
     from vestige.data._chat import as_conversation as as_conversation
     from vestige.data._encode import Rendered as Rendered, Span as Span, mark_targets as mark_targets
     from vestige.data._files import exists as exists
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Frame as Frame,
         ask as ask,
         frame_of as frame_of,
+        prompt_of as prompt_of,
         require_answers as require_answers,
     )
     from vestige.data._records import (

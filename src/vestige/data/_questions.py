@@ -41,6 +41,12 @@ class Questions(NamedTuple):
     """What was done to prompts among them, in words; empty for nothing."""
 
 
+def prompt_of(example: Example) -> str:
+    """Return the question: the first turn of the user, or the prompt; the whole text where there is neither."""
+    question = next((message.content for message in example.messages if message.role == "user"), None)
+    return question or example.prompt or example.display
+
+
 def is_bare(query: Example) -> bool:
     """Return whether the query is a prompt, with or without an answer, and no conversation yet."""
     return query.prompt is not None and not query.messages and "input_ids" not in query.extra

@@ -206,6 +206,13 @@ def test_thoughts_and_calls_are_learned_where_turns_are_found_by_their_contents(
     assert learned == 'Because.<call>{"name": "depth"}</call><|im_end|><think>two</think>Because.<|im_end|>'
 
 
+def test_a_template_that_cannot_join_a_null_content_is_given_an_empty_one(chatml):
+    chatml.chat_template = WRITES_ALL.replace("{{ m.content }}", "{{ m.content + '' }}")
+    turns = [ASKED, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "depth"}}]}]
+    _, learned = read({"messages": turns}, chatml)
+    assert learned == '<call>{"name": "depth"}</call><|im_end|>'
+
+
 @pytest.mark.parametrize("key", ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"])
 def test_text_of_a_turn_that_the_template_leaves_out_is_refused(key, chatml):
     cell = [{"function": {"name": "f"}}] if key == "tool_calls" else "a thought"

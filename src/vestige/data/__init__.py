@@ -6,11 +6,11 @@ from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
     from vestige.data._blocks import Block as Block, pack_blocks as pack_blocks
-    from vestige.data._bm25 import Bm25Variant as Bm25Variant, LexicalIndex as LexicalIndex, prompt_of as prompt_of
+    from vestige.data._bm25 import Bm25Variant as Bm25Variant, LexicalIndex as LexicalIndex
     from vestige.data._chat import as_conversation as as_conversation
     from vestige.data._encode import Rendered as Rendered, Span as Span, mark_targets as mark_targets
     from vestige.data._files import exists as exists
-    from vestige.data._focus import FocusUse as FocusUse, describe_focus as describe_focus, find_focus as find_focus
+    from vestige.data._focus import describe_focus as describe_focus, find_focus as find_focus
     from vestige.data._focus_tokens import focus_queries as focus_queries, locate_spans as locate_spans
     from vestige.data._load import (
         load_examples as load_examples,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Frame as Frame,
         ask as ask,
         frame_of as frame_of,
+        prompt_of as prompt_of,
         require_answers as require_answers,
     )
     from vestige.data._records import (

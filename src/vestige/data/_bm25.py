@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from vestige.data._types import Example
 from vestige.storage import open_temporary, temporary_error
 
 Bm25Variant = Literal["lucene", "okapi"]
@@ -145,12 +144,6 @@ class LexicalIndex:
         long = np.repeat(lengths, np.diff(counts.indptr)) / self._mean_length
         weights = self._rarity[counts.indices] * often * self._scale / (often + K1 * (1 - B + B * long))
         return sparse.csr_matrix((weights.astype(self._type), counts.indices, counts.indptr), shape=counts.shape)
-
-
-def prompt_of(example: Example) -> str:
-    """Return the question: the first turn of the user, or the prompt; the whole text where there is neither."""
-    question = next((message.content for message in example.messages if message.role == "user"), None)
-    return question or example.prompt or example.display
 
 
 def _okapi_rarity(documents: int, holding: Int[np.ndarray, " word"]) -> Float[np.ndarray, " word"]:

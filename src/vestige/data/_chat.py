@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -68,21 +70,20 @@ def render_conversations(examples: Sequence[Example], template: "ChatTemplate") 
     rendered: list[Rendered] = []
     rewritten, unwritten = 0, set[str]()
     for example in examples:
-        turns, variables = as_conversation(example), template_variables(example)
         try:
-            text, spans, by_prefixes = template.spoken(turns, variables)
-            unwritten |= template.unwritten_keys(turns, variables)
+            conversation = Conversation(example, template)
+            spans, by_prefixes = conversation.find_spoken()
+            unwritten |= conversation.find_unwritten_keys()
         except _FAILURES as error:
-            roles = ", ".join(turn.role for turn in turns)
+            roles = ", ".join(turn.role for turn in as_conversation(example))
             raise DataError(
-                f"The tokenizer's chat template refuses row {example.row} (id {example.id!r}), whose roles "
-                f"are {roles}: {error}. Change the roles or their order, or give a tokenizer with another "
-                "template."
+                f"The tokenizer's chat template refuses {example.position}, whose roles are {roles}: {error}. Change "
+                "the roles or their order, or give a tokenizer with another template."
             ) from error
         except _Unwritten as error:
             raise DataError(f"Row {example.row} (id {example.id!r}): {error}") from error
         rewritten += not by_prefixes
-        rendered.append(Rendered(text, spans, has_special_tokens=True, ends=False))
+        rendered.append(Rendered(conversation.text, spans, has_special_tokens=True, ends=False))
     return rendered, rewritten, unwritten
 
 
@@ -91,66 +92,68 @@ class _Unwritten(Exception):
 
 
 class ChatTemplate:
-    """Renders conversations and finds the assistant's words in them."""
+    """The chat template of a tokenizer."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         try:
-            self._template = tokenizer.get_chat_template()
+            self._source = tokenizer.get_chat_template()
         except ValueError as error:
             raise DataError(
                 "The tokenizer has no chat template, which conversations need. Give the tokenizer of a chat "
                 "model, set `tokenizer.chat_template`, or use `prompt` and `completion` without chat."
             ) from error
-        self._tokenizer = tokenizer
-        self._variables: dict[str, Any] = {}
-        if "date_string" in self._template:
-            self._variables["date_string"] = TEMPLATE_DATE
-        elif "strftime_now" in self._template:
+        self.tokenizer = tokenizer
+        self.variables: dict[str, Any] = {}
+        if "date_string" in self._source:
+            self.variables["date_string"] = TEMPLATE_DATE
+        elif "strftime_now" in self._source:
             announce(
                 "The chat template writes today's date: tokens, and with them the data's fingerprint, "
                 "change every day. Set `tokenizer.chat_template` to one with a fixed date to be able to "
                 "resume tomorrow."
             )
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-        self._special = tuple({token for token in (*added, *tokenizer.all_special_tokens) if token.strip()})
+        self.special = tuple({token for token in (*added, *tokenizer.all_special_tokens) if token.strip()})
 
-    def render(self, turns: Sequence[Message], variables: Mapping[str, Any], *, generation_prompt: bool) -> str:
-        """Return the conversation as text, special tokens included."""
-        text = self._tokenizer.apply_chat_template(
-            _plain(turns), tokenize=False, add_generation_prompt=generation_prompt, **self._variables | dict(variables)
-        )
-        return str(text)
+    def source(self, variables: Mapping[str, Any]) -> str:
+        """Return the template itself: a tokenizer may have another one for conversations with tools."""
+        return self.tokenizer.get_chat_template(tools=variables["tools"]) if "tools" in variables else self._source
 
-    def spoken(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> tuple[str, tuple[Span, ...], bool]:
-        """Return the text, the spans of the assistant's words, and whether they rest on markers or prefixes.
 
-        A conversation that waits for the assistant ends in the generation prompt.
-        """
-        waiting = turns[-1].role != ASSISTANT
-        turns = self._without_written_nulls(turns, variables)
-        if GENERATION_MARKER.search(self._source(variables)):
-            text, spans = self._find_marked(turns, variables, waiting)
-            return text, spans, True
-        text = self.render(turns, variables, generation_prompt=waiting)
-        spans = self._spans_by_prefixes(turns, variables, text)
-        if spans is not None:
-            return text, spans, True
-        return text, self._spans_by_contents(turns, variables, text, waiting), False
+class Conversation:
+    """A conversation as a chat template writes it; one that waits for the assistant ends in the generation prompt."""
 
-    def unwritten_keys(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
+    def __init__(self, example: Example, template: ChatTemplate) -> None:
+        self._template, self._variables = template, template_variables(example)
+        self._source = template.source(self._variables)
+        self._turns = self._without_written_nulls(as_conversation(example))
+        self._waiting = self._turns[-1].role != ASSISTANT
+
+    @cached_property
+    def text(self) -> str:
+        """The conversation, special tokens included."""
+        return self._render(self._turns, generation_prompt=self._waiting)
+
+    def find_spoken(self) -> tuple[tuple[Span, ...], bool]:
+        """Return the spans of the assistant's words in the text, and whether they rest on markers or prefixes."""
+        if GENERATION_MARKER.search(self._source):
+            return self._find_marked(), True
+        spans = self._spans_by_prefixes()
+        return (self._spans_by_contents(), False) if spans is None else (spans, True)
+
+    def find_unwritten_keys(self) -> set[str]:
         """Return keys of turns, and variables, without which the template writes the same conversation."""
-        waiting, found = turns[-1].role != ASSISTANT, set[str]()
-        keys = {key for turn in turns for key in turn.extra if key not in (*FLAGS, "content")} | set(variables)
-        written = self.render(turns, variables, generation_prompt=waiting) if keys else ""
-        for key in sorted(keys):
-            without = [replace(turn, extra={k: v for k, v in turn.extra.items() if k != key}) for turn in turns]
-            others = {name: value for name, value in variables.items() if name != key}
+        found = set[str]()
+        keys = {key for turn in self._turns for key in turn.extra if key not in (*FLAGS, "content")}
+        for key in sorted(keys | set(self._variables)):
+            others = {name: value for name, value in self._variables.items() if name != key}
+            turns = [_without_key(turn, key) for turn in self._turns]
             try:
-                if self.render(without, others, generation_prompt=waiting) != written:
+                if self._render(turns, generation_prompt=self._waiting, variables=others) != self.text:
                     continue
             except _FAILURES:
                 continue  # The template cannot do without it.
-            named = re.search(rf"\b{re.escape(key)}\b", self._source(variables))
+            named = re.search(rf"\b{re.escape(key)}\b", self._source)
             if key in (*TEXT_KEYS, *_TEXT_VARIABLES) and not named:
                 raise _Unwritten(
                     f"the tokenizer's chat template does not write `{key}`, so the model would neither read nor learn "
@@ -159,116 +162,110 @@ class ChatTemplate:
             found.add(key)
         return found
 
-    def _source(self, variables: Mapping[str, Any]) -> str:
-        """Return the template itself: a tokenizer may have another one for conversations with tools."""
-        return self._tokenizer.get_chat_template(tools=variables["tools"]) if "tools" in variables else self._template
+    def find_last_content(self) -> Span:
+        """Return where the content of the last turn, the assistant's, stands in the text."""
+        return self._find_changed(len(self._turns) - 1, self._turns[-1].extra)
 
-    def _without_written_nulls(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
+    def _render(
+        self, turns: Sequence[Message], *, generation_prompt: bool = False, variables: Mapping[str, Any] | None = None
+    ) -> str:
+        given = self._template.variables | dict(self._variables if variables is None else variables)
+        text = self._template.tokenizer.apply_chat_template(
+            [turn.columns for turn in turns], tokenize=False, add_generation_prompt=generation_prompt, **given
+        )
+        return str(text)
+
+    def _without_written_nulls(self, turns: Sequence[Message]) -> Sequence[Message]:
         """Return the turns, null contents as empty texts where the template would write "None"."""
         if not any("content" in turn.extra for turn in turns):
             return turns
-        empty = [replace(turn, extra={k: v for k, v in turn.extra.items() if k != "content"}) for turn in turns]
+        empty = [_without_key(turn, "content") for turn in turns]
         try:
-            with_nulls = self.render(turns, variables, generation_prompt=False)
+            with_nulls = self._render(turns)
         except _FAILURES:
             return empty
-        without = self.render(empty, variables, generation_prompt=False)
-        return empty if with_nulls.count("None") > without.count("None") else turns
+        return empty if with_nulls.count("None") > self._render(empty).count("None") else turns
 
-    def _find_marked(
-        self, turns: Sequence[Message], variables: Mapping[str, Any], waiting: bool
-    ) -> tuple[str, tuple[Span, ...]]:
+    def _find_marked(self) -> tuple[Span, ...]:
         # `apply_chat_template(return_assistant_tokens_mask=True)` would look up the token of a span's first
         # character and give up where a tokenizer trimmed that character as a space; the characters themselves
         # are exact.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts: Any
-        texts, spans = render_jinja_template(
-            conversations=[_plain(turns)],
-            chat_template=self._source(variables),
+        _, spans = render_jinja_template(
+            conversations=[[turn.columns for turn in self._turns]],
+            chat_template=self._source,
             return_assistant_tokens_mask=True,
-            add_generation_prompt=waiting,
-            **{**self._tokenizer.special_tokens_map, **self._variables, **variables},
+            add_generation_prompt=self._waiting,
+            **{**self._template.tokenizer.special_tokens_map, **self._template.variables, **self._variables},
         )
-        found = list(spans[0])
-        learned = [is_learned(turn) for turn in turns if turn.role == ASSISTANT]
+        found: Any = spans[0]
+        learned = [is_learned(turn) for turn in self._turns if turn.role == ASSISTANT]
         if not all(learned):
             if len(found) != len(learned):
                 raise _Unwritten(
                     f"some of its assistant's turns are not to be learned, and the chat template marks {len(found)} "
                     f"passages for {len(learned)} such turns. Give a template that marks one for each."
                 )
-            found = [span for span, wanted in zip(found, learned, strict=True) if wanted]
-        return texts[0], tuple(Span(int(start), int(stop)) for start, stop in found if stop > start)
+            found = compress(found, learned)
+        return tuple(Span(int(start), int(stop)) for start, stop in found if stop > start)
 
-    def _spans_by_prefixes(
-        self, turns: Sequence[Message], variables: Mapping[str, Any], text: str
-    ) -> tuple[Span, ...] | None:
+    def _spans_by_prefixes(self) -> tuple[Span, ...] | None:
         """Return what each assistant turn adds to the text so far; None when the prefix property does not hold."""
         spans: list[Span] = []
-        for number, turn in enumerate(turns):
+        for number, turn in enumerate(self._turns):
             if not is_learned(turn):
                 continue
             if number == 0:
                 return None
             try:
-                silent = self.render(turns[:number], variables, generation_prompt=False)
-                before = self.render(turns[:number], variables, generation_prompt=True)
-                is_last = number == len(turns) - 1
-                after = text if is_last else self.render(turns[: number + 1], variables, generation_prompt=False)
+                silent = self._render(self._turns[:number])
+                before = self._render(self._turns[:number], generation_prompt=True)
+                is_last = number == len(self._turns) - 1
+                after = self.text if is_last else self._render(self._turns[: number + 1])
             except _FAILURES:
                 return None
-            if before == silent or not after.startswith(before) or not text.startswith(after):
+            if before == silent or not after.startswith(before) or not self.text.startswith(after):
                 return None
-            spans.append(self._until_end_of_turn(text, Span(len(before), len(after))))
+            # A template may write a line break after the end-of-turn token.
+            words = after[len(before) :].rstrip()
+            stop = len(before) + len(words) if words.endswith(self._template.special) else len(after)
+            spans.append(Span(len(before), stop))
         return tuple(spans)
 
-    def _until_end_of_turn(self, text: str, span: Span) -> Span:
-        """Return the span without the line break that a template writes after the end-of-turn token."""
-        words = text[span.start : span.stop].rstrip()
-        return Span(span.start, span.start + len(words)) if words.endswith(self._special) else span
-
-    def _spans_by_contents(
-        self, turns: Sequence[Message], variables: Mapping[str, Any], text: str, waiting: bool
-    ) -> tuple[Span, ...]:
+    def _spans_by_contents(self) -> tuple[Span, ...]:
         """Return what changes when an assistant's content, thoughts and calls do, and the token that ends the turn."""
         spans: list[Span] = []
-        for number, turn in enumerate(turns):
-            if not is_learned(turn):
-                continue
-            kept = {key: value for key, value in turn.extra.items() if key not in ("content", *TEXT_KEYS)}
-            changed = [*turns[:number], Message(turn.role, PLACEHOLDER, kept), *turns[number + 1 :]]
-            span = self._find_changed(changed, variables, text, waiting)
-            if span.start < span.stop:
-                spans.append(self._with_end_of_turn(text, span))
+        for number, turn in enumerate(self._turns):
+            if is_learned(turn):
+                kept = {key: value for key, value in turn.extra.items() if key not in ("content", *TEXT_KEYS)}
+                span = self._find_changed(number, kept)
+                if span.start < span.stop:
+                    spans.append(self._with_end_of_turn(span))
         return tuple(spans)
 
-    def find_last_content(self, turns: Sequence[Message], variables: Mapping[str, Any], text: str) -> Span:
-        """Return where the content of the last turn, the assistant's, stands in the text of the conversation."""
-        last = turns[-1]
-        return self._find_changed([*turns[:-1], replace(last, content=PLACEHOLDER)], variables, text, waiting=False)
+    def _find_changed(self, number: int, extra: dict[str, Any]) -> Span:
+        """Return which part of the text is another one where a turn has other contents, and these other keys alone."""
+        changed = Message(self._turns[number].role, PLACEHOLDER, extra)
+        turns = [*self._turns[:number], changed, *self._turns[number + 1 :]]
+        other = self._render(turns, generation_prompt=self._waiting)
+        start = _count_shared(self.text, other)
+        return Span(start, len(self.text) - _count_shared(self.text[start:][::-1], other[start:][::-1]))
 
-    def _find_changed(self, changed: Sequence[Message], variables: Mapping[str, Any], text: str, waiting: bool) -> Span:
-        """Return which part of a text is another one in the text of a conversation with one turn changed."""
-        other = self.render(changed, variables, generation_prompt=waiting)
-        start = _count_shared(text, other)
-        return Span(start, len(text) - _count_shared(text[start:][::-1], other[start:][::-1]))
-
-    def _with_end_of_turn(self, text: str, span: Span) -> Span:
+    def _with_end_of_turn(self, span: Span) -> Span:
         for gap in ("", " "):
-            for token in sorted(self._special, key=len, reverse=True):
-                is_end = gap == "" or token == self._tokenizer.eos_token
-                if is_end and text.startswith(gap + token, span.stop):
+            for token in sorted(self._template.special, key=len, reverse=True):
+                is_end = gap == "" or token == self._template.tokenizer.eos_token
+                if is_end and self.text.startswith(gap + token, span.stop):
                     return Span(span.start, span.stop + len(gap + token))
         return span
+
+
+def _without_key(turn: Message, key: str) -> Message:
+    return replace(turn, extra={name: value for name, value in turn.extra.items() if name != key})
 
 
 def _count_shared(one: str, other: str) -> int:
     """Return how many characters the two have in common from their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
-
-
-def _plain(turns: Sequence[Message]) -> list[dict[str, Any]]:
-    return [turn.columns for turn in turns]

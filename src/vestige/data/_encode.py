@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -125,8 +126,7 @@ def _encode_fast(items: list[Rendered], tokenizer: "PreTrainedTokenizerBase", *,
     if all_whole:
         return [Tokens(numbers, np.ones(len(numbers), dtype=bool)) for numbers in ids]
     offsets = [np.array(places, dtype=np.int64).reshape(-1, 2) for places in encoded["offset_mapping"]]
-    marks = map(mark_targets, items, offsets)
-    return [Tokens(numbers, targets) for numbers, targets in zip(ids, marks, strict=True)]
+    return list(map(Tokens, ids, map(mark_targets, items, offsets)))
 
 
 def mark_targets(item: Rendered, offsets: np.ndarray) -> np.ndarray:
@@ -162,13 +162,9 @@ def _encode_pieces(item: Rendered, tokenizer: "PreTrainedTokenizerBase", *, add_
 
 def _pieces(item: Rendered) -> list[tuple[str, bool]]:
     """Cut the text at the borders of its target spans, empty pieces left out."""
-    pieces: list[tuple[str, bool]] = []
-    done = 0
-    for span in item.targets:
-        start = max(span.start, 0)
-        pieces += [(item.text[done:start], False), (item.text[start : span.stop], True)]
-        done = span.stop
-    pieces.append((item.text[done:], False))
+    borders = [0, *(max(at, 0) for span in item.targets for at in span), len(item.text)]
+    # Of the pieces between borders every second one is a span.
+    pieces = [(item.text[start:stop], number % 2 == 1) for number, (start, stop) in enumerate(pairwise(borders))]
     return [(text, is_target) for text, is_target in pieces if text]
 
 
@@ -193,7 +189,7 @@ def _finish(item: Rendered, tokens: Tokens, tokenizer: "PreTrainedTokenizerBase"
 def read_columns(columns: Mapping[str, Any], place: str) -> dict[str, np.ndarray]:
     """Return the columns of a tokenised row that Vestige uses, as int32 arrays of one length: ids, labels and marks."""
     found = {IDS: _whole(columns[IDS], IDS, place)}
-    if len(found[IDS]) and found[IDS].min() < 0:
+    if found[IDS].min(initial=0) < 0:
         raise DataError(f"{place}: `{IDS}` holds {found[IDS].min()}; ids of tokens begin at 0.")
     for name in columns:
         if name in (LABELS, ATTENTION) or _is_mark(name):

@@ -48,11 +48,7 @@ class Place(NamedTuple):
 
     @property
     def kind(self) -> str | None:
-        """`file`, `directory` or `other`; None where there is nothing.
-
-        Raises:
-            DataError: The address does not answer.
-        """
+        """`file`, `directory` or `other`; None where there is nothing."""
         if not self.shown.strip():
             return None
         try:
@@ -137,11 +133,7 @@ class Place(NamedTuple):
 
 
 def locate(source: str | Path) -> Place:
-    """Return the place that a path or an address names.
-
-    Raises:
-        DataError: No file system for such an address is installed.
-    """
+    """Return the place that a path or an address names."""
     if (match := _COLLAPSED.match(str(source))) is not None:
         source = f"{match[1]}://{str(source)[match.end() :]}"
     if is_address(source):

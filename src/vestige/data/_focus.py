@@ -22,11 +22,7 @@ _NO_SLIPS = ("weight",)
 
 
 def take_focus(columns: Mapping[str, Any], place: str, use: FocusUse) -> tuple[Mapping[str, Any], Focus | None]:
-    """Take what chooses the explained part out of the columns of a query; a preference is a contrast of its answers.
-
-    Raises:
-        DataError: It is refused, of a wrong type, or a column has a name much like one of them.
-    """
+    """Take what chooses the explained part out of the columns of a query; a preference is a contrast of its answers."""
     given = [name for name in (*FIELDS, _CHOSEN, _REJECTED) if not _is_empty(columns.get(name))]
     if use == "refuse":
         if given:
@@ -112,19 +108,18 @@ def _read_spans(cell: Any, place: str) -> tuple[tuple[int, int] | str, ...]:
     several = cell.tolist() if isinstance(cell, np.ndarray) else cell
     several = several if isinstance(several, list | tuple) and not _is_range(several) else [several]
     plain = [one.tolist() if isinstance(one, np.ndarray) else one for one in several]
-    spans = [tuple(one) if isinstance(one, list | tuple) and _is_range(one) else one for one in plain]
-    wrong = [one for one in spans if not isinstance(one, tuple) and not (isinstance(one, str) and one.strip())]
-    wrong += [one for one in spans if isinstance(one, tuple) and not _is_range(one)]
+    wrong = [one for one in plain if not (one.strip() if isinstance(one, str) else _is_range(one))]
     if wrong:
         raise DataError(
             f"{place}: `{SPAN}` holds {quote(wrong[0])}; expected characters [start, end] of the answer, counted from "
             "0, the words themselves, or a list of these."
         )
-    return tuple(spans)  # type: ignore[arg-type]
+    return tuple(one if isinstance(one, str) else (one[0], one[1]) for one in plain)
 
 
-def _is_range(cell: Sequence[Any]) -> bool:
-    return len(cell) == 2 and all(isinstance(each, int | np.integer) and not isinstance(each, bool) for each in cell)
+def _is_range(cell: Any) -> bool:
+    is_pair = isinstance(cell, list | tuple) and len(cell) == 2
+    return is_pair and all(isinstance(each, int | np.integer) and not isinstance(each, bool) for each in cell)
 
 
 def _read_weights(cell: Any, place: str) -> tuple[float, ...]:
@@ -146,12 +141,13 @@ def _read_weights(cell: Any, place: str) -> tuple[float, ...]:
 
 def describe_focus(examples: Sequence[Example]) -> str:
     """Return in words what of how many queries is explained; empty where it is the whole of every one."""
-    counts: Mapping[str, int] = {
+    chosen = [one.focus for one in examples if one.focus is not None]
+    counts = {
         "as contrasts, by the loss of the answer less that of `instead`": sum(
-            one.focus is not None and one.focus.instead is not None for one in examples
+            one.instead is not None for one in chosen
         ),
-        "by a part of the answer": sum(one.focus is not None and bool(one.focus.spans) for one in examples),
-        "with weights of tokens": sum(one.focus is not None and bool(one.focus.weights) for one in examples),
+        "by a part of the answer": sum(bool(one.spans) for one in chosen),
+        "with weights of tokens": sum(bool(one.weights) for one in chosen),
     }
     return "; ".join(f"{count:,} of {len(examples):,} {what}" for what, count in counts.items() if count)
 

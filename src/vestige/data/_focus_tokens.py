@@ -3,16 +3,15 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vestige.data._chat import TEXT_KEYS, ChatTemplate, as_conversation
+from vestige.data._chat import TEXT_KEYS, ChatTemplate, Conversation
 from vestige.data._encode import Rendered, Span, encode
 from vestige.data._focus import INSTEAD, SPAN, WEIGHTS
 from vestige.data._records import quote
-from vestige.data._rows import template_variables
 from vestige.data._tokenize import render_plain, tokenize
 from vestige.data._turns import is_learned
 from vestige.data._types import ASSISTANT, Contrast, Example, Focus, TokenizedData
@@ -37,13 +36,8 @@ def focus_queries(
     """Return tokenised queries with what is explained of them as their targets, their weights and their contrasts.
 
     Of a query that chooses, the last answer alone is explained, whatever turns of the assistant are before it.
-
-    Args:
-        data: The queries, with their answers, as `tokenize` returns them; one of them chooses, at least.
-        tokenizer: As for `tokenize`, like the rest.
-        max_length: Most tokens.
-        chat: Whether a prompt and its completion are put into the chat template.
-        vocabulary: Tokens that the model has embeddings for.
+    `data` are the queries with their answers, one of which chooses at least, as `tokenize` returns them with the same
+    arguments.
 
     Raises:
         DataError: A span is not found, is found twice, or covers no token; weights do not fit; or the answers of a
@@ -58,12 +52,14 @@ def focus_queries(
         for row, mask in zip(rows, alone.targets, strict=True):
             targets[row], examples[row] = mask, locate_spans(examples[row], data.name)
             if (focus := _focus_of(examples[row])).spans or focus.weights:
-                part = _Part(examples[row], data.input_ids[row], mask, tokenizer, chat, data.name)
+                place = _place(examples[row], data.name)
+                part = _Part(examples[row], data.input_ids[row], mask, tokenizer, chat, place)
                 targets[row], weights[row] = part.explain()
         contrasts = [row for row in rows if _focus_of(examples[row]).instead is not None]
         others = [_answer_instead(examples[row], data.name) for row in contrasts]
         contrast = Contrast(np.array(contrasts), tokenize(others, tokenizer, **how)) if others else None
-    _refuse_cut(data, alone, rows, contrast)
+    for each in (alone,) if contrast is None else (alone, contrast.data):
+        _refuse_cut(each)
     digest = hashlib.sha256(data.fingerprint.encode())
     for each in (*targets, *weights):
         digest.update(each.tobytes())
@@ -85,26 +81,20 @@ def _focus_of(example: Example) -> Focus:
 
 
 def _place(example: Example, name: str) -> str:
-    return f"{name}, row {example.row} (id {example.id!r})"
+    return f"{name}, {example.position}"
 
 
 def _explain_last(example: Example, name: str) -> Example:
     """Return the query with its last answer as all that counts."""
-    turns = example.messages
-    if turns and not is_learned(turns[-1]):
+    if not example.messages:
+        return example
+    *before, last = example.messages
+    if not is_learned(last):
         raise DataError(
             f"{_place(example, name)}: its last turn is marked as not learned. Drop the mark, or what chooses."
         )
-    if not turns:
-        return example
-    return replace(
-        example,
-        messages=(*(replace(turn, extra={**turn.extra, **_unlearned(turn.role)}) for turn in turns[:-1]), turns[-1]),
-    )
-
-
-def _unlearned(role: str) -> dict[str, Any]:
-    return {"train": False} if role == ASSISTANT else {}
+    silent = [replace(turn, extra=turn.extra | {"train": False}) if turn.role == ASSISTANT else turn for turn in before]
+    return replace(example, messages=(*silent, last))
 
 
 def _answer_instead(example: Example, name: str) -> Example:
@@ -130,12 +120,8 @@ def _refuse_text_keys(example: Example, field: str, place: str) -> None:
         )
 
 
-def _refuse_cut(data: TokenizedData, alone: TokenizedData, rows: Sequence[int], contrast: Contrast | None) -> None:
-    cut = [data.examples[row] for row, is_cut in zip(rows, alone.truncated, strict=True) if is_cut]
-    if contrast is not None:
-        cut += [
-            example for example, is_cut in zip(contrast.data.examples, contrast.data.truncated, strict=True) if is_cut
-        ]
+def _refuse_cut(data: TokenizedData) -> None:
+    cut = [example for example, is_cut in zip(data.examples, data.truncated, strict=True) if is_cut]
     if cut:
         raise DataError(
             f"{_place(cut[0], data.name)}: with its answer, or the one to compare it with, it is longer than the model "
@@ -182,44 +168,38 @@ def _find(example: Example, span: tuple[int, int] | str, place: str) -> tuple[in
     return places[0], places[0] + len(span)
 
 
-class _Part:
+class _Part(NamedTuple):
     """The explained tokens of one query."""
 
-    def __init__(
-        self,
-        example: Example,
-        ids: np.ndarray,
-        targets: Bool[np.ndarray, "token"],
-        tokenizer: "PreTrainedTokenizerBase | None",
-        chat: bool,
-        name: str,
-    ) -> None:
-        self._example, self._ids, self._targets = example, ids, targets
-        self._tokenizer, self._chat = tokenizer, chat
-        self._focus, self._place = _focus_of(example), _place(example, name)
+    example: Example
+    ids: np.ndarray
+    targets: Bool[np.ndarray, "token"]
+    tokenizer: "PreTrainedTokenizerBase | None"
+    chat: bool
+    place: str
 
     def explain(self) -> tuple[Bool[np.ndarray, "token"], Float[np.ndarray, "token"]]:
         """Return the explained tokens and their weights."""
-        spans = [span for span in self._focus.spans if isinstance(span, tuple)]
+        spans = [span for span in _focus_of(self.example).spans if isinstance(span, tuple)]
         masks = self._cover(spans) if spans else []
-        targets = np.any(masks, axis=0) if masks else self._targets
+        targets = np.any(masks, axis=0) if masks else self.targets
         return targets, self._weigh(targets, masks)
 
     def _cover(self, spans: Sequence[tuple[int, int]]) -> list[Bool[np.ndarray, "token"]]:
         """Return the tokens that lie in each span, or partly in it."""
-        if self._tokenizer is None or not self._tokenizer.is_fast:
+        if self.tokenizer is None or not self.tokenizer.is_fast:
             raise DataError(
-                f"{self._place}: `{SPAN}` needs a tokenizer that reports where its tokens stand, and this one is slow. "
+                f"{self.place}: `{SPAN}` needs a tokenizer that reports where its tokens stand, and this one is slow. "
                 "Give a fast one, or `weights` of the answer's tokens."
             )
         rendered, start = self._render()
         parts = [rendered._replace(targets=(Span(start + first, start + last),), alone=True) for first, last in spans]
         masks = []
-        for span, found in zip(spans, encode(parts, self._tokenizer, add_eos=True), strict=True):
-            mask = found.targets[: len(self._ids)]
-            if not np.array_equal(found.ids[: len(self._ids)], self._ids) or not mask.any():
+        for span, found in zip(spans, encode(parts, self.tokenizer, add_eos=True), strict=True):
+            mask = found.targets[: len(self.ids)]
+            if not np.array_equal(found.ids[: len(self.ids)], self.ids) or not mask.any():
                 raise DataError(
-                    f"{self._place}: `{SPAN}` {list(span)} covers no token that the model predicts. Give more "
+                    f"{self.place}: `{SPAN}` {list(span)} covers no token that the model predicts. Give more "
                     "of the answer."
                 )
             masks.append(mask)
@@ -227,45 +207,39 @@ class _Part:
 
     def _render(self) -> tuple[Rendered, int]:
         """Return the text that the model reads, and where the answer begins in it."""
-        example = self._example
+        example = self.example
         if example.text is not None:
             return render_plain(example), 0
-        if not (example.messages or self._chat):
+        if not (example.messages or self.chat):
             return render_plain(example), len(example.prompt or "")
-        assert self._tokenizer is not None
+        assert self.tokenizer is not None
         if example.messages:
-            _refuse_text_keys(example, SPAN, self._place)
-        template, turns, variables = (
-            ChatTemplate(self._tokenizer),
-            as_conversation(example),
-            template_variables(example),
-        )
-        text, _, _ = template.spoken(turns, variables)
-        written = template.find_last_content(turns, variables, text)
-        shown, answer = text[written.start : written.stop], turns[-1].content
+            _refuse_text_keys(example, SPAN, self.place)
+        conversation = Conversation(example, ChatTemplate(self.tokenizer))
+        written, answer = conversation.find_last_content(), example.answer or ""
+        shown = conversation.text[written.start : written.stop]
         if shown not in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
             raise DataError(
-                f"{self._place}: the chat template rewrites the answer, so its characters cannot be found. Give "
+                f"{self.place}: the chat template rewrites the answer, so its characters cannot be found. Give "
                 "`weights` of its tokens in place of `span`."
             )
         start = written.start - answer.index(shown)
-        return Rendered(text, (), has_special_tokens=True, ends=False), start
+        return Rendered(conversation.text, (), has_special_tokens=True, ends=False), start
 
     def _weigh(self, targets: np.ndarray, masks: Sequence[np.ndarray]) -> Float[np.ndarray, "token"]:
         """Return the weight of each token, 1 where none was given."""
-        given, found = self._focus.weights, np.ones(len(targets))
+        given, found = _focus_of(self.example).weights, np.ones(len(targets))
         places = np.flatnonzero(targets)
         if not given:
             return found
         if len(given) == len(masks):
-            for number, (weight, mask) in enumerate(zip(given, masks, strict=True)):
-                others = [other for other, at in zip(given, masks[:number], strict=False) if (at & mask).any()]
-                if any(other != weight for other in others):
-                    raise DataError(
-                        f"{self._place}: parts of `{SPAN}` share a token and have different `{WEIGHTS}`. Give "
-                        "parts that are apart, or one weight for each token."
-                    )
-                found[mask] = weight
+            weights = np.array(given)[:, None]
+            found[targets] = np.where(masks, weights, -np.inf).max(axis=0)[targets]
+            if (np.where(masks, weights, found) != found).any():
+                raise DataError(
+                    f"{self.place}: parts of `{SPAN}` share a token and have different `{WEIGHTS}`. Give parts that "
+                    "are apart, or one weight for each token."
+                )
             return found
         if len(given) != len(places):
             raise DataError(self._explain_count(places))
@@ -274,11 +248,11 @@ class _Part:
 
     def _explain_count(self, places: np.ndarray) -> str:
         """Return what is wrong with the number of weights, with the tokens that they are to be of."""
-        count = len(self._focus.weights)
-        texts = [] if self._tokenizer is None else [self._tokenizer.decode([int(self._ids[at])]) for at in places]
+        focus = _focus_of(self.example)
+        texts = [] if self.tokenizer is None else [self.tokenizer.decode([int(self.ids[at])]) for at in places]
         shown = ", ".join(map(repr, texts[:_SHOWN])) + (", ..." if len(texts) > _SHOWN else "")
-        parts = f", or one for each of the {len(self._focus.spans)} parts of `{SPAN}`" if self._focus.spans else ""
+        parts = f", or one for each of the {len(focus.spans)} parts of `{SPAN}`" if focus.spans else ""
         return (
-            f"{self._place}: `{WEIGHTS}` has {count} numbers. Give one for each of the {len(places)} explained "
-            f"tokens{f' ({shown})' if shown else ''}{parts}."
+            f"{self.place}: `{WEIGHTS}` has {len(focus.weights)} numbers. Give one for each of the {len(places)} "
+            f"explained tokens{f' ({shown})' if shown else ''}{parts}."
         )

@@ -103,14 +103,7 @@ def load_records(
 ) -> Iterator[tuple[Example, dict[str, Any]]]:
     """Yield every row of a training data source with its columns as they stand there; nothing is kept.
 
-    Args:
-        source: As for `load_examples`.
-        limit: Read at most this many rows.
-        where: As for `load_examples`.
-        on_bad_text: As for `load_examples`.
-
-    Raises:
-        DataError: As for `load_examples`.
+    Arguments and errors are those of `load_examples`.
     """
     for example, record in _read(open_source(source, limit=limit, where=where), on_bad_text):
         yield example, {"text": record.value} if isinstance(record.value, str) else dict(record.value)
@@ -141,9 +134,7 @@ def names_a_place(text: str) -> bool:
 def _looks_like_file(text: str) -> bool:
     """Return whether a question is the name of a file, or a single word with a slash or an extension."""
     word = text.strip()
-    if re.fullmatch(r"\S*([/\\]\S*|\.[A-Za-z]\w{0,9})", word) is not None:
-        return True
-    return exists(word)
+    return re.fullmatch(r"\S*([/\\]\S*|\.[A-Za-z]\w{0,9})", word) is not None or exists(word)
 
 
 def _examples(source: Source, on_bad_text: OnBadText, **meaning: Any) -> list[Example]:
@@ -178,10 +169,9 @@ def example_of(
     learned: bool = True,
     focus: FocusUse = "keep",
 ) -> tuple[Example, Record, int]:
-    """Read one record of the source called `name`; the choice of columns is announced at row 0.
+    """Return one record as an example and as it was read, and how many halves of surrogate pairs were replaced.
 
-    Returns:
-        The example, its record as it was read, and how many halves of surrogate pairs were replaced in that.
+    The choice of columns is announced at row 0.
     """
     record, replaced = check_text(name, parse_record(record), on_bad_text)
     chosen = None
@@ -220,10 +210,7 @@ def _announce_choice(name: str, columns: dict[str, Any], example: Example) -> No
     present = {
         column for column, cell in columns.items() if cell is not None and not (isinstance(cell, str) and not cell)
     }
-    fitting = [turns for turns in TURN_COLUMNS if turns in present]
-    fitting += [
-        f"{pair.prompt}/{pair.completion}" for pair in PAIR_FORMATS if {pair.prompt, pair.completion} <= present
-    ]
-    fitting += [column for column in ("text",) if column in present]
+    formats = [(turns,) for turns in TURN_COLUMNS] + [pair[:2] for pair in PAIR_FORMATS] + [("text",)]
+    fitting = ["/".join(names) for names in formats if present.issuperset(names)]
     if len(fitting) > 1 and "input_ids" not in example.extra:
         announce(f"{name}: rows hold {' and '.join(fitting)}; {fitting[0]} is used. Drop its columns to use another.")

@@ -41,6 +41,12 @@ class Questions(NamedTuple):
     """What was done to prompts among them, in words; empty for nothing."""
 
 
+def prompt_of(example: Example) -> str:
+    """Return the question: the first turn of the user, or the prompt; the whole text where there is neither."""
+    question = next((message.content for message in example.messages if message.role == "user"), None)
+    return question or example.prompt or example.display
+
+
 def is_bare(query: Example) -> bool:
     """Return whether the query is a prompt, with or without an answer, and no conversation yet."""
     return query.prompt is not None and not query.messages and "input_ids" not in query.extra
@@ -140,9 +146,8 @@ def require_answers(
             f"for it. To go on, {way}raise --max-new-tokens, or give the answer that is to be explained as "
             "`completion` (in `messages`: as the assistant's turn)."
         )
-    cut = (
-        " It is longer than the model reads, so nothing of the answer was left." if queries.truncated[empty[0]] else ""
-    )
+    is_cut = queries.truncated[empty[0]]
+    cut = " It is longer than the model reads, so nothing of the answer was left." if is_cut else ""
     raise DataError(
         f"{who} have no token to explain: expected a `text`, a `prompt` with a `completion`, or messages that end with "
         f"the assistant's, of which something is left without white space and end tokens.{cut} Give the answer, or "
@@ -163,8 +168,7 @@ def _says_something(
     queries: TokenizedData, row: int, skipped: set[int], tokenizer: "PreTrainedTokenizerBase | None"
 ) -> bool:
     example = queries.examples[row]
-    answer = example.messages[-1].content if example.messages else example.text
-    answer = example.completion if answer is None else answer
+    answer = example.text if example.answer is None else example.answer
     if answer is not None and not answer.strip():
         return False
     if tokenizer is None:

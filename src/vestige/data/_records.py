@@ -74,16 +74,7 @@ def place(name: str, record: Record) -> str:
 
 
 def number_records(source: Source, limit: int | None, where: Mapping[str, Any] | None = None) -> Iterator[Record]:
-    """Yield at most `limit` records of the source with their rows; leaving some out is announced.
-
-    Args:
-        source: Of the records.
-        limit: Most records.
-        where: Values of columns that a record must have, all of them, to be used; a text stands for a number as well.
-
-    Raises:
-        DataError: The limit is below 1, the source is broken, or no record has the values.
-    """
+    """Yield at most `limit` records that have the values `where` of columns; leaving some out is announced."""
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: give a whole number of rows above 0, or leave it out.")
     records = iter(_choose(source, where) if where else source.records)
@@ -96,7 +87,7 @@ def number_records(source: Source, limit: int | None, where: Mapping[str, Any] |
 def _choose(source: Source, where: Mapping[str, Any]) -> Iterator[Record]:
     """Yield the records that have the values, and announce how many there were."""
     total = chosen = 0
-    others: dict[str, dict[Any, None]] = {column: {} for column in where}
+    others: dict[str, dict[str, None]] = {column: {} for column in where}
     for total, unread in enumerate(source.records, start=1):
         value = parse_record(unread).value
         cells = value if isinstance(value, Mapping) else {}

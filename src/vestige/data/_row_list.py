@@ -151,13 +151,11 @@ def _read_values(path: Path) -> Iterable[Any]:
 def _entry(record: Any, place: int, path: Path) -> RowEntry:
     if isinstance(record, str | int) and not isinstance(record, bool):
         return RowEntry(str(record))
-    column = None
-    if isinstance(record, Mapping):
-        column = next((name for name in COLUMNS if record.get(name) not in (None, "")), None)
+    cells: Mapping[str, Any] = record if isinstance(record, Mapping) else {}
+    column = next((name for name in COLUMNS if cells.get(name) not in (None, "")), None)
     if column is None:
         raise DataError(f"{path}, entry {place}: names no row. Expected {_FORMS}.")
-    assert isinstance(record, Mapping)
-    return RowEntry(str(record[column]), {name: cell for name, cell in record.items() if name != column})
+    return RowEntry(str(cells[column]), {name: cell for name, cell in cells.items() if name != column})
 
 
 def _is_meant(flagged: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vestige.data._encode import IDS, SUSPECT, is_used, read_columns
 from vestige.data._records import Record, quote
-from vestige.data._turns import MEDIA, read_json, read_turns
+from vestige.data._turns import MEDIA, read_json, read_turns, refuse_media
 from vestige.data._types import ASSISTANT, Example, Message
 from vestige.errors import DataError
 
@@ -48,18 +48,13 @@ def refuse_columns(columns: Mapping[str, Any], example: Example, place: str) -> 
                 f"{place}: `{name}` may decide which parts of the row are learned, and Vestige does not read it. Give "
                 "each turn a `weight` of 0 or 1 instead, or drop it if it changes nothing."
             )
-    for name in MEDIA:
-        if columns.get(name):
-            raise DataError(
-                f"{place}: `{name}` is no text, and Vestige reads text alone. Leave the row out, or drop the column to "
-                "have the text without it."
-            )
+    refuse_media([name for name in MEDIA if columns.get(name)], "column", place)
 
 
 def turns_before(example: Example) -> tuple[Message, ...]:
     """Return the turns that `system` and `history` put before those of the row itself."""
     found = [name for name in SYSTEM if example.extra.get(name)]
-    place = f"row {example.row} (id {example.id!r})"
+    place = example.position
     turns: list[Message] = []
     for name in found:
         text = example.extra[name]
@@ -91,7 +86,7 @@ def _history(example: Example, place: str) -> list[Any]:
 
 def template_variables(example: Example) -> dict[str, Any]:
     """Return what the columns of a row pass to the chat template: `tools`, `documents` and its own settings."""
-    place, found = f"row {example.row} (id {example.id!r})", dict[str, Any]()
+    place, found = example.position, dict[str, Any]()
     for name in _TEMPLATE:
         cell: Any = example.extra.get(name)
         cell = read_json(cell, name, place) if isinstance(cell, str) and cell else cell
@@ -101,7 +96,11 @@ def template_variables(example: Example) -> dict[str, Any]:
             kind = "an object" if name == TEMPLATE_SETTINGS else "a list"
             raise DataError(f"{place}: `{name}` is {quote(cell)}; expected {kind}, also as JSON text.")
         if isinstance(cell, Mapping):
-            _refuse_reserved(cell, place)
+            if taken := [key for key in cell if key in _RESERVED or key.startswith("return_")]:
+                raise DataError(
+                    f"{place}: `{TEMPLATE_SETTINGS}` holds `{taken[0]}`, which is no variable of a chat template but "
+                    "decides how it is called. Drop it."
+                )
             found |= cell
         elif "tools" in found and name in TOOLS:
             raise DataError(f"{place}: `{name}` beside other tools. Put all tools into `tools`.")
@@ -110,22 +109,13 @@ def template_variables(example: Example) -> dict[str, Any]:
     return found
 
 
-def _refuse_reserved(settings: Mapping[str, Any], place: str) -> None:
-    if taken := [key for key in settings if key in _RESERVED or key.startswith("return_")]:
-        raise DataError(
-            f"{place}: `{TEMPLATE_SETTINGS}` holds `{taken[0]}`, which is no variable of a chat template but decides "
-            "how it is called. Drop it."
-        )
-
-
 def refuse_without_template(example: Example, name: str) -> None:
     """Raise where a prompt that no chat template writes has columns that only a chat template can write."""
     given = [column for column in (*SYSTEM, HISTORY, *TOOLS, TEMPLATE_SETTINGS) if example.extra.get(column)]
     if given and example.text is None:
         raise DataError(
-            f"{name}, row {example.row} (id {example.id!r}): `{given[0]}` belongs to a conversation, and the row is "
-            "read as plain text. Type --chat (chat=True) to write it with the chat template, put it into the prompt, "
-            "or drop the column."
+            f"{name}, {example.position}: `{given[0]}` belongs to a conversation, and the row is read as plain text. "
+            "Type --chat (chat=True) to write it with the chat template, put it into the prompt, or drop the column."
         )
 
 
@@ -141,7 +131,7 @@ def find_unused_columns(example: Example) -> set[str]:
     if example.text is not None:
         return set(example.extra)
     used = (*SYSTEM, *_TEMPLATE, *(() if example.messages else (HISTORY,)))
-    return set(example.extra) - set(used)
+    return set(example.extra).difference(used)
 
 
 class PairFormat(NamedTuple):

@@ -13,6 +13,9 @@ Several processes may make them at once: they write the same bytes.
 
 import hashlib
 import json
+import shutil
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, reduce
@@ -52,8 +55,6 @@ FORMAT = 5
 format 2 were made without reading loss masks, weights of turns and what a chat template is given beside them; those of
 format 3 are no Arrow files; those of format 4 hold the markers of all parts in the list."""
 _LIST = "tokens.json"
-_KINDS = ("arrow", "parquet")
-"""Extensions of the files of a part."""
 
 
 class StoredRows(Sequence[Item], ABC, Generic[Item]):
@@ -70,12 +71,8 @@ class StoredRows(Sequence[Item], ABC, Generic[Item]):
     @overload
     def __getitem__(self, index: slice) -> list[Item]: ...
     def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self._read(row) for row in range(*index.indices(len(self)))]
-        row = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return self._read(row)
+        rows = range(len(self))[index]
+        return self._read(rows) if isinstance(rows, int) else [self._read(row) for row in rows]
 
     def __iter__(self) -> Iterator[Item]:
         return (self._read(row) for row in range(len(self)))
@@ -176,84 +173,114 @@ def _example(record: dict[str, Any]) -> Example:
     return Example(**fields, messages=messages, extra=parse_object(record["extra"] or "{}"))
 
 
-def write_part(folder: Path, number: int, examples: Sequence[Example], encoded: Encoded) -> None:
-    """Write consecutive examples, their tokens and then the marker of the part; the same bytes in every process."""
-    ids, targets, truncated, tally = encoded
-    columns = [pa.array(rows, field.type) for rows, field in zip((ids, targets), _TOKENS, strict=True)]
-    tokens = pa.BufferOutputStream()
-    with pa.ipc.new_file(tokens, _TOKENS) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=_TOKENS))
-    records = [
-        record_of(example, len(ids[row])) | {"targets": int(targets[row].sum()), "truncated": bool(truncated[row])}
-        for row, example in enumerate(examples)
-    ]
-    about = pa.Table.from_pylist(records, schema=_PART)
-    written = [
-        write_durably(_path(folder, number, "arrow"), [tokens.getvalue()]),
-        write_table(_path(folder, number, "parquet"), about, row_group_size=GROUP_ROWS),
-    ]
-    part = {"bytes": [one.bytes for one in written], "sha256": [one.sha256 for one in written], "tally": tally}
-    write_durably(_path(folder, number, "json"), [json.dumps(part).encode()])
+@final
+class TokenFolder:
+    """The tokens of one source, encoded in one way, in a folder of their own.
 
+    Without a path it is a temporary folder, which is deleted when nothing uses its tokens any more.
+    """
 
-def part_is_whole(folder: Path, number: int) -> bool:
-    """Return whether the part is there and matches its marker; reads every byte."""
-    part, paths = _find_part(folder, number)
-    return part is not None and [sha256_of(path) for path in paths] == part["sha256"]
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="vestige-tokens-")) if path is None else path
+        if path is None:
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
+    def write_part(self, number: int, examples: Sequence[Example], encoded: Encoded) -> None:
+        """Write consecutive examples, their tokens and then the marker of the part; the same bytes in every process."""
+        ids, targets, truncated, tally = encoded
+        columns = [pa.array(rows, field.type) for rows, field in zip((ids, targets), _TOKENS, strict=True)]
+        tokens = pa.BufferOutputStream()
+        with pa.ipc.new_file(tokens, _TOKENS) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=_TOKENS))
+        records = [
+            record_of(example, len(ids[row])) | {"targets": int(targets[row].sum()), "truncated": bool(truncated[row])}
+            for row, example in enumerate(examples)
+        ]
+        about = pa.Table.from_pylist(records, schema=_PART)
+        written = [
+            write_durably(self._file(number, "arrow"), [tokens.getvalue()]),
+            write_table(self._file(number, "parquet"), about, row_group_size=GROUP_ROWS),
+        ]
+        part = {"bytes": [one.bytes for one in written], "sha256": [one.sha256 for one in written], "tally": tally}
+        write_durably(self._file(number, "json"), [json.dumps(part).encode()])
 
-def hash_part(folder: Path, number: int, digest: "hashlib._Hash") -> list[str]:
-    """Add a part to the digest of all data, as `data_fingerprint` does, and return the ids of its examples."""
-    names = list(StoredExamples([_path(folder, number, "parquet")]).column("id"))
-    (batch,) = _map_tokens(_path(folder, number, "arrow")).to_batches()
-    ends = batch["input_ids"].offsets.to_numpy()
-    ids, targets = (batch[name].values.to_numpy(zero_copy_only=False) for name in _TOKENS.names)
-    for name, start, stop in zip(names, ends, ends[1:], strict=False):
-        digest.update(hash_example(name, ids[start:stop], targets[start:stop]))
-    return names
+    def has_part(self, number: int) -> bool:
+        """Return whether the part is there and matches its marker; reads every byte."""
+        part = self._read_marker(number)
+        return part is not None and [sha256_of(path) for path in self._files(number)] == part["sha256"]
 
+    def hash_part(self, number: int, digest: "hashlib._Hash") -> list[str]:
+        """Add a part to the digest of all data, as `data_fingerprint` does, and return the ids of its examples."""
+        tokens, examples = self._files(number)
+        names = list(StoredExamples([examples]).column("id"))
+        (batch,) = _map_tokens(tokens).to_batches()
+        ends = batch["input_ids"].offsets.to_numpy()
+        ids, targets = (batch[name].values.to_numpy(zero_copy_only=False) for name in _TOKENS.names)
+        for name, start, stop in zip(names, ends, ends[1:], strict=False):
+            digest.update(hash_example(name, ids[start:stop], targets[start:stop]))
+        return names
 
-def names_of_parts(folder: Path, count: int) -> Iterator[str]:
-    """Yield the ids of the examples of the parts before the one with this number."""
-    yield from StoredExamples([_path(folder, number, "parquet") for number in range(count)]).column("id")
+    def names(self, count: int) -> Iterator[str]:
+        """Yield the ids of the examples of the first `count` parts."""
+        yield from StoredExamples([self._file(number, "parquet") for number in range(count)]).column("id")
 
+    def finish(self, encoder: str, fingerprint: str, parts: int) -> None:
+        """Write the list of the parts: the tokens are complete."""
+        content = {"format": FORMAT, "encoder": encoder, "fingerprint": fingerprint, "parts": parts}
+        write_durably(self.path / _LIST, [json.dumps(content).encode()])
 
-def finish_tokens(folder: Path, encoder: str, fingerprint: str, parts: int) -> None:
-    """Write the list of the parts: the tokens are complete."""
-    content = {"format": FORMAT, "encoder": encoder, "fingerprint": fingerprint, "parts": parts}
-    write_durably(folder / _LIST, [json.dumps(content).encode()])
+    def open(self, name: str) -> tuple[TokenizedData, Tally] | None:
+        """Return the tokens; None if they are not complete."""
+        content = self.read_list()
+        markers = [] if content is None else [self._read_marker(number) for number in range(content["parts"])]
+        parts = [part for part in markers if part is not None]
+        if content is None or len(parts) < len(markers):
+            return None
+        arrows, parquets = zip(*map(self._files, range(len(parts))), strict=True)
+        about = pa.concat_tables(_read_lengths(path) for path in parquets)
+        tokens = pa.concat_tables(map(_map_tokens, arrows))
+        lengths, counts = (about[column].to_numpy().astype(np.int32) for column in ("length", "targets"))
+        data = TokenizedData(
+            StoredExamples(parquets, owner=self),
+            StoredArrays(tokens["input_ids"], lengths),
+            StoredArrays(tokens["targets"], counts),
+            about["truncated"].to_numpy(),
+            content["fingerprint"],
+            name,
+        )
+        return data, reduce(Tally.join, (Tally(*part["tally"]) for part in parts))
 
+    def read_list(self) -> dict[str, Any] | None:
+        """Return what the tokens were made from and how many parts they have; None if they are not complete."""
+        try:
+            content = parse_object((self.path / _LIST).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return content if content.get("format") == FORMAT else None
 
-def open_tokens(folder: Path, name: str, owner: object = None) -> tuple[TokenizedData, Tally] | None:
-    """Return the tokens in `folder`; None if they are not complete. `owner` is kept as long as the data is in use."""
-    content = _read_list(folder)
-    if content is None:
-        return None
-    found = [_find_part(folder, number) for number in range(content["parts"])]
-    parts = [part for part, _ in found if part is not None]
-    if len(parts) < len(found):
-        return None
-    arrows, parquets = ([paths[kind] for _, paths in found] for kind in range(len(_KINDS)))
-    about = pa.concat_tables(_read_lengths(path) for path in parquets)
-    tokens = pa.concat_tables(map(_map_tokens, arrows))
-    lengths, counts = (about[column].to_numpy().astype(np.int32) for column in ("length", "targets"))
-    data = TokenizedData(
-        StoredExamples(parquets, owner),
-        StoredArrays(tokens["input_ids"], lengths),
-        StoredArrays(tokens["targets"], counts),
-        about["truncated"].to_numpy(),
-        content["fingerprint"],
-        name,
-    )
-    return data, reduce(Tally.join, (Tally(*part["tally"]) for part in parts))
+    def _read_marker(self, number: int) -> dict[str, Any] | None:
+        """Return the marker of a part, None unless its files are there in the sizes that it names."""
+        try:
+            part = parse_object(self._file(number, "json").read_bytes())
+            return part if [path.stat().st_size for path in self._files(number)] == part["bytes"] else None
+        except (OSError, LookupError, ValueError):
+            return None
+
+    def _files(self, number: int) -> tuple[Path, Path]:
+        """Return the files of a part: its tokens and its examples."""
+        return self._file(number, "arrow"), self._file(number, "parquet")
+
+    def _file(self, number: int, kind: str) -> Path:
+        return self.path / f"{number:05d}.{kind}"
 
 
 def find_tokens(folder: Path, fingerprint: str, encoder: str, name: str) -> TokenizedData | None:
     """Return the tokens of the data with this fingerprint, made by this encoder, from any folder in `folder`."""
     for path in sorted(folder.glob(f"*/{_LIST}")):
-        content = _read_list(path.parent)
+        tokens = TokenFolder(path.parent)
+        content = tokens.read_list()
         if content is not None and (content["fingerprint"], content["encoder"]) == (fingerprint, encoder):
-            found = open_tokens(path.parent, name)
+            found = tokens.open(name)
             return None if found is None else found[0]
     return None
 
@@ -266,25 +293,3 @@ def _map_tokens(path: Path) -> pa.Table:
 def _read_lengths(path: Path) -> pa.Table:
     with reading(path, _AGAIN):
         return parquet.read_table(path, columns=["length", "targets", "truncated"])
-
-
-def _read_list(folder: Path) -> dict | None:
-    try:
-        content = parse_object((folder / _LIST).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if content.get("format") == FORMAT else None
-
-
-def _find_part(folder: Path, number: int) -> tuple[dict[str, Any] | None, list[Path]]:
-    """Return the marker of a part, None unless its files are there in the sizes that it names, and these files."""
-    paths = [_path(folder, number, kind) for kind in _KINDS]
-    try:
-        part = parse_object(_path(folder, number, "json").read_bytes())
-        return (part if [path.stat().st_size for path in paths] == part["bytes"] else None), paths
-    except (OSError, LookupError, ValueError):
-        return None, paths
-
-
-def _path(folder: Path, number: int, kind: str) -> Path:
-    return folder / f"{number:05d}.{kind}"

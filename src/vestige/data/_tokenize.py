@@ -135,27 +135,22 @@ class Encoder:
         return hashlib.sha256(json.dumps([tokenizer_identity(self.tokenizer), *settings]).encode()).hexdigest()
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
-        """Return the tokens of every example.
-
-        Raises:
-            DataError: As for `tokenize`.
-        """
+        """Return the tokens of every example."""
         rows, tally = self._encode_all(examples)
         self._require_known(examples, rows)
-        whole = np.array([len(tokens.ids) for tokens in rows], dtype=np.int64)
+        lengths = np.array([len(tokens.ids) for tokens in rows], dtype=np.int64)
         limit = self.max_length
-        truncated = np.zeros(len(rows), dtype=bool) if limit is None else whole > limit
         input_ids = [tokens.ids[:limit] for tokens in rows]
         targets = [tokens.targets[:limit] for tokens in rows]
+        truncated = np.array([len(ids) for ids in input_ids], dtype=np.int64) < lengths
         without = [number for number, mask in enumerate(targets) if not mask.any()]
-        emptied = sum(1 for number in without if truncated[number] and rows[number].targets.any())
-        bare = [number for number in without if not (truncated[number] and rows[number].targets.any())]
+        bare = [number for number in without if not rows[number].targets.any()]
         roles = [[turn.role for turn in examples[number].messages] for number in bare]
         tally = tally._replace(
             cut=int(truncated.sum()),
-            emptied=emptied,
+            emptied=len(without) - len(bare),
             bare=0 if self.prompts else len(bare),
-            longest=int(whole.max(initial=0)),
+            longest=int(lengths.max(initial=0)),
             roles=tuple(sorted({role for each in roles if ASSISTANT not in each for role in each})),
             columns=tuple(sorted(set[str]().union(*map(find_unused_columns, examples)))),
         )
@@ -164,15 +159,15 @@ class Encoder:
     def _require_known(self, examples: Sequence[Example], rows: Sequence[Tokens]) -> None:
         """Raise unless the model has an embedding for every token."""
         for example, tokens in zip(examples, rows, strict=True):
-            if self.vocabulary is not None and len(tokens.ids) and int(tokens.ids.max()) >= self.vocabulary:
-                where = f"{self.name}, row {example.row} (id {example.id!r})"
+            largest = int(tokens.ids.max(initial=-1))
+            if self.vocabulary is not None and largest >= self.vocabulary:
                 advice = (
                     "The row was made with another tokenizer. Make it again with this model's, or give text."
                     if "input_ids" in example.extra
                     else "The tokenizer is not this model's. Give the right one with --tokenizer."
                 )
                 raise DataError(
-                    f"{where}: the token {int(tokens.ids.max())} is beyond the model's vocabulary of "
+                    f"{self.name}, {example.position}: the token {largest} is beyond the model's vocabulary of "
                     f"{self.vocabulary:,} tokens. {advice}"
                 )
 
@@ -197,10 +192,8 @@ class Encoder:
             )
         if tally.bare > 0:
             roles = f" Conversations without an assistant's turn have the roles {', '.join(tally.roles)}."
-            announce(
-                f"{name}: {tally.bare:,} of {total:,} examples have no target token and cannot score."
-                + (roles if tally.roles else "")
-            )
+            roles = roles if tally.roles else ""
+            announce(f"{name}: {tally.bare:,} of {total:,} examples have no target token and cannot score.{roles}")
         if tally.columns and not self.prompts:
             listed = ", ".join(f"`{column}`" for column in tally.columns)
             trained = "; `weight` counts in vestige train alone" if "weight" in tally.columns else ""
@@ -211,40 +204,34 @@ class Encoder:
 
     def _encode_all(self, examples: Sequence[Example]) -> tuple[list[Tokens], Tally]:
         """Return the tokens of every example, each kind of example encoded in one go."""
-        result = {
-            number: read_given_tokens(example.extra, f"{self.name}, row {example.row} (id {example.id!r})")
-            for number, example in enumerate(examples)
-            if "input_ids" in example.extra
-        }
-        given, spoken, plain = len(result), list[int](), list[int]()
+        result, spoken, plain = dict[int, Tokens](), list[int](), list[int]()
         for number, example in enumerate(examples):
-            if number not in result:
-                is_spoken = example.messages or (self.chat and example.prompt is not None)
-                (spoken if is_spoken else plain).append(number)
-        tally = Tally(len(examples), given, len(plain), len(spoken))
+            if "input_ids" in example.extra:
+                result[number] = read_given_tokens(example.extra, f"{self.name}, {example.position}")
+            elif example.messages or (self.chat and example.prompt is not None):
+                spoken.append(number)
+            else:
+                plain.append(number)
+        tally, rendered = Tally(len(examples), len(result), len(plain), len(spoken)), list[Rendered]()
         if texts := spoken + plain:
-            tokenizer, rendered = self._require_tokenizer(examples[min(texts)]), list[Rendered]()
+            if self.tokenizer is None:
+                raise DataError(
+                    f"{self.name}, {examples[min(texts)].position}: a text needs a tokenizer, and none was given. "
+                    "Name one, or give rows that hold `input_ids`."
+                )
             if spoken:
                 rendered, rewritten, keys = render_conversations([examples[each] for each in spoken], self._template)
                 tally = tally._replace(rewritten=rewritten, unwritten=tuple(sorted(keys)))
             for number in plain:
                 refuse_without_template(examples[number], self.name)
-            rendered = rendered + [render_plain(examples[number]) for number in plain]
-            result.update(zip(texts, encode(rendered, tokenizer, add_eos=self.add_eos), strict=True))
+            rendered += [render_plain(examples[number]) for number in plain]
+            result.update(zip(texts, encode(rendered, self.tokenizer, add_eos=self.add_eos), strict=True))
         return [result[number] for number in range(len(examples))], tally
 
     @cached_property
     def _template(self) -> ChatTemplate:
         assert self.tokenizer is not None
         return ChatTemplate(self.tokenizer)
-
-    def _require_tokenizer(self, example: Example) -> "PreTrainedTokenizerBase":
-        if self.tokenizer is None:
-            raise DataError(
-                f"{self.name}, row {example.row} (id {example.id!r}): a text needs a tokenizer, and none was given. "
-                "Name one, or give rows that hold `input_ids`."
-            )
-        return self.tokenizer
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase | None") -> str:

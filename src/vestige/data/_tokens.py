@@ -5,10 +5,7 @@ import json
 import os
 import pickle
 import re
-import shutil
-import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -16,24 +13,14 @@ from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 
 from vestige.data._load import announce_replaced, empty_error, example_of, repeat_error
 from vestige.data._records import OnBadText, Record, place
 from vestige.data._sources import open_source
-from vestige.data._stored import (
-    FORMAT,
-    StoredExamples,
-    find_tokens,
-    finish_tokens,
-    hash_part,
-    names_of_parts,
-    open_tokens,
-    part_is_whole,
-    write_part,
-)
+from vestige.data._stored import FORMAT, StoredExamples, TokenFolder, find_tokens
 from vestige.data._tokenize import Encoded, Encoder, Tally
 from vestige.data._types import Example, TokenizedData, data_fingerprint
 from vestige.errors import CorruptFile, UserError, VestigeError
@@ -77,26 +64,12 @@ def tokenize_source(
 
     A small data set is returned in memory. Of a larger one, tokens and examples are written to a folder of their own
     in `folder`, and read from there, now and whenever the same is requested again; killed before the end, the same call
-    goes on where it stopped.
+    goes on where it stopped. Without `folder`, and of what is in a live list, tokens live in a temporary folder as long
+    as the result. The source may also be the examples of an index: their data have the `fingerprint`, and their tokens
+    may have been left in the folder `kept`.
 
-    Args:
-        source: As for `load_examples`; or the examples of an index.
-        tokenizer: As for `tokenize`.
-        max_length: As for `tokenize`.
-        name: As for `tokenize`.
-        chat: As for `tokenize`.
-        limit: As for `load_examples`.
-        split: As for `load_examples`.
-        where: As for `load_examples`.
-        folder: Where tokens are kept; None, and what is in a live list, lives in a temporary folder as long as the
-            result.
-        kept: Where tokens of the examples of an index may have been left.
-        fingerprint: Of the data whose examples an index holds.
-        workers: Processes that read and encode a large data set.
-        on_bad_text: As for `load_examples`.
-        vocabulary: As for `tokenize`.
-        held_bytes: What the examples of a data set may take in memory.
-        part_rows: Most examples that are encoded at once.
+    A small data set takes at most `held_bytes` of memory. A larger one is read and encoded by `workers` processes, at
+    most `part_rows` examples at once. The other arguments are those of `load_examples` and `tokenize`.
 
     Raises:
         DataError: As for `load_examples` and `tokenize`.
@@ -111,7 +84,7 @@ def tokenize_source(
     else:
         title, items, origin = open_source(source, split, limit=limit, where=where)
     parts = _Parts(title, encoder, on_bad_text)
-    return _Corpus(parts, items, origin, name, folder, workers, held_bytes, part_rows).read()
+    return _Corpus(parts, items, origin, folder, workers, held_bytes, part_rows).read()
 
 
 def forget_tokens(folder: Path, data: TokenizedData) -> None:
@@ -122,31 +95,28 @@ def forget_tokens(folder: Path, data: TokenizedData) -> None:
                 remove_tree(path)
 
 
-@final
-class _Parts:
+class _Parts(NamedTuple):
     """Makes the parts of one source, in any process with the same bytes."""
 
-    def __init__(self, source: str, encoder: Encoder, on_bad_text: OnBadText) -> None:
-        self.source, self.encoder = source, encoder
-        self.on_bad_text: OnBadText = on_bad_text
+    source: str
+    encoder: Encoder
+    on_bad_text: OnBadText
 
     def encode(self, items: Sequence[Record | Example]) -> tuple[list[Example], Encoded]:
         """Return consecutive examples and their tokens."""
         examples, replaced = list[Example](), 0
         for item in items:
-            if isinstance(item, Example):
-                examples.append(item)
-            else:
-                example, _, halves = example_of(self.source, item, self.on_bad_text)
-                examples.append(example)
+            if isinstance(item, Record):
+                item, _, halves = example_of(self.source, item, self.on_bad_text)
                 replaced += halves
+            examples.append(item)
         encoded = self.encoder.encode(examples)
         return examples, encoded._replace(tally=encoded.tally._replace(replaced=replaced))
 
-    def write(self, folder: Path, number: int, items: Sequence[Record | Example]) -> VestigeError | None:
+    def write(self, tokens: TokenFolder, number: int, items: Sequence[Record | Example]) -> VestigeError | None:
         """Write a part, or return the error, so that the first one in order is raised."""
         try:
-            write_part(folder, number, *self.encode(items))
+            tokens.write_part(number, *self.encode(items))
         except VestigeError as error:
             return error
         return None
@@ -160,11 +130,10 @@ class _Corpus:
     parts: _Parts
     items: Iterable[Record | Example]
     origin: str | None
-    name: str
     parent: Path | None
-    workers: int = 1
-    held_bytes: int = HELD_BYTES
-    part_rows: int = PART_ROWS
+    workers: int
+    held_bytes: int
+    part_rows: int
     _rows: int = 0
     _seen: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
     """Hashes of the ids so far, 8 bytes each, sorted."""
@@ -173,7 +142,7 @@ class _Corpus:
         """Read the data from where it is already or from its source."""
         # The key costs a pass over the whole tokenizer: only where something was written is there something to find.
         folder = self._folder if self.parent is not None and self.parent.is_dir() else None
-        found = open_tokens(folder, self.name) if folder is not None else None
+        found = TokenFolder(folder).open(self.parts.encoder.name) if folder is not None else None
         if found is None:
             begun, held, weight = folder is not None and folder.is_dir(), list[_Chunk](), 0
             chunks = _cut(self.items, self.part_rows)
@@ -186,7 +155,7 @@ class _Corpus:
             is_large = begun or weight > self.held_bytes
             found = self._write(chain(held, (chunk for chunk, _ in chunks))) if is_large else self._encode(held)
         data, tally = found
-        announce_replaced(self.name, tally.replaced)
+        announce_replaced(self.parts.encoder.name, tally.replaced)
         self.parts.encoder.announce(tally)
         return data
 
@@ -204,55 +173,53 @@ class _Corpus:
         items = [item for chunk in chunks for item in chunk]
         if not items:
             raise empty_error(self.parts.source)
-        examples, encoded = self.parts.encode(items)
+        examples, (ids, targets, truncated, tally) = self.parts.encode(items)
         names = [example.id for example in examples]
         self._refuse_repeats(items, names, lambda: iter(names))
-        ids, targets, truncated, tally = encoded
         fingerprint = data_fingerprint(examples, ids, targets)
-        return TokenizedData(examples, ids, targets, truncated, fingerprint, self.name), tally
+        return TokenizedData(examples, ids, targets, truncated, fingerprint, self.parts.encoder.name), tally
 
     def _write(self, chunks: Iterator[_Chunk]) -> tuple[TokenizedData, Tally]:
         """Write the tokens to disk, and return the data there."""
-        owner = None if self._folder else _TemporaryFolder()
-        folder = self._folder or owner.path  # type: ignore[union-attr]
-        make_folder(folder)
-        remove_strays(folder)
+        tokens = TokenFolder(self._folder)
+        make_folder(tokens.path)
+        remove_strays(tokens.path)
         of = f" by {self.workers} processes" if self.workers > 1 else ""
         least = format_bytes(self.held_bytes)
-        announce(f"{self.name}: more than {least} in memory; its tokens are made{of} in {folder}.")
+        announce(f"{self.parts.encoder.name}: more than {least} in memory; its tokens are made{of} in {tokens.path}.")
         digest, last_line, count = hashlib.sha256(), time.monotonic(), 0
-        for number, chunk in self._make_parts(folder, enumerate(chunks)):
+        for number, chunk in self._make_parts(tokens, enumerate(chunks)):
             count = number + 1
-            self._refuse_repeats(chunk, hash_part(folder, number, digest), partial(names_of_parts, folder, count))
+            self._refuse_repeats(chunk, tokens.hash_part(number, digest), partial(tokens.names, count))
             if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
-                announce(f"{self.name}: {self._rows:,} examples are tokens so far.")
+                announce(f"{self.parts.encoder.name}: {self._rows:,} examples are tokens so far.")
         if not self._rows:
             raise empty_error(self.parts.source)
-        finish_tokens(folder, self.parts.encoder.identity, digest.hexdigest(), count)
-        found = open_tokens(folder, self.name, owner)
+        tokens.finish(self.parts.encoder.identity, digest.hexdigest(), count)
+        found = tokens.open(self.parts.encoder.name)
         if found is None:
-            raise CorruptFile(f"The tokens in {folder} changed while they were made. Run the same command again.")
+            raise CorruptFile(f"The tokens in {tokens.path} changed while they were made. Run the same command again.")
         return found
 
-    def _make_parts(self, folder: Path, chunks: Iterator[tuple[int, _Chunk]]) -> Iterator[tuple[int, _Chunk]]:
+    def _make_parts(self, tokens: TokenFolder, chunks: Iterator[tuple[int, _Chunk]]) -> Iterator[tuple[int, _Chunk]]:
         """Yield the chunks in order, each when its part is on disk; the first error comes after the parts before it."""
         content = pickle.dumps(self.parts, protocol=pickle.HIGHEST_PROTOCOL) if self.workers > 1 else b""
 
         def write(missing: list[tuple[int, _Chunk]]) -> list[VestigeError | None]:
             if self.workers == 1:
-                return [self.parts.write(folder, *each) for each in missing]
+                return [self.parts.write(tokens, *each) for each in missing]
             from joblib import Parallel, delayed
 
             run = Parallel(n_jobs=self.workers, backend="loky", max_nbytes=None)
-            return run(delayed(_write_in_worker)(content, folder, *each) for each in missing)  # type: ignore[return-value]
+            return run(delayed(_write_in_worker)(content, tokens, *each) for each in missing)  # type: ignore[return-value]
 
         try:
             while group := list(islice(chunks, 2 * self.workers)):
                 if self.workers > 1 and group[0][0] == 0:
                     # The choice of columns is announced here, and not where others read.
                     self.parts.encode(group[0][1][:1])
-                missing = [each for each in group if not part_is_whole(folder, each[0])]
+                missing = [each for each in group if not tokens.has_part(each[0])]
                 errors = dict(zip([number for number, _ in missing], write(missing), strict=True))
                 for number, chunk in group:
                     if (error := errors.get(number)) is not None:
@@ -290,14 +257,6 @@ class _Corpus:
         self._rows += len(names)
 
 
-class _TemporaryFolder:
-    """A folder that is deleted with its last user."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="vestige-tokens-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
 def _cut(items: Iterable[Record | Example], most: int) -> Iterator[tuple[_Chunk, int]]:
     """Cut the items into chunks and yield each with its bytes of text, about: the same chunks in every process."""
     held: _Chunk = []
@@ -313,10 +272,10 @@ def _cut(items: Iterable[Record | Example], most: int) -> Iterator[tuple[_Chunk,
         yield held, weight
 
 
-def _write_in_worker(content: bytes, folder: Path, number: int, chunk: _Chunk) -> VestigeError | None:
+def _write_in_worker(content: bytes, tokens: TokenFolder, number: int, chunk: _Chunk) -> VestigeError | None:
     """Write a part in another process."""
     os.environ.update(TOKENIZERS_PARALLELISM="false", VESTIGE_QUIET="1")
-    return _unpickle(content).write(folder, number, chunk)
+    return _unpickle(content).write(tokens, number, chunk)
 
 
 @lru_cache(maxsize=1)

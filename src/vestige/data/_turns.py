@@ -74,7 +74,7 @@ def _turn(turn: Any, place: str) -> Message:
     # In JSON terms from the start: an index hands the template what the data did.
     extra = json.loads(json.dumps(extra, default=str)) if extra else extra
     role = _role(role, place)
-    _refuse_media(extra, place)
+    refuse_media([key for key in MEDIA if key in extra], "key", place)
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         content = "".join(_text_of(part, f"{place}, `{spoken}`[{at}]") for at, part in enumerate(content))
     if content is None and any(key in extra for key in _CALLS):
@@ -143,10 +143,11 @@ def _text_of(part: Mapping[str, Any], place: str) -> str:
     return text
 
 
-def _refuse_media(extra: Mapping[str, Any], place: str) -> None:
-    if found := [key for key in MEDIA if key in extra]:
+def refuse_media(found: Sequence[str], kind: str, place: str) -> None:
+    """Raise where a row or a turn has columns or keys, as `kind` calls them, that are no text."""
+    if found:
         raise DataError(
-            f"{place}: `{found[0]}` is no text, and Vestige reads text alone. Leave the row out, or drop the key to "
+            f"{place}: `{found[0]}` is no text, and Vestige reads text alone. Leave the row out, or drop the {kind} to "
             "have the text without it."
         )
 

@@ -80,6 +80,11 @@ class Example:
     """Of a query alone."""
 
     @property
+    def position(self) -> str:
+        """Row number and id, as an error names the example."""
+        return f"row {self.row} (id {self.id!r})"
+
+    @property
     def lacks_answer(self) -> bool:
         """True for a prompt, or a conversation, whose answer is still to come."""
         if self.messages:

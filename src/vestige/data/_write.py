@@ -72,8 +72,8 @@ def write_rows(
 
 def _extension_of(source: Any) -> str:
     """Return the extension of a source that is one file; empty for any other."""
-    path = Path(source).expanduser() if isinstance(source, str | Path) else None
-    return (data_extension(path) or "") if path is not None and path.is_file() else ""
+    is_file = isinstance(source, str | Path) and Path(source).expanduser().is_file()
+    return (data_extension(source) or "") if is_file else ""
 
 
 def _write_alike(path: Path, source: str | Path, records: Sequence[Record]) -> None:

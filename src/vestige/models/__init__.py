@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         layer_kind as layer_kind,
         parameter_view as parameter_view,
     )
-    from vestige.models._fingerprint import model_fingerprint as model_fingerprint
     from vestige.models._generate import (
         Answer as Answer,
         answer_prompts as answer_prompts,
@@ -39,9 +38,7 @@ if TYPE_CHECKING:
         adapter_parameters as adapter_parameters,
         batch_sharing as batch_sharing,
         quiet_transformers as quiet_transformers,
-        read_tokenizer as read_tokenizer,
     )
-    from vestige.models._quantize import Bits as Bits, quantized_bits as quantized_bits
     from vestige.models._selection import (
         WORDS as WORDS,
         layer_number as layer_number,
@@ -58,6 +55,11 @@ if TYPE_CHECKING:
         save_trained as save_trained,
         trainable_copy as trainable_copy,
         write_model as write_model,
+    )
+    from vestige.models._weights import (
+        Bits as Bits,
+        model_fingerprint as model_fingerprint,
+        quantized_bits as quantized_bits,
     )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vestige.distributed import FSDP, broadcast_from_rank0, is_helper
 from vestige.errors import ModelError
 from vestige.models._components import LoadedModel
-from vestige.models._fingerprint import files_identity, hash_once
 from vestige.models._pretrained import (
     Reading,
     peft_configs,
@@ -25,8 +24,8 @@ from vestige.models._pretrained import (
     refuse_virtual_tokens,
     short,
 )
-from vestige.models._quantize import Bits, quantized_bits
 from vestige.models._source import find_source, unpack_gguf
+from vestige.models._weights import Bits, files_identity, hash_once, quantized_bits
 from vestige.parsing import parse_json
 from vestige.settings import LaunchSettings
 from vestige.terminal import shorten
@@ -36,15 +35,7 @@ if TYPE_CHECKING:
 
 
 def spread_over_ranks(read: Callable[[], LoadedModel], device: torch.device) -> LoadedModel:
-    """Spread the model that `read` gives on the CPU of the first process over all processes.
-
-    Args:
-        read: Called in the first process alone.
-        device: Where this process keeps its part.
-
-    Raises:
-        ModelError: The model has no blocks to spread, or FSDP2 does not take it.
-    """
+    """Spread the model that `read`, called in the first process, puts on its CPU: each has its part on its `device`."""
     whole: list[nn.Module] = []
 
     def skeleton() -> LoadedModel:
@@ -98,24 +89,18 @@ def _spread(model: nn.Module, whole: nn.Module | None, device: torch.device) -> 
 
     backbone, blocks = _blocks(model)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    values = {} if whole is None else {place: held[place[1]] for place, held in _places(whole)}
-    skeleton = list(_places(model))
+    values = {} if whole is None else dict(zip(map(id, _tensors(model)), _tensors(whole), strict=True))
 
     def fill(part: nn.Module) -> None:
         """Fill everything in the part that has no value, on the device, from rank 0; tied tensors stay tied."""
-        empty = {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers()) if tensor.is_meta}
-        owners: dict[int, list[tuple[tuple[str, str], dict[str, Any]]]] = {}
-        for place, held in skeleton:
-            owners.setdefault(id(held.get(place[1])), []).append((place, held))
-        for key, tensor in empty.items():
+        for tensor in (one for one in _tensors(part) if one.is_meta):
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             if values:
-                value.copy_(values[owners[key][0][0]])
+                value.copy_(values[id(tensor)])
             if value.numel():
                 distributed.broadcast(value.reshape(-1).view(torch.uint8), 0)
-            filled = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-            for (_, attribute), held in owners[key]:
-                held[attribute] = filled
+            is_parameter = isinstance(tensor, nn.Parameter)
+            torch.utils.swap_tensors(tensor, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
     try:
         for block in blocks:
@@ -130,19 +115,13 @@ def _spread(model: nn.Module, whole: nn.Module | None, device: torch.device) -> 
         raise ModelError(f"FSDP2 does not take {type(model).__name__}: {error}") from error
 
 
-def _places(model: nn.Module) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
-    """Yield path and attribute of every parameter and buffer, with the dictionary of its module that holds it."""
-    for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
-            yield from (((path, attribute), held) for attribute, tensor in held.items() if tensor is not None)
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Return every parameter and buffer of the model, tied ones once."""
+    return [*model.parameters(), *model.buffers()]
 
 
 def _blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """Return the model without its head, and the blocks in it: what the outermost lists of modules hold.
-
-    Raises:
-        ModelError: There are none.
-    """
+    """Return the model without its head, and the blocks in it: what the outermost lists of modules hold."""
     unwrap = getattr(model, "get_base_model", None)
     causal = unwrap() if unwrap is not None else model
     backbone = getattr(causal, "base_model", causal)
@@ -214,8 +193,8 @@ def load_model(
         return _freeze(module, given_tokenizer, type(model).__name__)
 
     def read(place: torch.device | str, *, stay: bool = False) -> LoadedModel:
-        module, own_tokenizer = _read(model, Reading(dtype, place, stay, quantize))
-        identity = files_identity(_paths(model), module, quantize)
+        module, own_tokenizer, files = _read(model, Reading(dtype, place, stay, quantize))
+        identity = files_identity(files, module, quantize)
         return _freeze(module, given_tokenizer or own_tokenizer, str(model), identity)
 
     if device == FSDP:
@@ -233,17 +212,18 @@ def context_length(model: nn.Module) -> int | None:
     return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
-def _read(model: str | Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
+def _read(model: str | Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None", list[Path]]:
+    """Return the model, its tokenizer, and the files or folders that it was read from, an adapter's base last."""
     source = find_source(model)
     if source.kind == "adapter":
         return _read_adapter(source.folder, reading)
     folder = unpack_gguf(source.gguf) if source.gguf else source.folder
-    return read_model(folder, reading), read_tokenizer(folder)
+    return read_model(folder, reading), read_tokenizer(folder), [source.gguf or source.folder]
 
 
-def _read_adapter(folder: Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None"]:
+def _read_adapter(folder: Path, reading: Reading) -> tuple[nn.Module, "PreTrainedTokenizerBase | None", list[Path]]:
     place = _adapter_base(folder)
-    base, base_tokenizer = _read(place, reading)
+    base, base_tokenizer, files = _read(place, reading)
     model = put_on(base, folder)
     if isinstance(place, Path):
         # Trained further and saved elsewhere, the adapter still finds its base.
@@ -253,15 +233,11 @@ def _read_adapter(folder: Path, reading: Reading) -> tuple[nn.Module, "PreTraine
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(reading.dtype)
-    return model, read_tokenizer(folder) or base_tokenizer
+    return model, read_tokenizer(folder) or base_tokenizer, [folder, *files]
 
 
 def _adapter_base(folder: Path) -> str | Path:
-    """Return the folder or hub id of the model that an adapter was trained on.
-
-    Raises:
-        ModelError: adapter_config.json names none, or an adapter.
-    """
+    """Return the folder or hub id of the model that an adapter was trained on."""
     file = folder / "adapter_config.json"
     try:
         base = parse_json(file.read_text()).get("base_model_name_or_path")
@@ -342,15 +318,14 @@ def own_gpu(environment: Mapping[str, str], count: int) -> int:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return torch.device("cuda", own_gpu(os.environ, count)) if count else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"device={device!r} is not a device; type cpu, cuda, cuda:1 or balanced.") from error
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
         raise ModelError(f"device={str(device)!r}, but PyTorch sees {count} CUDA devices here. Type device cpu.")
     if chosen.type not in ("cpu", "cuda"):
         # `meta` has no numbers, and most builds know few devices.
@@ -378,13 +353,6 @@ def leave_card(model: nn.Module, settings: LaunchSettings) -> Iterator[None]:
         yield
     finally:
         model.to(card)
-
-
-def _paths(model: str | Path) -> list[Path]:
-    """Return the file or folder that a model is read from, and that of the base of an adapter."""
-    source = find_source(model)
-    base = _paths(_adapter_base(source.folder)) if source.kind == "adapter" else []
-    return [source.gguf or source.folder, *base]
 
 
 def _freeze(

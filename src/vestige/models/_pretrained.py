@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from vestige.data import Sharing
 from vestige.errors import ModelError, UserError
-from vestige.models._quantize import Bits, keep_as_read, quantization_of
+from vestige.models._weights import Bits, keep_as_read, quantization_of
 from vestige.progress import is_verbose
 
 if TYPE_CHECKING:
@@ -64,26 +64,19 @@ class Reading(NamedTuple):
 
 
 def read_model(folder: Path, reading: Reading) -> "PreTrainedModel":
-    """Read the causal language model saved in `folder`, with every weight from there.
-
-    Raises:
-        ModelError: It does not load, has no causal head, lacks weights (which would be drawn at random), or is larger
-            than the memory of the GPUs.
-    """
+    """Read the causal language model saved in `folder`, with every weight from there: none is drawn at random."""
     dtype, device, stay, quantize = reading
     spread = isinstance(device, str)
     on_cpu = not torch.cuda.is_available() if spread else device.type == "cpu"
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except LOADING_ERRORS as error:
-            _refuse_own_code(error, folder)
-            raise ModelError(f"{folder / 'config.json'} is not readable: {short(error)}") from error
-        _refuse_foreign_kernels(config, folder)
-        _require_causal(config, folder)
-        kind = dtype or _own_dtype(config, on_cpu=on_cpu)
-        # Tensor by tensor onto a card: the host never holds all of them.
-        direct = quantize is not None or (not on_cpu and not stay)
+    with _loading(folder, f"{folder / 'config.json'} is not readable"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    _refuse_foreign_kernels(config, folder)
+    _require_causal(config, folder)
+    own = torch.float32 if on_cpu and config.dtype in _HALF else config.dtype
+    kind = dtype or own or "auto"
+    # Tensor by tensor onto a card: the host never holds all of them.
+    direct = quantize is not None or (not on_cpu and not stay)
+    with _loading(folder, f"{folder} does not load as a causal language model"):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -94,22 +87,36 @@ def read_model(folder: Path, reading: Reading) -> "PreTrainedModel":
                 local_files_only=True,
                 trust_remote_code=False,
             )
-        except UserError:
-            raise
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"{folder} is larger than the memory of {device}. Type --precision bfloat16, --quantize 4 if it has a "
                 "LoRA adapter, or --device balanced, which spreads it over all GPUs."
             ) from error
-        except LOADING_ERRORS as error:
-            _refuse_own_code(error, folder)
-            raise ModelError(f"{folder} does not load as a causal language model: {short(error)}") from error
     model, info = loaded
     keep_as_read(model)
     _require_all_weights(model, info["missing_keys"], folder, info["unexpected_keys"])
     if dtype is None and on_cpu and quantize is None and next(model.parameters()).dtype in _HALF:
         model = model.float()
     return model if spread or stay or direct else model.to(device)
+
+
+@contextmanager
+def _loading(folder: Path, failure: str) -> Iterator[None]:
+    """Keep transformers quiet inside the block, and turn what reading broken files raises into a `ModelError`."""
+    with quiet_transformers():
+        try:
+            yield
+        except UserError:
+            raise
+        except LOADING_ERRORS as error:
+            if "trust_remote_code" in str(error):
+                raise ModelError(
+                    f"{folder} names Python code of its own (`auto_map`), and Vestige never runs code that a model "
+                    "folder brings. If transformers has the architecture itself, load the weights into that class, "
+                    "save them with save_pretrained(...) and give that folder; else load the model in Python and give "
+                    "the live module: vestige.index(model=module, tokenizer=tokenizer, ...)."
+                ) from None
+            raise ModelError(f"{failure}: {short(error)}") from error
 
 
 def _require_all_weights(model: Any, missing: Iterable[str], folder: Path, unexpected: Iterable[str]) -> None:
@@ -161,45 +168,23 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """
     if not any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)):
         return None
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except LOADING_ERRORS as error:
-            _refuse_own_code(error, folder)
-            raise ModelError(f"The tokenizer in {folder} does not load: {short(error)}") from error
-
-
-def _own_dtype(config: Any, *, on_cpu: bool) -> torch.dtype | str:
-    if config.dtype is None:
-        return "auto"
-    return torch.float32 if on_cpu and config.dtype in _HALF else config.dtype
+    with _loading(folder, f"The tokenizer in {folder} does not load"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _require_causal(config: Any, folder: Path) -> None:
-    kind = config.model_type
+    kind, fault = config.model_type, ""
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(
-            f"{folder} holds a {kind!r} model, which predicts no next token. Vestige needs a causal "
-            "(decoder-only) language model such as GPT-2, Llama, GPT-NeoX or OPT."
-        )
+        fault = "model, which predicts no next token"
     # transformers gives encoders a causal head on request; without is_decoder their attention still
     # attends to later tokens.
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        fault = "encoder without a causal head (its config has no is_decoder)"
+    if fault:
         raise ModelError(
-            f"{folder} holds a {kind!r} encoder without a causal head (its config has no is_decoder). "
-            "Vestige needs a causal (decoder-only) language model such as GPT-2, Llama, GPT-NeoX or OPT."
+            f"{folder} holds a {kind!r} {fault}. Vestige needs a causal (decoder-only) language model such as GPT-2, "
+            "Llama, GPT-NeoX or OPT."
         )
-
-
-def _refuse_own_code(error: Exception, folder: Path) -> None:
-    """Raise a clear error if loading failed because transformers would have to run code of the folder."""
-    if "trust_remote_code" in str(error):
-        raise ModelError(
-            f"{folder} names Python code of its own (`auto_map`), and Vestige never runs code that a model folder "
-            "brings. If transformers has the architecture itself, load the weights into that class, save them with "
-            "save_pretrained(...) and give that folder; else load the model in Python and give the live module: "
-            "vestige.index(model=module, tokenizer=tokenizer, ...)."
-        ) from None
 
 
 def _refuse_foreign_kernels(config: Any, folder: Path) -> None:
@@ -232,11 +217,7 @@ _SHAPES = re.compile(
 
 
 def put_on(base: nn.Module, folder: Path) -> Any:
-    """Return the base model with the adapter of `folder` on it, every trained tensor read from there.
-
-    Raises:
-        ModelError: It does not fit, holds a part only, or puts virtual tokens before the input.
-    """
+    """Return the base model with the adapter of `folder` on it, every trained tensor read from there."""
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     try:
@@ -266,11 +247,7 @@ def peft_configs(model: nn.Module) -> list[Any]:
 
 
 def refuse_virtual_tokens(config: Any, name: str) -> None:
-    """Raise unless an adapter of this PEFT config changes weights.
-
-    Raises:
-        ModelError: It puts virtual tokens before the input.
-    """
+    """Raise unless an adapter of this PEFT config changes weights."""
     if config.is_prompt_learning:
         raise ModelError(
             f"{name} is a {_kind_of(config)} adapter, which puts virtual tokens before the input. Vestige supports "
@@ -302,12 +279,10 @@ def _rope_switches(module: nn.Module) -> Iterator[int]:
 
 def adapter_parameters(model: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that the model's PEFT adapter trains; empty for any other model."""
-    configs = peft_configs(model)
-    if not configs:
+    if not (configs := peft_configs(model)):
         return frozenset()
-    own = _own_parameters(model)
     biases = any(getattr(config, "bias", "none") != "none" for config in configs)
-    return own | {name for name, _ in model.named_parameters() if biases and name.endswith(".bias")}
+    return _own_parameters(model) | {name for name, _ in model.named_parameters() if biases and name.endswith(".bias")}
 
 
 def acts_in_forward(model: nn.Module) -> bool:
@@ -360,20 +335,19 @@ def _own_parameters(model: nn.Module) -> frozenset[str]:
 
 
 def _require_all_keys(model: Any, folder: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    missing = set(missing)
+    parameters, missing = dict(model.named_parameters(remove_duplicate=False)), set(missing)
     # A tensor that several layers share lies in the file once.
     read = {id(parameter) for name, parameter in parameters.items() if name not in missing}
     untrained = {name for name in _own_parameters(model) & missing if id(parameters[name]) not in read}
     # In the file, names do not hold that of the adapter.
     untrained = sorted(name.replace(f".{model.active_adapter}", "") for name in untrained)
-    if not untrained and not unexpected:
-        return
     faults = []
     if unexpected:
         faults.append(f"it holds {len(unexpected)} tensors that the model does not have, such as {min(unexpected)}")
     if untrained:
         faults.append(f"it lacks {len(untrained)} of the adapter's, such as {untrained[0]}, which would stay untrained")
+    if not faults:
+        return
     raise ModelError(
         f"The adapter {folder} does not fit its base model: {', and '.join(faults)}."
         + (

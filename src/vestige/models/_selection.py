@@ -20,7 +20,7 @@ from vestige.models._components import (
     owners_of_parameters,
 )
 from vestige.models._pretrained import adapter_kind, adapter_parameters, find_unsupported_adapter
-from vestige.models._quantize import quantized_bits
+from vestige.models._weights import quantized_bits
 from vestige.progress import announce
 
 WORDS = {
@@ -95,11 +95,7 @@ def select_components(model: nn.Module, patterns: Sequence[str] = ("default",)) 
 
 
 def _report_adapter(model: nn.Module, left: Sequence[CoverageRow], selected: bool) -> None:
-    """Announce what the model's adapter has trained and the default leaves out.
-
-    Raises:
-        SpecError: It is all of it.
-    """
+    """Announce what the model's adapter has trained and the default leaves out; raise where that is all of it."""
     if not left:
         return
     kind, first = adapter_kind(model), left[0]
@@ -123,10 +119,10 @@ def parameter_words(model: nn.Module) -> dict[str, str]:
 
     A parameter without a rule is named by its name and by the module that holds it, like any other.
     """
-    kinds = _kinds(model)
     words = ("lora", "adapter", "norm", "embedding", "head", "attention", "mlp")
     return {
-        name: next((word for word in words if _has_word(word, name, found)), "other") for name, found in kinds.items()
+        name: next((word for word in words if _has_word(word, name, found)), "other")
+        for name, found in _kinds(model).items()
     }
 
 
@@ -143,9 +139,7 @@ def _kinds(model: nn.Module) -> dict[str, Rules]:
 def _matching_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Return the names of the parameters that the patterns select, whether or not a rule covers them."""
     kinds = _kinds(model)
-    included: set[str] = set()
-    excluded: set[str] = set()
-    layers: set[int] = set()
+    included, excluded, layers = set[str](), set[str](), set[int]()
     named = False
     for pattern in (part.strip() for given in patterns for word in _of_file(given) for part in word.split(",")):
         if found := _LAYERS_PATTERN.fullmatch(pattern):

@@ -157,11 +157,6 @@ def unpack_gguf(file: Path) -> Path:
     The file is converted the first time its content occurs. The folder gets its name only when it is whole,
     so a killed conversion is never taken for a finished one; of several processes one converts and the others
     wait.
-
-    Raises:
-        MissingExtra: The `gguf` package is not installed.
-        ModelError: transformers cannot read the file.
-        DiskSpaceError: The float32 copy does not fit into the cache.
     """
     parent = cache_folder() / "gguf"
     finished = parent / sha256_of(file)

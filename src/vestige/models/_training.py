@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from vestige.errors import ModelError, SpecError
 from vestige.models._components import LoadedModel
 from vestige.models._pretrained import quiet_transformers
-from vestige.models._quantize import quantized_bits
+from vestige.models._weights import quantized_bits
 from vestige.storage import stage_folder
 
 _ALL_LINEAR = "all-linear"

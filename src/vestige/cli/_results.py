@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vestige import fixes, indexes, jobs, runs, workspace
@@ -19,12 +19,10 @@ from vestige.settings import (
     StatusSettings,
     ViewSettings,
 )
-from vestige.terminal import say, show
+from vestige.terminal import WIDE, say, show
 
 SECONDS_BETWEEN_LOOKS = 2.0
 NO_DIGEST = "no sha256 is kept of it"
-_FILE_WIDTH = 160
-"""Columns of a table that is printed into a file."""
 
 
 @command("demo", DemoSettings, function="vestige.fixes:demo", order=5)
@@ -108,7 +106,10 @@ def methods(settings: MethodsSettings) -> None:
     """
     from vestige.methods import describe_method, method_table
 
-    _show_table_or_one(settings.name, method_table, describe_method)
+    if settings.name is None:
+        show(method_table(), file_width=WIDE)
+    else:
+        say(describe_method(settings.name))
 
 
 @command("measures", MeasuresSettings, order=210, examples=("vestige measures", "vestige measures psmi"))
@@ -119,7 +120,10 @@ def measures(settings: MeasuresSettings) -> None:
     """
     from vestige.measures import describe_measure, measure_table
 
-    _show_table_or_one(settings.name, measure_table, describe_measure)
+    if settings.name is None:
+        show(measure_table(), file_width=WIDE)
+    else:
+        say(describe_measure(settings.name))
 
 
 @command(
@@ -137,13 +141,6 @@ def completion(settings: CompletionSettings) -> None:
     from vestige.cli._parser import build_app
 
     say(build_app(completing=True).generate_completion(prog_name="vestige", shell=settings.shell))
-
-
-def _show_table_or_one(name: str | None, table: Callable[[], object], describe_one: Callable[[str], str]) -> None:
-    if name is None:
-        show(table(), file_width=_FILE_WIDTH)
-    else:
-        say(describe_one(name))
 
 
 @command("status", StatusSettings, order=160, examples=(_RUN, "vestige status run", "vestige status run --verify"))

@@ -37,10 +37,15 @@ if TYPE_CHECKING:
     from vestige.measures._evidence import Known as Known
     from vestige.measures._extraction import (
         Extraction as Extraction,
+        chance_within as chance_within,
+        continuation_log_probability as continuation_log_probability,
         edit_distance as edit_distance,
         extraction as extraction,
         greedy as greedy,
         predict as predict,
+        recitation as recitation,
+        sampling_log_probability as sampling_log_probability,
+        tries_needed as tries_needed,
     )
     from vestige.measures._figures import (
         Drawn as Drawn,
@@ -65,6 +70,7 @@ if TYPE_CHECKING:
     from vestige.measures._losses import (
         answer_loss as answer_loss,
         loss as loss,
+        loss_trajectory as loss_trajectory,
         margin as margin,
         min_k as min_k,
         min_k_plus_plus as min_k_plus_plus,
@@ -95,15 +101,7 @@ if TYPE_CHECKING:
         epsilon_from_ranks as epsilon_from_ranks,
     )
     from vestige.measures._quantile import quantile_excess as quantile_excess, text_features as text_features
-    from vestige.measures._recitation import recitation as recitation
     from vestige.measures._rmia import fit_slope as fit_slope, rmia as rmia, rmia_offline as rmia_offline
-    from vestige.measures._sampled_extraction import (
-        chance_within as chance_within,
-        continuation_log_probability as continuation_log_probability,
-        sampling_log_probability as sampling_log_probability,
-        tries_needed as tries_needed,
-    )
-    from vestige.measures._trajectory import loss_trajectory as loss_trajectory
     from vestige.measures._usage import Usage as Usage, infer_usage as infer_usage
     from vestige.measures._weights import WeightNorms as WeightNorms, weight_norms as weight_norms
     from vestige.runs import (

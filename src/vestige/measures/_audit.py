@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -75,22 +76,28 @@ def audit(settings: AuditSettings) -> Audit:
     usage, more = compare_sets(evidence, known)
     epsilon = bound_epsilon(canaries)
     notes += [*more, *_describe_usage(usage), *_describe_epsilon(epsilon, job.main.number), *_summarise(evidence)]
-    record = _make_record(evidence, known, notes, started).model_copy(
-        update={"judgement": rows, "canaries": canaries, "epsilon": epsilon, "usage": usage}
-    )
     extra: dict[str, pa.Table | bytes] = {} if tokens is None else {"tokens": tokens.table}
-    if tokens is not None:
-        record = record.model_copy(update={"tokens_against": tokens.against})
-    tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
-    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, ~job.held_out))
     if items is not None:
-        notes = [*record.notes, *describe_contamination(items[0])]
-        record = record.model_copy(update={"contamination": items[0], "notes": notes})
+        notes += describe_contamination(items[0])
         extra["contamination"] = items[1]
     findings, flagged = conclude_audit(evidence, known, rows)
-    record = record.model_copy(update={"findings": findings})
     if flagged:
         extra[FLAGGED] = _list_rows(job, flagged)
+    record = _make_record(
+        evidence,
+        known,
+        judgement=rows,
+        canaries=canaries,
+        epsilon=epsilon,
+        usage=usage,
+        tokens_against=None if tokens is None else tokens.against,
+        contamination=None if items is None else items[0],
+        findings=findings,
+        notes=notes,
+        seconds=time.perf_counter() - started,
+    )
+    tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
+    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, ~job.held_out))
     write_audit(settings.out, record, tables, _examples_table(job), figures, overwrite=settings.overwrite, more=extra)
     remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
@@ -185,7 +192,8 @@ def _examples_table(job: AuditJob) -> pa.Table:
     return pa.table({name: pa.array(values, kind) for name, (values, kind) in columns.items()})
 
 
-def _make_record(evidence: Evidence, known: list[Known], notes: list[str], started: float) -> AuditRecord:
+def _make_record(evidence: Evidence, known: list[Known], **found: Any) -> AuditRecord:
+    """Return the record of what the audit was given and measured; `found` are the fields that say what it shows."""
     job, settings = evidence.job, evidence.job.settings
     subjects = [_make_subject(evidence, number) for number in range(len(job.subjects))]
     own, held = int((~job.held_out).sum()), int(job.held_out.sum())
@@ -207,12 +215,10 @@ def _make_record(evidence: Evidence, known: list[Known], notes: list[str], start
         main_layer=evidence.main_layer,
         classes=list(job.class_names),
         measures=_describe_measures(evidence),
-        judgement=[],
         extraction=_count_extracted(evidence),
-        notes=notes,
-        seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
         peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
+        **found,
     )
 
 

@@ -181,7 +181,7 @@ def bank_evidence(
         counterfactual(values, inside),
         simplicity(values, inside),
         scores,
-        lira_global(values, inside, subsets=bank.subsets, shrinkage=shrinkage),
+        _count_successes(scores, inside),
         int(np.isnan(scores).sum()),
     )
 

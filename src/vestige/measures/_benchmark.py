@@ -14,25 +14,14 @@ from vestige.measures._evidence import gather, span
 from vestige.measures._job import AuditJob
 from vestige.progress import announce
 from vestige.runs import ContaminationRecord, InflationRecord, Scores
+from vestige.settings import AuditSettings, LaunchSettings
 from vestige.storage import partial_folder
 
-_NOT_OF_ITEMS: dict[str, Any] = {
-    "holdout": None,
-    "bank": None,
-    "bank_subset": None,
-    "flag": None,
-    "checkpoints": None,
-    "canaries": None,
-    "against": None,
-    "against_scores": None,
-    "pair_field": None,
-    "limit": None,
-    "where": {},
-    "workers": 1,
-    "engine": "local",
-    "shard": None,
-}
-"""Settings that say nothing about a benchmark, and what its items are measured without."""
+_NOT_OF_ITEMS = (
+    *("against", "against_scores", "bank", "bank_subset", "canaries", "checkpoints", "flag", "holdout", "limit"),
+    *("pair_field", "where", *LaunchSettings.model_fields),
+)
+"""Settings that say nothing about a benchmark; its items are measured without them, in this process."""
 LEADING = 10
 """Rows of a list of scores among which the matching row counts as one that the answer rests on."""
 
@@ -48,7 +37,8 @@ def measure_benchmark(job: AuditJob) -> tuple[ContaminationRecord, pa.Table] | N
         return None
     held = job.models.of(job.main.source)
     measured = ("loss", "answer_loss", "accuracy", *(("perplexity_ratio",) if settings.reference_model else ()))
-    of_items = _NOT_OF_ITEMS | {
+    defaults = {name: AuditSettings.model_fields[name].default for name in _NOT_OF_ITEMS}
+    of_items = defaults | {
         "data": settings.against,
         "model": held.model,
         "tokenizer": job.tokenizer,

@@ -80,30 +80,24 @@ def _score_rows(job: AuditJob, source: Any, rows: Int[np.ndarray, "row"]) -> dic
         batch = make_batch(job.data, rows[chosen]).to(next(model.parameters()).device)
         output: Any = model(input_ids=batch.input_ids, use_cache=False)
         scores = score_targets(output.logits[:, :-1], batch.labels[:, 1:])
-        for name, values in (("log_probability", scores.log_probability), ("z", scores.standardised)):
+        for values, whole in zip(scores[:2], found.values(), strict=True):
             known = torch.where(scores.wanted, values, torch.nan).cpu()
-            found[name][torch.from_numpy(chosen), 1 : known.shape[1] + 1] = known
+            whole[torch.from_numpy(chosen), 1 : known.shape[1] + 1] = known
     return found
 
 
 def _make_table(job: AuditJob, rows: Int[np.ndarray, "row"], found: dict[str, np.ndarray]) -> pa.Table:
-    parts = []
-    for place, row in enumerate(rows):
-        ids = job.data.input_ids[row]
-        count = len(ids)
-        columns = {name: each[place, :count] for name, each in found.items()}
-        parts.append(
-            pa.table(
-                {
-                    "row": pa.array([int(row)] * count, pa.int64()),
-                    "position": pa.array(range(count), pa.int64()),
-                    "token": pa.array(token_texts(ids, job.tokenizer), pa.string()),
-                    "log_probability": pa.array(columns["log_probability"], pa.float64(), from_pandas=True),
-                    "standardised": pa.array(columns["z"], pa.float64(), from_pandas=True),
-                    "against": pa.array(columns["against"], pa.float64(), from_pandas=True)
-                    if "against" in columns
-                    else pa.nulls(count, pa.float64()),
-                }
-            )
-        )
-    return pa.concat_tables(parts)
+    texts = [job.data.input_ids[row] for row in rows]
+    lengths = list(map(len, texts))
+    inside = np.arange(found["z"].shape[1]) < np.array(lengths)[:, None]
+    columns = {name: pa.array(values[inside], from_pandas=True) for name, values in found.items()}
+    return pa.table(
+        {
+            "row": np.repeat(rows, lengths),
+            "position": np.concatenate([np.arange(length) for length in lengths]),
+            "token": pa.array([token for ids in texts for token in token_texts(ids, job.tokenizer)], pa.string()),
+            "log_probability": columns["log_probability"],
+            "standardised": columns["z"],
+            "against": columns.get("against", pa.nulls(sum(lengths), pa.float64())),
+        }
+    )

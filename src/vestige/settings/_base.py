@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -51,6 +52,14 @@ def parse_bytes(text: str) -> int:
         raise SpecError(f"{text[:30]!r} is larger than any disk. Expected a size such as 20GB, 500MB or 1.5TB.")
     return int(size)
 
+
+def _require_size(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_require_size)]
+"""A number of bytes as `parse_bytes` reads it."""
 
 _SINGULAR = {"options": "option"}
 
@@ -122,7 +131,8 @@ class Settings(BaseModel):
     """Settings that name a folder which may lie in `out`, because it is kept there."""
 
     only_with: ClassVar[OnlyWith] = {}
-    """Settings that have an effect only where another has one of these values; without values, where it is given."""
+    """Settings that have an effect only where another has one of these values; without values, where it is given.
+    Those of every base class hold too."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings as keyword arguments of the command's Python function."""
@@ -189,15 +199,18 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _nothing_is_without_effect(self) -> Self:
-        for name, (other, values) in self.only_with.items():
-            needed = values or (self._default(other),)
-            if getattr(self, name) != self._default(name) and (getattr(self, other) in needed) != bool(values):
+        pairs = [pair for owner in type(self).__mro__ for pair in vars(owner).get("only_with", {}).items()]
+        for name, (other, values) in pairs:
+            is_given = getattr(self, other) in values if values else self.flags_given(other)
+            if self.flags_given(name) and not is_given:
                 words = f"{flag(other)} {' or '.join(map(str, values))}".strip()
                 raise SpecError(f"{flag(name)} has no effect without {words}. Give both, or leave it out.")
         return self
 
-    def _default(self, name: str) -> Any:
-        return type(self).model_fields[name].default
+    def flags_given(self, *names: str) -> str:
+        """Return the flags of those of the settings that are not at their default, with commas."""
+        fields = type(self).model_fields
+        return ", ".join(flag(name) for name in names if getattr(self, name) != fields[name].default)
 
     @model_validator(mode="wrap")
     @classmethod

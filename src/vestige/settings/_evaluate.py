@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.settings._base import Basic, Common, Input, Named, OnlyWith, parse_bytes
+from vestige.settings._base import Basic, Common, Input, Named, OnlyWith, Size, parse_bytes
 from vestige.settings._shared import (
     BankFolder,
     DataName,
@@ -249,7 +249,7 @@ class SketchSettings(TrackingSettings, ReadingSettings):
     num_ref: PositiveInt = Field(50, description="The first N examples, which are compared with all others.")
     samples: PositiveInt = Field(256, description="The first N examples of the data take part.")
     index: Patterns = Field((), description="Folders of finished indexes of this model and data, measured too.")
-    memory: str | None = Field(
+    memory: Size | None = Field(
         None, description="Most memory for exact gradients, such as 4GB. Not given: half of what is free."
     )
 
@@ -259,13 +259,6 @@ class SketchSettings(TrackingSettings, ReadingSettings):
         if not _REFERENCE.fullmatch(reference):
             raise ValueError("full_layers, full, rank=K or naive_proj_layers=K, K being a size such as 1024")
         return reference
-
-    @field_validator("memory")
-    @classmethod
-    def _memory_is_a_size(cls, memory: str | None) -> str | None:
-        if memory is not None:
-            parse_bytes(memory)
-        return memory
 
     @field_validator("sizes")
     @classmethod

@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from vestige.errors import SpecError
 from vestige.settings._base import Input
-from vestige.settings._shared import LaunchSettings, Options, RowLists, RunFolder, TrainingFolder
-
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+from vestige.settings._shared import LaunchSettings, Options, Patterns, RowLists, RunFolder, TrainingFolder
 
 _WAYS = "--drop ID, --rows FILE, --top N, --source NAME or --conflicts"
 
@@ -24,7 +22,7 @@ class FixSettings(LaunchSettings):
     run: RunFolder[Path] = Field(
         description="Folder of a run made by `vestige attribute`, whose answers are to be fixed."
     )
-    drop: Names = Field((), description="Rows to remove, by their ids; may be repeated.")
+    drop: Patterns = Field((), description="Rows to remove, by their ids; may be repeated.")
     rows: RowLists = Field(
         (),
         description="Remove the rows that a file lists: an id on each line, a report's row list, CSV or JSONL, or a "
@@ -33,13 +31,13 @@ class FixSettings(LaunchSettings):
     top: PositiveInt | None = Field(
         None, description="Remove the N strongest proponents of each chosen query; copies of a text count as one."
     )
-    source: Names = Field((), description="Remove every row whose `source` has this name; may be repeated.")
+    source: Patterns = Field((), description="Remove every row whose `source` has this name; may be repeated.")
     conflicts: bool = Field(
         False,
         description="Remove the wrong side of each conflict: of two rows that answer the same question differently, "
         "the one that pulls towards the answer of a chosen query.",
     )
-    queries: Names = Field(
+    queries: Patterns = Field(
         (), description="Ids of the queries that --top, --conflicts and the result are about. Not given: all."
     )
     out: Path | None = Field(

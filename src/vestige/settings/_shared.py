@@ -29,8 +29,8 @@ from vestige.settings._base import (
     OnBadText,
     OnlyWith,
     Settings,
+    Size,
     Value,
-    flag,
     parse_bytes,
 )
 from vestige.storage import local_result
@@ -78,8 +78,6 @@ class LaunchSettings(Settings):
         **dict.fromkeys(_SLURM, ("engine", ("slurm",))),
         **dict.fromkeys(_RAY, ("engine", ("ray",))),
     }
-    never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
-    """Settings that only the process that was started by hand obeys: a worker must not delete what others made."""
 
     workers: Common[PositiveInt] = Field(
         default=1, description="Processes that share the work, each with a model of its own; 1 works in this process."
@@ -169,12 +167,13 @@ SHARED_COMPRESSION = "tensorsketch:4096 | sjlt:4096"
 """What the whole model is compressed with where nothing else is requested."""
 
 
-def _one_or_several(value: Any) -> Any:
+def one_or_several(value: Any) -> Any:
+    """Return one word or number as a tuple of it."""
     return (value,) if isinstance(value, str | int | float) else value
 
 
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_one_or_several)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(one_or_several)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(one_or_several)]
 
 
 def _parse_named_values(value: Any) -> Any:
@@ -309,7 +308,7 @@ class CompressionSettings(Settings):
         description="Keep a compressed gradient of each component, or their sum: one of the whole model, which needs a "
         "last stage that components can share, such as sjlt:4096.",
     )
-    disk: str | None = Field(None, description="Disk budget for --compress auto, such as 20GB.")
+    disk: Size | None = Field(None, description="Disk budget for --compress auto, such as 20GB.")
     dtype: StoredType = Field("float16", description="Number format of the compressed gradients on disk.")
     seed: int = Field(0, description="Seed of every random choice.")
 
@@ -319,13 +318,6 @@ class CompressionSettings(Settings):
         if isinstance(given, Mapping) and given.get("compress_scope") == "model":
             return {"compress": SHARED_COMPRESSION, **given}
         return given
-
-    @field_validator("disk")
-    @classmethod
-    def _disk_is_a_size(cls, disk: str | None) -> str | None:
-        if disk is not None:
-            parse_bytes(disk)
-        return disk
 
     @property
     def disk_bytes(self) -> int | None:
@@ -339,7 +331,6 @@ TrainedOn = Literal["completion", "answer"]
 DropBy = Literal["row", "weight"]
 
 _DEFAULT_EPOCHS = 3
-_OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets")
 
 
 class TrackingSettings(Settings):
@@ -357,6 +348,7 @@ class TrackingSettings(Settings):
 class LearningSettings(TrackingSettings):
     """How a model is trained."""
 
+    only_with: ClassVar[OnlyWith] = {"momentum": ("optimizer", ("sgd",))}
     steps: PositiveInt | None = Field(None, description="Length of the training in optimizer steps, not in --epochs.")
     from_scratch: bool = Field(False, description="Begin with random weights, drawn from the seed of the training.")
     lora_rank: Common[PositiveInt | None] = Field(
@@ -385,14 +377,10 @@ class LearningSettings(TrackingSettings):
     def _learning_fits(self) -> Self:
         if getattr(self, "epochs", None) is not None and self.steps is not None:
             raise SpecError("--epochs and --steps both say how long to train. Give one of them.")
-        if self.momentum and self.optimizer != "sgd":
-            raise SpecError(f"--momentum is for --optimizer sgd; {self.optimizer} has its own.")
         if self.from_scratch and self.lora_rank is not None:
             raise SpecError("--lora-rank adapts trained weights; with --from-scratch there are none.")
-        given = [name for name in _OF_LORA if getattr(self, name) != self._default(name)]
-        if given and self.lora_rank is None:
-            names = ", ".join(map(flag, given))
-            raise SpecError(f"{names}: of LoRA, which --lora-rank turns on. Give a rank, or leave it out.")
+        if self.lora_rank is None and (given := self.flags_given("lora_alpha", "lora_dropout", "lora_targets")):
+            raise SpecError(f"{given}: of LoRA, which --lora-rank turns on. Give a rank, or leave it out.")
         return self
 
 

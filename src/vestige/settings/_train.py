@@ -1,7 +1,6 @@
 """The settings of `vestige train` and `vestige bank`."""
 
 import math
-from collections.abc import Set
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -50,7 +49,6 @@ _OF_ADOPTED = {
 class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
     """What `vestige bank` takes."""
 
-    never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
     files: ClassVar[tuple[str, ...]] = (*QuestionSettings.files, "from_trainings")
 
     model: ModelName = Field(None, description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
@@ -102,7 +100,7 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
         ways = [self.leave_source_out, self.leave_out_lists is not None, self.leave_one_out is not None]
         if sum(ways) > 1:
             raise SpecError("--leave-source-out, --leave-out-lists and --leave-one-out each need a bank of their own.")
-        if any(ways) and self._given({"subsets", "fraction"}):
+        if any(ways) and self.flags_given("subsets", "fraction"):
             raise SpecError("--subsets and --fraction are for random subsets; leave them out where something is left.")
         if not self.from_trainings:
             for name in ("model", "data"):
@@ -111,15 +109,11 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
                     raise SpecError(
                         f"`{name}` is missing: {meaning} Type {flag(name)} VALUE, or --from-trainings RUNS."
                     )
-        elif given := self._given(type(self).model_fields.keys() - _OF_ADOPTED - LaunchSettings.model_fields.keys()):
-            names = ", ".join(map(flag, given))
-            raise SpecError(f"{names}: the trainings of --from-trainings have settled that. Leave it out.")
+        else:
+            kept = {*_OF_ADOPTED, *LaunchSettings.model_fields}
+            if given := self.flags_given(*(name for name in type(self).model_fields if name not in kept)):
+                raise SpecError(f"{given}: the trainings of --from-trainings have settled that. Leave it out.")
         return self
-
-    def _given(self, names: Set[str]) -> list[str]:
-        """Return those of the settings that are not at their default, in order."""
-        fields = type(self).model_fields
-        return [name for name in fields if name in names and getattr(self, name) != fields[name].default]
 
 
 AlarmMeasure = Literal["psmi", "loss", "gap"]
@@ -289,14 +283,9 @@ class TrainSettings(LearningSettings, AlarmSettings):
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
         list_epochs(self.checkpoints, self.passes or 1.0)
-        given = [
-            name
-            for name in AlarmSettings.model_fields
-            if name.startswith("alarm_") and getattr(self, name) != self._default(name)
-        ]
-        if given and not self.alarm:
-            names = ", ".join(map(flag, given))
-            raise SpecError(f"{names}: of the alarm, which --alarm turns on.")
+        of_alarm = [name for name in AlarmSettings.model_fields if name.startswith("alarm_")]
+        if not self.alarm and (given := self.flags_given(*of_alarm)):
+            raise SpecError(f"{given}: of the alarm, which --alarm turns on.")
         if self.select is not None and (self.validation is None or self.accumulation > 1):
             raise SpecError("--select chooses from each batch by --validation, and without --accumulation.")
         if self.validation is not None and self.gradient_checkpointing:

@@ -26,15 +26,19 @@ LEADING = 10
 """Rows of a list of scores among which the matching row counts as one that the answer rests on."""
 
 
-def measure_benchmark(job: AuditJob) -> tuple[ContaminationRecord, pa.Table] | None:
-    """Find the items of `--against` in the training data, and measure the model's answers to them; None without it.
+Benchmark = tuple[ContaminationRecord | None, pa.Table | None]
+"""What was found of a benchmark, and each of its items."""
+
+
+def measure_benchmark(job: AuditJob) -> Benchmark:
+    """Find the items of `--against` in the training data, and measure the model's answers to them; none without it.
 
     Raises:
         DataError: The scores are of other items or other training data.
     """
     settings = job.settings
     if settings.against is None:
-        return None
+        return None, None
     held = job.models.of(job.main.source)
     measured = ("loss", "answer_loss", "accuracy", *(("perplexity_ratio",) if settings.reference_model else ()))
     defaults = {name: AuditSettings.model_fields[name].default for name in _NOT_OF_ITEMS}

@@ -7,7 +7,7 @@ job, so that every worker, on every machine, has the same rounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ _NUMBER_BYTES = 4
 
 @torch.no_grad()
 def measure_batch(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"]) -> Tensors:
-    """Compute measures of some examples, float64 [row], and their states at the layers, float32 [row hidden].
+    """Compute measures of some examples, float64 [row], their states at the layers, float32 [row hidden], and `rows`.
 
     Loss summed over target tokens is always among them. NaN where an example has no target, no answer or no choices.
     """
@@ -69,6 +69,7 @@ def measure_batch(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"])
     for each in job.at("generation"):
         found |= each.columns(each.compute(Generation(texts, greedy(model), predict(model), job.settings)))
     found = {name: values.double().cpu() for name, values in found.items()}
+    found["rows"] = torch.from_numpy(rows)
     predicting = torch.from_numpy(_predicting_positions(job, rows))
     for layer in job.layers:
         states = output.hidden_states[layer]
@@ -100,18 +101,12 @@ def score_targets(
 ) -> TokenScores:
     """Score the targets, few of them in float64 at once."""
     wanted = labels != NO_TARGET
-    chosen, targets = logits[wanted], labels[wanted]
-    filled = [torch.zeros(labels.shape, dtype=torch.float64, device=labels.device) for _ in range(3)]
     step = max(1, _CHUNK_NUMBERS // logits.shape[-1])
-    parts = [
-        token_scores(chosen[None, begin : begin + step], targets[None, begin : begin + step])[:3]
-        for begin in range(0, len(targets), step)
-    ]
-    if parts:
-        for values, found in zip(filled, zip(*parts, strict=True), strict=True):
-            values[wanted] = torch.cat(found, dim=1)[0]
-    log_probability, standardised, gap = filled
-    return TokenScores(log_probability, standardised, gap, wanted)
+    chunks = zip(logits[wanted].split(step), labels[wanted].split(step), strict=True)
+    parts = [torch.cat(token_scores(values[None], targets[None])[:3]) for values, targets in chunks]
+    filled = torch.zeros((3, *labels.shape), dtype=torch.float64, device=labels.device)
+    filled[:, wanted] = torch.cat(parts, dim=1)
+    return TokenScores(*filled, wanted)
 
 
 def _choice_logits(logits: Tensor, job: AuditJob, rows: np.ndarray) -> ChoiceLogits:
@@ -134,10 +129,9 @@ def _predicting_positions(job: AuditJob, rows: Int[np.ndarray, "row"]) -> Int[np
     return np.where(known, job.choices.position[rows], np.where(first > 0, first, ends)) - 1
 
 
-def join(parts: Iterable[Tensors]) -> Tensors:
+def join(parts: Sequence[Tensors]) -> Tensors:
     """Join the tensors of several batches into those of one."""
-    listed = list(parts)
-    return {name: torch.cat([part[name] for part in listed]) for name in listed[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class Passes(NamedTuple):
@@ -261,13 +255,9 @@ class _Round:
     def _measure(self, turn: int, place: int) -> Tensors:
         """Measure one piece of one subject, and write its states."""
         model = self.job.models.of(self.job.subjects[turn].source).model
-        fitting, parts = FittingBatches(self.job.data.lengths), []
-
-        def measure(part: np.ndarray) -> Tensors:
-            return {"rows": torch.from_numpy(part), **measure_batch(model, self.job, part)}
-
+        fitting, parts = FittingBatches(self.job.data.lengths), list[Tensors]()
         for rows in self.groups[place]:
-            parts += fitting.run(rows, measure)
+            parts += fitting.run(rows, lambda part: measure_batch(model, self.job, part))
             step_done(len(rows))
         found = join(parts)
         states = {name: found.pop(name) for name in [*found] if name.startswith("states_")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,28 +20,23 @@ SHOWN = 25
 """Examples: as many as a list of the page has."""
 
 
-class TokenEvidence(NamedTuple):
-    """The tokens of some examples, and what they were compared with."""
-
-    table: pa.Table
-    """Row, position, token, whether it is a target, log-probability (nats), the same standardised over the vocabulary,
-    and the log-probability under the other weights."""
-    against: str | None
-    """The first checkpoint, or the reference model if it has the same tokens; None without either."""
+TokenEvidence = tuple[pa.Table | None, str | None]
+"""Row, position and token, its log-probability (nats), the same standardised over the vocabulary, and the one under other
+weights; and the name of these: the first checkpoint, or the reference model if it has the same tokens."""
 
 
-def measure_tokens(evidence: Evidence) -> TokenEvidence | None:
-    """Measure each token of the examples that lead the list of the strongest evidence; None without a tokenizer."""
+def measure_tokens(evidence: Evidence) -> TokenEvidence:
+    """Measure each token of the examples that lead the list of the strongest evidence; none without a tokenizer."""
     job = evidence.job
     rows = _choose_rows(evidence)
     if job.tokenizer is None or not len(rows):
-        return None
+        return None, None
     source, name = _find_other(job)
     # No pieces: a process that loads the model for these few examples would take longer than they do.
     found = _score_rows(job, job.main.source, rows)
     if source is not None:
         found["against"] = _score_rows(job, source, rows)["log_probability"]
-    return TokenEvidence(_make_table(job, rows, {key: each.numpy() for key, each in found.items()}), name)
+    return _make_table(job, rows, {key: each.numpy() for key, each in found.items()}), name
 
 
 def _choose_rows(evidence: Evidence) -> Int[np.ndarray, "row"]:

@@ -21,8 +21,8 @@ SHOWN = 25
 
 
 TokenEvidence = tuple[pa.Table | None, str | None]
-"""Row, position and token, its log-probability (nats), the same standardised over the vocabulary, and the one under other
-weights; and the name of these: the first checkpoint, or the reference model if it has the same tokens."""
+"""Row, position and token, its log-probability (nats), the same standardised over the vocabulary, and the one under
+other weights; and the name of these: the first checkpoint, or the reference model if it has the same tokens."""
 
 
 def measure_tokens(evidence: Evidence) -> TokenEvidence:

@@ -26,8 +26,9 @@ LEADING = 10
 """Rows of a list of scores among which the matching row counts as one that the answer rests on."""
 
 
+Ranks = list[int | None]
 Benchmark = tuple[ContaminationRecord | None, pa.Table | None]
-"""What was found of a benchmark, and each of its items."""
+"""What was found of a benchmark, and the table of its items."""
 
 
 def measure_benchmark(job: AuditJob) -> Benchmark:
@@ -60,17 +61,18 @@ def measure_benchmark(job: AuditJob) -> Benchmark:
     ranks = _find_ranks(job, items, matches, ids)
     columns = gather(items).last.measures
     table = _make_table(items, matches, ids, columns, ranks)
-    scored = settings.against_scores is not None
-    return _make_record(items, matches, columns, ranks, scored=scored), table
+    return _make_record(items, matches, columns, ranks), table
 
 
-def _find_ranks(job: AuditJob, items: AuditJob, matches: list[Match], ids: list[str]) -> list[int | None]:
-    """Return the rank of the matching row in each item's list of scores, 1 the highest; None where it is not listed."""
-    found: list[int | None] = [None] * len(matches)
+def _find_ranks(job: AuditJob, items: AuditJob, matches: list[Match], ids: list[str]) -> Ranks | None:
+    """Return the rank of the matching row in each item's list of scores, 1 the highest, None where it is not listed.
+
+    None without scores.
+    """
     given = job.settings.against_scores
     if given is None:
-        return found
-    scores = Scores.open(given)
+        return None
+    scores, found = Scores.open(given), Ranks([None] * len(matches))
     for number, (match, example) in enumerate(zip(matches, items.data.examples, strict=True)):
         if match.row is None:
             continue
@@ -85,7 +87,11 @@ def _find_ranks(job: AuditJob, items: AuditJob, matches: list[Match], ids: list[
 
 
 def _make_table(
-    items: AuditJob, matches: list[Match], ids: list[str], columns: dict[str, np.ndarray], ranks: list[int | None]
+    items: AuditJob,
+    matches: list[Match],
+    ids: list[str],
+    columns: dict[str, np.ndarray],
+    ranks: Ranks | None,
 ) -> pa.Table:
     def column(name: str) -> pa.Array:
         values = columns.get(name, np.full(len(matches), np.nan))
@@ -102,19 +108,19 @@ def _make_table(
             "similarity": pa.array([match.similarity for match in matches], pa.float64()),
             "most_similar": pa.array([ids[match.similar] for match in matches], pa.string()),
             **{name: column(name) for name in ("loss", "answer_loss", "accuracy", "perplexity_ratio")},
-            "score_rank": pa.array(ranks, pa.int64()),
+            "score_rank": pa.array(ranks or [None] * len(matches), pa.int64()),
             "text": pa.array(items.texts, pa.string()),
         }
     )
 
 
 def _make_record(
-    items: AuditJob, matches: list[Match], columns: dict[str, np.ndarray], ranks: list[int | None], *, scored: bool
+    items: AuditJob, matches: list[Match], columns: dict[str, np.ndarray], ranks: Ranks | None
 ) -> ContaminationRecord:
     kinds = np.array([match.kind for match in matches])
     dirty, clean = np.isin(kinds, ("verbatim", "near copy")), kinds == "clean"
     listed = None
-    if scored:
+    if ranks is not None:
         leading = sum(rank is not None and rank <= LEADING for rank in ranks)
         listed = span(share(leading, int(dirty.sum())))
     return ContaminationRecord(

@@ -169,7 +169,8 @@ class Settings(BaseModel):
     def _nothing_is_empty(cls, values: Any) -> Any:
         """Refuse an empty text: as a path it would be the folder that the command is typed in."""
         for name, value in values.items() if isinstance(values, Mapping) else ():
-            if name in cls.model_fields and any(_is_empty(one) for one in (value if type(value) is list else [value])):
+            texts = [one for one in (value if type(value) is list else [value]) if isinstance(one, str)]
+            if name in cls.model_fields and not all(map(str.strip, texts)):
                 raise SpecError(f"{flag(name)} is empty. Give it a value, or leave it out.")
         return values
 
@@ -222,10 +223,6 @@ class Settings(BaseModel):
             for problem in error.errors(include_url=False):
                 problems.setdefault(problem["loc"][:1], []).append(problem)
             raise SpecError("\n".join(_explain(cls, same) for same in problems.values())) from None
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
 
 
 def _words_of(name: str, value: str) -> list[str]:

@@ -32,16 +32,8 @@ from vestige.settings._shared import (
 )
 
 _OF_ADOPTED = {
-    "model",
-    "data",
-    "out",
-    "queries",
-    "from_trainings",
-    "loss",
-    "token_budget",
-    "device",
-    "keep_weights",
-    "overwrite",
+    *("model", "data", "out", "queries", "from_trainings", "keep_weights", "overwrite"),
+    *("loss", "token_budget", "device"),
 }
 """Settings of a bank whose models are trained already."""
 

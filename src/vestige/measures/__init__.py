@@ -31,9 +31,14 @@ if TYPE_CHECKING:
         mean_over_models as mean_over_models,
         simplicity as simplicity,
     )
-    from vestige.measures._canaries import exposure as exposure, read_canaries as read_canaries
+    from vestige.measures._benchmark import Match as Match, find_matches as find_matches, find_spans as find_spans
+    from vestige.measures._canaries import (
+        epsilon_from_guesses as epsilon_from_guesses,
+        epsilon_from_ranks as epsilon_from_ranks,
+        exposure as exposure,
+        read_canaries as read_canaries,
+    )
     from vestige.measures._choices import accuracy as accuracy, brier as brier, logit_gap as logit_gap
-    from vestige.measures._contamination import Match as Match, find_matches as find_matches, find_spans as find_spans
     from vestige.measures._evidence import Known as Known
     from vestige.measures._extraction import (
         Extraction as Extraction,
@@ -96,10 +101,6 @@ if TYPE_CHECKING:
         token_scores as token_scores,
     )
     from vestige.measures._memorized import measure_memorized as measure_memorized
-    from vestige.measures._privacy import (
-        epsilon_from_guesses as epsilon_from_guesses,
-        epsilon_from_ranks as epsilon_from_ranks,
-    )
     from vestige.measures._quantile import quantile_excess as quantile_excess, text_features as text_features
     from vestige.measures._rmia import fit_slope as fit_slope, rmia as rmia, rmia_offline as rmia_offline
     from vestige.measures._usage import Usage as Usage, infer_usage as infer_usage

@@ -106,7 +106,8 @@ def score_targets(
     parts = [torch.cat(token_scores(values[None], targets[None])[:3]) for values, targets in chunks]
     filled = torch.zeros((3, *labels.shape), dtype=torch.float64, device=labels.device)
     filled[:, wanted] = torch.cat(parts, dim=1)
-    return TokenScores(*filled, wanted)
+    log_probability, standardised, gap = filled
+    return TokenScores(log_probability, standardised, gap, wanted)
 
 
 def _choice_logits(logits: Tensor, job: AuditJob, rows: np.ndarray) -> ChoiceLogits:

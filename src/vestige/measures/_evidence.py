@@ -94,16 +94,16 @@ def gather(job: AuditJob) -> Evidence:
     """Measure every example with every model; what is done already is not done again."""
     from vestige.measures._forward import run_passes
 
-    passes = run_passes(job)
+    passes, of_layers, reference = run_passes(job)
     norms = [each.compute(job) for each in job.at("weights")]
     subjects = [
         Measurements(
-            _compute_columns(job, found, passes.reference),
+            _compute_columns(job, found, reference),
             {layer: _example_columns(job, values) for layer, values in layers.items()},
             {layer: _layer_values(values) for layer, values in layers.items()},
             {name: values for each in norms for name, values in each[number].items()},
         )
-        for number, (found, layers) in enumerate(zip(passes.subjects, passes.layers, strict=True))
+        for number, (found, layers) in enumerate(zip(passes, of_layers, strict=True))
     ]
     for each in (one for one in job.at("states") if one.since_first and len(subjects) > 1):
         _add_slopes(each.name, subjects)

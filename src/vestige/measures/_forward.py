@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,17 +135,12 @@ def join(parts: Sequence[Tensors]) -> Tensors:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class Passes(NamedTuple):
-    """What the passes found of every example, in the rows' order."""
-
-    subjects: list[Tensors]
-    reference: Tensors | None
-    layers: list[dict[int, Tensors]]
-    """Measures of hidden states, by subject and layer."""
-
-
-def run_passes(job: AuditJob) -> Passes:
+def run_passes(job: AuditJob) -> tuple[list[Tensors], list[dict[int, Tensors]], Tensors | None]:
     """Measure every example under every subject, and the reference model; what is done already is not done again.
+
+    Returns:
+        Measures of every subject; those of its hidden states, by layer; and those of the reference model. All are in
+        the order of the rows.
 
     Raises:
         DiskSpaceError: Hidden states of a round do not fit on the disk.
@@ -173,7 +168,8 @@ def run_passes(job: AuditJob) -> Passes:
         layers += each.measure_layers() if job.layers else [{} for _ in each.subjects]
         for number in each.subjects:
             each.state_files(number).remove()
-    return Passes(subjects, subjects.pop() if job.needs("reference model") else None, layers)
+    reference = subjects.pop() if job.needs("reference model") else None
+    return subjects, layers, reference
 
 
 @dataclass(frozen=True)

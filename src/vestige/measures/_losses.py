@@ -144,7 +144,7 @@ def loss_trajectory(losses: Float[np.ndarray, "checkpoint example"]) -> Column:
 def _mean_where(values: PerToken, wanted: TokenMask) -> PerExample:
     """Return the mean of each row's wanted values; NaN for a row that has none."""
     count = wanted.sum(-1)
-    return torch.where(wanted, values, torch.zeros_like(values)).sum(-1) / torch.where(count > 0, count, torch.nan)
+    return torch.where(wanted, values, 0.0).sum(-1) / torch.where(count > 0, count, torch.nan)
 
 
 def _mean_of_lowest(values: PerToken, wanted: TokenMask, share: float) -> PerExample:

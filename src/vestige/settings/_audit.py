@@ -14,7 +14,6 @@ from vestige.settings._shared import (
     ModelName,
     Patterns,
     QuestionSettings,
-    list_words,
     one_or_several,
 )
 
@@ -44,7 +43,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         None,
         description="Earlier states of the model, in the order of training: folders, or the folder of a Trainer's run.",
     )
-    measures: Annotated[Patterns, Basic(), Named("vestige.measures", "measure", list_words, ("default", "all"))] = (
+    measures: Annotated[Patterns, Basic(), Named("vestige.measures", "measure", one_or_several, ("default", "all"))] = (
         Field(
             ("default",),
             description="What to measure: default, all, or names from `vestige measures`, such as loss psmi "

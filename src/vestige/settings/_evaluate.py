@@ -29,7 +29,7 @@ from vestige.settings._shared import (
     ReadingSettings,
     RowLists,
     TrackingSettings,
-    list_words,
+    one_or_several,
 )
 
 TruthValue = Literal["loss", "margin"]
@@ -65,7 +65,7 @@ class ScoredSettings(TrackingSettings, QuestionSettings):
     run: Annotated[Patterns, Basic(), Input("vestige.runs:require_run")] = Field(
         (), description="Run directories that `vestige attribute` left; may be repeated."
     )
-    methods: Annotated[Words, Basic(), Named("vestige.methods", "method", list_words)] = Field(
+    methods: Annotated[Words, Basic(), Named("vestige.methods", "method", one_or_several)] = Field(
         (), description="Methods to run now, such as influence,grad-dot; their runs stay in OUT/runs."
     )
     index: IndexFolder[Any] = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -65,16 +65,21 @@ def extraction(
     if not prefixes or min(*prefixes, continuation, batch) < 1:
         raise SpecError(f"prefixes={tuple(prefixes)}, continuation={continuation}: give lengths of 1 or more.")
     start = max(prefixes)
-    whole = [row for row, text in enumerate(texts) if len(text) >= start + continuation]
     similarity = np.full((len(prefixes), len(texts)), np.nan)
-    for begin in range(0, len(whole), batch):
-        rows = whole[begin : begin + batch]
-        tokens = torch.as_tensor(np.stack([np.asarray(texts[row])[: start + continuation] for row in rows])).long()
+    for rows, tokens in _batch_beginnings(texts, start + continuation, batch):
         for number, length in enumerate(prefixes):
             given = generate(tokens[:, start - length : start], continuation)
             for row, answer, text in zip(rows, given.tolist(), tokens[:, start:].tolist(), strict=True):
                 similarity[number, row] = 1 - edit_distance(answer, text) / continuation
     return Extraction(tuple(prefixes), similarity)
+
+
+def _batch_beginnings(texts: Sequence[np.ndarray], length: int, batch: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield the first tokens of the texts that have as many, and their positions, some texts at a time."""
+    whole = [row for row, text in enumerate(texts) if len(text) >= length]
+    for begin in range(0, len(whole), batch):
+        rows = whole[begin : begin + batch]
+        yield rows, torch.as_tensor(np.stack([np.asarray(texts[row])[:length] for row in rows])).long()
 
 
 def greedy(model: nn.Module) -> Continue:
@@ -237,10 +242,7 @@ def continuation_log_probability(
     if min(prefix, continuation, batch) < 1:
         raise SpecError(f"prefix={prefix}, continuation={continuation}: give lengths of 1 or more.")
     found = np.full(len(texts), np.nan)
-    whole = [row for row, text in enumerate(texts) if len(text) >= prefix + continuation]
-    for begin in range(0, len(whole), batch):
-        rows = whole[begin : begin + batch]
-        tokens = torch.as_tensor(np.stack([np.asarray(texts[row])[: prefix + continuation] for row in rows])).long()
+    for rows, tokens in _batch_beginnings(texts, prefix + continuation, batch):
         logits = predict(tokens, continuation)
         targets = tokens[:, prefix:].to(logits.device)
         each = sampling_log_probability(logits, targets, top_k=top_k, temperature=temperature)

@@ -34,8 +34,8 @@ _BLOCK = 2_000
 
 Kind = Literal["verbatim", "near copy", "clean", "too short"]
 _NOT_OF_ITEMS = (
-    *("against", "against_scores", "bank", "bank_subset", "canaries", "checkpoints", "flag", "holdout", "limit"),
-    *("pair_field", "where", *LaunchSettings.model_fields),
+    *("against", "against_scores", "bank", "bank_subset", "canaries", "checkpoints", "choose_layer", "flag"),
+    *("holdout", "label_field", "limit", "pair_field", "where", *LaunchSettings.model_fields),
 )
 """Settings that say nothing about a benchmark; its items are measured without them, in this process."""
 LEADING = 10

@@ -17,7 +17,7 @@ from vestige.errors import DataError
 from vestige.measures._attack import Attack, Interval, Rate, attack, blind_attack, share
 from vestige.measures._job import AuditJob, Mask, Numbers
 from vestige.measures._losses import margin
-from vestige.measures._measure import BLIND, TOTAL_LOSS, BankValues, Column, Losses, Measure
+from vestige.measures._measure import BLIND, TOTAL_LOSS, BankValues, Column, Losses, Measure, Stage
 from vestige.measures._usage import infer_usage
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth, UsageRecord
 
@@ -99,7 +99,7 @@ def gather(job: AuditJob) -> Evidence:
     subjects = [
         Measurements(
             _compute_columns(job, found, reference),
-            {layer: _example_columns(job, values) for layer, values in layers.items()},
+            {layer: _take_columns(job, "states", values) for layer, values in layers.items()},
             {layer: _layer_values(values) for layer, values in layers.items()},
             {name: values for each in norms for name, values in each[number].items()},
         )
@@ -137,22 +137,21 @@ def columns_of(job: AuditJob, measure: Measure, found: Collection[str]) -> list[
 
 def _compute_columns(job: AuditJob, found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Column]:
     """Return the columns of one subject: of its passes, of its losses, and of what it generated."""
-    values = {name: tensor.numpy() for name, tensor in found.items()}
-    total = None if reference is None else reference[TOTAL_LOSS].numpy()
-    losses = Losses(values["loss"], values[TOTAL_LOSS], total, job.data, job.held_out, job.tokenizer, job.settings)
-    columns = {name: values[name] for each in job.at("pass") for name in columns_of(job, each, values)}
+    mean, total = found["loss"].numpy(), found[TOTAL_LOSS].numpy()
+    other = None if reference is None else reference[TOTAL_LOSS].numpy()
+    losses = Losses(mean, total, other, job.data, job.held_out, job.tokenizer, job.settings)
+    columns = _take_columns(job, "pass", found)
     for each in job.at("losses"):
         columns |= each.columns(each.compute(losses))
-    columns |= {name: values[name] for each in job.at("generation") for name in columns_of(job, each, values)}
-    return _finite(columns)
+    return _finite(columns | _take_columns(job, "generation", found))
 
 
 def _finite(columns: Mapping[str, Column]) -> dict[str, Column]:
     return {name: np.where(np.isfinite(column), column, np.nan) for name, column in columns.items()}
 
 
-def _example_columns(job: AuditJob, found: Mapping[str, Any]) -> dict[str, Column]:
-    return {name: found[name].numpy() for each in job.at("states") for name in columns_of(job, each, found)}
+def _take_columns(job: AuditJob, stage: Stage, found: Mapping[str, Any]) -> dict[str, Column]:
+    return {name: found[name].numpy() for each in job.at(stage) for name in columns_of(job, each, found)}
 
 
 def _layer_values(found: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -303,15 +302,7 @@ def compare_sets(evidence: Evidence, known: list[Known]) -> tuple[UsageRecord | 
         found = infer_usage(scores[sides[0]], scores[sides[1]], paired=job.pairs is not None, seed=job.settings.seed)
     except DataError as error:
         return None, [f"Usage of the data as a whole cannot be inferred: {error}"]
-    record = UsageRecord(
-        measures=list(columns),
-        effect=span(found.effect),
-        p_value=found.p_value,
-        data=found.data,
-        holdout=found.holdout,
-        paired=found.paired,
-    )
-    return record, []
+    return UsageRecord(**found._asdict() | {"measures": list(columns), "effect": span(found.effect)}), []
 
 
 def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord], list[str]]:

@@ -119,9 +119,8 @@ class AuditJob:
     @cached_property
     def flagged(self) -> Mask | None:
         """The examples that `--flag` marks; None without it."""
-        return (
-            None if self.settings.flag is None else _find_marks(self.data.examples, self.settings.flag, self.held_out)
-        )
+        flag = self.settings.flag
+        return None if flag is None else _find_marks(self.data.examples, flag, self.held_out)
 
     @cached_property
     def groups(self) -> Numbers:

@@ -202,8 +202,7 @@ class Settings(BaseModel):
     def _nothing_is_without_effect(self) -> Self:
         pairs = [pair for owner in type(self).__mro__ for pair in vars(owner).get("only_with", {}).items()]
         for name, (other, values) in pairs:
-            is_given = getattr(self, other) in values if values else self.flags_given(other)
-            if self.flags_given(name) and not is_given:
+            if self.flags_given(name) and not (getattr(self, other) in values if values else self.flags_given(other)):
                 words = f"{flag(other)} {' or '.join(map(str, values))}".strip()
                 raise SpecError(f"{flag(name)} has no effect without {words}. Give both, or leave it out.")
         return self

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import beta, binom
 
-from vestige import indexes, models
+from vestige import models
 from vestige.data import (
     Example,
     Frame,
@@ -27,7 +27,7 @@ from vestige.data import (
 from vestige.errors import DataError, SpecError
 from vestige.jobs import Tensors
 from vestige.lazy import torch
-from vestige.measures._choices import count_shared_tokens
+from vestige.measures._choices import count_shared_tokens, encoding_of
 from vestige.measures._forward import total_losses
 from vestige.measures._job import AuditJob
 from vestige.measures._pieces import piece_files, run_audit_pieces
@@ -221,14 +221,8 @@ def _compute_losses(job: AuditJob, loaded: models.LoadedModel, frame: Frame | No
     """Return the losses of the secret and then of the others, nats, float64."""
     columns = conversation_columns(canary.example)
     variants = [replace(canary.example, completion=secret, extra=columns) for secret in canary.secrets]
-    data = tokenize(
-        variants if frame is None else list(map(frame.put, variants)),
-        job.tokenizer,
-        max_length=indexes.tokens_at_most(job.settings, loaded),
-        name="canaries",
-        chat=bool(job.settings.chat),
-        add_eos=False,
-    )
+    put = variants if frame is None else list(map(frame.put, variants))
+    data = tokenize(put, job.tokenizer, name="canaries", add_eos=False, **encoding_of(job.settings, loaded))
     if data.truncated.any():
         raise DataError(f"Canary {canary.example.id!r} is longer than the model reads: {int(max(data.lengths))}.")
     return total_losses(loaded.model, shorten_targets(data), np.arange(len(data)), job.token_budget)

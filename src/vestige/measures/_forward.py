@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches, tokenize
 from vestige.gradients import FittingBatches
-from vestige.indexes import tokens_at_most
 from vestige.jobs import PieceFiles, Tensors, is_worker, step_done
+from vestige.measures._choices import encoding_of
 from vestige.measures._extraction import greedy, predict
 from vestige.measures._job import AuditJob
 from vestige.measures._measure import (
@@ -288,14 +288,8 @@ class _Round:
         """Return the examples as the reference model's own tokenizer cuts them."""
         job = self.job
         loaded = job.models.of(job.settings.reference_model)
-        return tokenize(
-            job.data.examples,
-            loaded.tokenizer or job.tokenizer,
-            max_length=tokens_at_most(job.settings, loaded),
-            name="reference",
-            chat=bool(job.settings.chat),
-            vocabulary=loaded.vocabulary,
-        )
+        tokenizer = loaded.tokenizer or job.tokenizer
+        return tokenize(job.data.examples, tokenizer, name="reference", **encoding_of(job.settings, loaded))
 
     def _compare(self, data: TokenizedData, rows: np.ndarray) -> Tensors:
         """Return the losses of some examples under the reference model; NaN for one that either model saw partly."""

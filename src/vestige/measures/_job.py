@@ -26,7 +26,7 @@ from vestige.data import (
 )
 from vestige.errors import DataError, ModelError, SpecError
 from vestige.lazy import torch
-from vestige.measures._choices import Choices, find_choices
+from vestige.measures._choices import Choices, encoding_of, find_choices
 from vestige.measures._measure import Measure, Need, Stage, choose_measures
 from vestige.parsing import parse_json
 from vestige.progress import announce
@@ -243,14 +243,7 @@ def _add_holdout(data: TokenizedData, settings: AuditSettings, loaded: models.Lo
         return data
     given = load_queries(settings.holdout, may_be_prompts=False, focus="keep", on_bad_text=settings.on_bad_text)
     questions = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer, name="Prompts of --holdout")
-    held = tokenize(
-        questions.queries,
-        loaded.tokenizer,
-        max_length=indexes.tokens_at_most(settings, loaded),
-        name="holdout",
-        chat=bool(settings.chat),
-        vocabulary=loaded.vocabulary,
-    )
+    held = tokenize(questions.queries, loaded.tokenizer, name="holdout", **encoding_of(settings, loaded))
     return TokenizedData(
         [*data.examples, *held.examples],
         [*data.input_ids, *held.input_ids],

@@ -165,7 +165,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         "where": ("data", ()),
         "checkpoint_weights": ("checkpoints", ()),
         "rerank_method": ("rerank", ()),
-        "verbatim_tokens": ("verbatim", (True,)),
+        "verbatim_tokens": ("verbatim", ()),
     }
     added: ClassVar[tuple[str, ...]] = (
         *QuestionSettings.added,

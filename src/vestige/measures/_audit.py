@@ -73,7 +73,7 @@ def audit(settings: AuditSettings) -> runs.Audit:
         seconds=time.perf_counter() - started,
     )
     tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
-    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, ~job.held_out))
+    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, job.own))
     files = {"tokens": tokens, "contamination": items, FLAGGED: _list_rows(job, flagged) if flagged else None}
     more = {name: content for name, content in files.items() if content is not None}
     examples = _make_examples(job)
@@ -96,7 +96,7 @@ def _measure(job: AuditJob) -> tuple[Evidence, list[runs.CanaryRecord], TokenEvi
 
 
 def _announce(job: AuditJob) -> None:
-    own, held = int((~job.held_out).sum()), int(job.held_out.sum())
+    own, held = job.count, len(job.data) - job.count
     models = f"{len(job.subjects)} checkpoints" if len(job.subjects) > 1 else "one model"
     announce(f"Audit of {own:,} examples{f' and {held:,} held out' if held else ''} under {models}.")
     if job.choices.known.any():
@@ -130,7 +130,7 @@ def _describe_epsilon(bounds: list[runs.EpsilonRecord], checkpoint: int) -> list
 
 def _summarise(evidence: Evidence) -> list[str]:
     """Return what measures say of the data as a whole."""
-    own, found = ~evidence.job.held_out, evidence.last.measures
+    own, found = evidence.job.own, evidence.last.measures
     return [
         sentence
         for each in evidence.job.measures
@@ -173,7 +173,7 @@ def _make_record(evidence: Evidence, known: list[Known], **found: Any) -> runs.A
     """Return the record of what the audit was given and measured; `found` are the fields that say what it shows."""
     job, settings = evidence.job, evidence.job.settings
     subjects = [_make_subject(evidence, number) for number in range(len(job.subjects))]
-    own, held = int((~job.held_out).sum()), int(job.held_out.sum())
+    own, held = job.count, len(job.data) - job.count
     recorded, data = settings.record(), job.data
     holdout = runs.DataRecord(name=str(settings.holdout), fingerprint=data.fingerprint, examples=held)
     return runs.AuditRecord(
@@ -201,7 +201,7 @@ def _make_record(evidence: Evidence, known: list[Known], **found: Any) -> runs.A
 
 
 def _make_subject(evidence: Evidence, number: int) -> runs.SubjectRecord:
-    subject, found, own = evidence.job.subjects[number], evidence.subjects[number], ~evidence.job.held_out
+    subject, found, own = evidence.job.subjects[number], evidence.subjects[number], evidence.job.own
     answers = found.measures.get("answer_loss", np.full(len(own), np.nan))
     losses = answers if not np.isnan(answers[own]).all() else found.measures["loss"]
     known = losses[own & ~np.isnan(losses)]
@@ -266,7 +266,7 @@ def _describe_measures(evidence: Evidence) -> dict[str, runs.MeasureRecord]:
 
 def _count_extracted(evidence: Evidence) -> dict[int, runs.Span]:
     """Return the share of the data's examples that are given back word for word, by prefix length."""
-    own, found = ~evidence.job.held_out, {}
+    own, found = evidence.job.own, {}
     prefixes = evidence.job.settings.prefixes
     for prefix in prefixes:
         name = f"extraction_{prefix}" if len(prefixes) > 1 else "extraction"

@@ -178,13 +178,10 @@ def measure_benchmark(job: AuditJob) -> Benchmark:
         "out": partial_folder(settings.out) / "against",
     }
     items = AuditJob(settings.model_copy(update=of_items))
-    announce(
-        f"Looking for {len(items.data):,} items of {items.data.name} among {int((~job.held_out).sum()):,} examples."
-    )
-    rows = np.flatnonzero(~job.held_out)
-    texts = [job.texts[row] for row in rows]
+    announce(f"Looking for {len(items.data):,} items of {items.data.name} among {job.count:,} examples.")
+    texts = job.texts[: job.count]
     matches = find_matches(items.texts, texts, span=settings.against_span, near=settings.against_near)
-    ids = [job.data.examples[int(row)].id for row in rows]
+    ids = [example.id for example in job.data.examples[: job.count]]
     ranks = _find_ranks(job, items, matches, ids)
     columns = gather(items).last.measures
     table = _make_table(items, matches, ids, columns, ranks)

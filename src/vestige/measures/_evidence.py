@@ -164,10 +164,9 @@ def bank_positions(job: AuditJob, bank: Bank) -> Numbers:
     Raises:
         DataError: Ids repeat, or none is in the bank.
     """
-    count = int((~job.held_out).sum())
-    ids = [example.id for example in job.data.examples[:count]]
+    ids = [example.id for example in job.data.examples[: job.count]]
     found = find_in_bank(bank, ids, job.own_fingerprint)
-    return np.append(found, np.full(len(job.data) - count, -1))
+    return np.append(found, np.full(len(job.data) - job.count, -1))
 
 
 def find_in_bank(bank: Bank, ids: Sequence[str], fingerprint: str) -> Numbers:
@@ -248,17 +247,16 @@ def _reason(job: AuditJob, measure: Measure) -> str:
 def find_truths(evidence: Evidence) -> list[Known]:
     """Return what is known: members if there are others, flagged examples, those that a bank shows to be memorized."""
     job, settings = evidence.job, evidence.job.settings
-    own = ~job.held_out
     known: list[Known] = []
     if job.held_out.any():
-        known.append(Known("membership", own, ~_find_held_copies(job)))
+        known.append(Known("membership", job.own, ~_find_held_copies(job)))
     elif job.bank is not None and settings.bank_subset is not None:
         positions = bank_positions(job, job.bank)
         trained = job.bank.membership[job.bank.subsets == settings.bank_subset]
         if len(trained):
             known.append(Known("membership", np.where(positions >= 0, trained[0][positions], False), positions >= 0))
     if job.flagged is not None:
-        known.append(Known("flag", job.flagged, own))
+        known.append(Known("flag", job.flagged, job.own))
     ratio = evidence.last.measures.get("lira")
     if ratio is not None and not np.isnan(ratio).all():
         with np.errstate(invalid="ignore"):
@@ -268,8 +266,8 @@ def find_truths(evidence: Evidence) -> list[Known]:
 
 def _find_held_copies(job: AuditJob) -> Mask:
     """Return which held-out texts are in the data too."""
-    own = {text for text, held in zip(job.texts, job.held_out, strict=True) if not held}
-    return np.array([held and text in own for text, held in zip(job.texts, job.held_out, strict=True)])
+    own = set(job.texts[: job.count])
+    return job.held_out & np.array([text in own for text in job.texts])
 
 
 def _judge_once(known: Known, groups: Numbers) -> Known:

@@ -41,7 +41,7 @@ def measure_tokens(evidence: Evidence) -> TokenEvidence:
 
 def _choose_rows(evidence: Evidence) -> Int[np.ndarray, "row"]:
     """Return the rows that `Audit.top` will list, without a measure named."""
-    own, measures = ~evidence.job.held_out, {each.name: each for each in evidence.job.measures if each.of == "example"}
+    own, measures = evidence.job.own, {each.name: each for each in evidence.job.measures if each.of == "example"}
     for name in (*(name for name in PREFERRED if name in measures), *measures):
         column = evidence.values(name)
         if column is not None and not np.isnan(column).all():

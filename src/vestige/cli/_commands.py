@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 from vestige import data, runs, settings, workspace
 from vestige.errors import UserError
@@ -378,9 +378,9 @@ def select(given: settings.SelectSettings) -> None:
     show(select.call(given))
 
 
-def _evaluation(kind: str, given: type[settings.Settings], order: int, **facts: Any) -> Command:
+def _evaluation(kind: str, given: type[settings.Settings], order: int) -> Command:
     function = f"vestige.evaluate:{kind.replace('-', '_')}"
-    return make_command(f"evaluate {kind}", given, function=function, order=order, sweepable=True, **facts)
+    return make_command(f"evaluate {kind}", given, function=function, order=order, sweepable=True)
 
 
 lds = _evaluation("lds", settings.LdsSettings, 10)

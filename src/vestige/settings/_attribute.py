@@ -171,15 +171,7 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         *QuestionSettings.added,
         *("weigh_by", "rerank", "rerank_method", "bank", "verbatim", "verbatim_tokens"),
     )
-    repeatable: ClassVar[tuple[str, ...]] = (
-        "queries",
-        "options",
-        "index",
-        "training",
-        "checkpoints",
-        "checkpoint_weights",
-        "damping",
-    )
+    repeatable: ClassVar[tuple[str, ...]] = ("queries", "options", "index", "training", "checkpoints", "damping")
     index: IndexFolder[Any] = Field(None, description="Folder of an index made by `vestige index`.")
     model: ModelName = Field(None, description="Without an index: the model, as for `vestige index`.")
     data: DataName = Field(None, description="Without an index: the training data, streamed once and not stored.")

@@ -27,7 +27,7 @@ WholeNumbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(one_or_several
 class AuditSettings(QuestionSettings, LaunchSettings):
     """What `vestige audit` takes."""
 
-    repeatable: ClassVar[tuple[str, ...]] = ("checkpoints", "prefixes")
+    repeatable: ClassVar[tuple[str, ...]] = ("checkpoints",)
     only_with: ClassVar[OnlyWith] = {
         "canary_references": ("canaries", ()),
         **dict.fromkeys(("bank_value", "memorized_at"), ("bank", ())),

@@ -120,7 +120,7 @@ class Settings(BaseModel):
     positional: ClassVar[tuple[str, ...]] = ()
     """Settings that the command line also takes without their flag."""
     repeatable: ClassVar[tuple[str, ...]] = ()
-    """Settings of any type that the command line takes several of, as a list."""
+    """Settings that the command line takes several of, as a list, beside those of a tuple."""
     files: ClassVar[tuple[str, ...]] = ()
     """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
     list of strings is a list of texts there."""

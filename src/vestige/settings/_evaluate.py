@@ -222,8 +222,6 @@ class SketchSettings(TrackingSettings, ReadingSettings):
     there.
     """
 
-    repeatable: ClassVar[tuple[str, ...]] = ("compress", "index")
-
     model: ModelName = Field(
         None,
         description="The model: hub id, local folder, GGUF folder or PEFT adapter folder. Not given: several --index "
@@ -343,7 +341,6 @@ class ComponentsSettings(TrackingSettings, QuestionSettings, LaunchSettings):
     draws: PositiveInt = Field(1000, description="Bootstrap draws behind each interval.")
     seed: int = Field(0, description="Seed of projections, folds and bootstrap.")
 
-    repeatable: ClassVar[tuple[str, ...]] = ("project", "candidates")
     added: ClassVar[tuple[str, ...]] = (*QuestionSettings.added, "query_column", "limit_queries")
 
     @field_validator("candidates")

@@ -300,7 +300,7 @@ class FixSettings(LaunchSettings):
     """What `vestige fix` takes."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
-    repeatable: ClassVar[tuple[str, ...]] = ("drop", "rows", "source", "queries", "train")
+    repeatable: ClassVar[tuple[str, ...]] = ("rows", "train")
 
     run: RunFolder[Path] = Field(
         description="Folder of a run made by `vestige attribute`, whose answers are to be fixed."

@@ -72,15 +72,22 @@ def audit(settings: AuditSettings) -> runs.Audit:
         notes=notes,
         seconds=time.perf_counter() - started,
     )
-    tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
-    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, job.own))
     files = {"tokens": tokens, "contamination": items, FLAGGED: _list_rows(job, flagged) if flagged else None}
-    more = {name: content for name, content in files.items() if content is not None}
-    examples = _make_examples(job)
-    runs.write_audit(settings.out, record, tables, examples, figures, overwrite=settings.overwrite, more=more)
+    _write(evidence, known, record, {name: content for name, content in files.items() if content is not None})
     remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
     return runs.Audit.open(settings.out)
+
+
+def _write(
+    evidence: Evidence, known: list[Known], record: runs.AuditRecord, more: Mapping[str, pa.Table | bytes]
+) -> None:
+    """Write the run: the record, the evidence, the examples, the figures and `more` files."""
+    job, settings = evidence.job, evidence.job.settings
+    tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
+    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, job.own))
+    examples = _make_examples(job)
+    runs.write_audit(settings.out, record, tables, examples, figures, overwrite=settings.overwrite, more=more)
 
 
 def _list_rows(job: AuditJob, flagged: Mapping[int, str]) -> bytes:

@@ -16,7 +16,7 @@ from vestige.measures._attack import share
 from vestige.measures._benchmark import Benchmark, describe_contamination, measure_benchmark
 from vestige.measures._canaries import bound_epsilon, measure_canaries
 from vestige.measures._conclusion import FLAGGED, conclude_audit
-from vestige.measures._evidence import Evidence, Known, columns_of, compare_sets, find_truths, gather, judge, span
+from vestige.measures._evidence import Evidence, Known, as_span, columns_of, compare_sets, find_truths, gather, judge
 from vestige.measures._figures import Drawn, draw_files
 from vestige.measures._job import AuditJob
 from vestige.measures._token_evidence import TokenEvidence, measure_tokens
@@ -280,5 +280,5 @@ def _count_extracted(evidence: Evidence) -> dict[int, runs.Span]:
         column = evidence.last.measures.get(name)
         if column is not None:
             known = column[own & ~np.isnan(column)]
-            found[prefix] = span(share(int((known == 1).sum()), len(known)))
+            found[prefix] = as_span(share(int((known == 1).sum()), len(known)))
     return found

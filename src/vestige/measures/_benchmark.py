@@ -14,7 +14,7 @@ from jaxtyping import Float
 from vestige.data import SuffixArray, words_of
 from vestige.errors import DataError, SpecError
 from vestige.measures._attack import Interval, share
-from vestige.measures._evidence import gather, span
+from vestige.measures._evidence import as_span, gather
 from vestige.measures._job import AuditJob
 from vestige.progress import announce
 from vestige.runs import ContaminationRecord, InflationRecord, Scores
@@ -40,7 +40,6 @@ _NOT_OF_ITEMS = (
 """Settings that say nothing about a benchmark; its items are measured without them, in this process."""
 LEADING = 10
 """Rows of a list of scores among which the matching row counts as one that the answer rests on."""
-
 
 Ranks = list[int | None]
 Benchmark = tuple[ContaminationRecord | None, pa.Table | None]
@@ -242,7 +241,7 @@ def _make_record(
     listed = None
     if ranks is not None:
         leading = sum(rank is not None and rank <= LEADING for rank in ranks)
-        listed = span(share(leading, int(dirty.sum())))
+        listed = as_span(share(leading, int(dirty.sum())))
     return ContaminationRecord(
         name=items.data.name,
         fingerprint=items.data.fingerprint,
@@ -276,7 +275,7 @@ def _measure_inflation(name: str, values: np.ndarray, dirty: np.ndarray, others:
         measure=name,
         inside=float(inside.mean()),
         clean=float(clean.mean()),
-        difference=span(Interval(difference, *ends)),
+        difference=as_span(Interval(difference, *ends)),
         whole=float(values[known].mean()),
         items_inside=len(inside),
         items_clean=len(clean),

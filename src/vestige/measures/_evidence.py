@@ -300,7 +300,7 @@ def compare_sets(evidence: Evidence, known: list[Known]) -> tuple[UsageRecord | 
         found = infer_usage(scores[sides[0]], scores[sides[1]], paired=job.pairs is not None, seed=job.settings.seed)
     except DataError as error:
         return None, [f"Usage of the data as a whole cannot be inferred: {error}"]
-    return UsageRecord(**found._asdict() | {"measures": list(columns), "effect": span(found.effect)}), []
+    return UsageRecord(**found._asdict() | {"measures": list(columns), "effect": as_span(found.effect)}), []
 
 
 def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord], list[str]]:
@@ -355,7 +355,7 @@ def _judge_rule(measure: Measure, column: Column, truth: Known) -> Mapping[str, 
     known = truth.judged & ~np.isnan(column)
     flagged = sign * column >= sign * rule.threshold
     sides = [known & side for side in (truth.found, ~truth.found)]
-    rates = [span(share(int((flagged & side).sum()), int(side.sum()))) for side in sides]
+    rates = [as_span(share(int((flagged & side).sum()), int(side.sum()))) for side in sides]
     words = f"{measure.name} {'>=' if sign > 0 else '<='} {rule.threshold:g}"
     return {"rule": words, "rule_tpr": rates[0], "rule_fpr": rates[1]}
 
@@ -364,7 +364,7 @@ def _make_record(truth: Known, found: Attack, *, sign: int, **facts: Any) -> Jud
     return JudgementRecord(
         truth=truth.name,
         sign=sign,
-        auc=span(found.auc),
+        auc=as_span(found.auc),
         tpr_at=[_make_rate(level, rate, sign) for level, rate in found.tpr_at.items()],
         fpr_at=[_make_rate(level, rate, sign) for level, rate in found.fpr_at.items()],
         found=found.members,
@@ -377,10 +377,10 @@ def _make_record(truth: Known, found: Attack, *, sign: int, **facts: Any) -> Jud
 def _make_rate(level: float, rate: Rate, sign: int) -> RateRecord:
     """Return a rate; the threshold is one of the measure itself, not of its oriented score."""
     threshold = sign * rate.threshold if math.isfinite(rate.threshold) else None
-    return RateRecord(level=level, rate=span(rate.rate), threshold=threshold, resolved=rate.resolved)
+    return RateRecord(level=level, rate=as_span(rate.rate), threshold=threshold, resolved=rate.resolved)
 
 
-def span(interval: Interval) -> Span:
+def as_span(interval: Interval) -> Span:
     """Convert an interval to JSON, which has no NaN."""
     value, low, high = (float(each) if math.isfinite(each) else None for each in interval)
     return value, low, high

@@ -340,7 +340,6 @@ class TrackingSettings(Settings):
 class LearningSettings(TrackingSettings):
     """How a model is trained."""
 
-    only_with: ClassVar[OnlyWith] = {"momentum": ("optimizer", ("sgd",))}
     steps: PositiveInt | None = Field(None, description="Length of the training in optimizer steps, not in --epochs.")
     from_scratch: bool = Field(False, description="Begin with random weights, drawn from the seed of the training.")
     lora_rank: Common[PositiveInt | None] = Field(
@@ -369,6 +368,8 @@ class LearningSettings(TrackingSettings):
     def _learning_fits(self) -> Self:
         if getattr(self, "epochs", None) is not None and self.steps is not None:
             raise SpecError("--epochs and --steps both say how long to train. Give one of them.")
+        if self.momentum and self.optimizer != "sgd":
+            raise SpecError(f"--momentum is for --optimizer sgd; {self.optimizer} has its own.")
         if self.from_scratch and self.lora_rank is not None:
             raise SpecError("--lora-rank adapts trained weights; with --from-scratch there are none.")
         if self.lora_rank is None and (given := self.flags_given("lora_alpha", "lora_dropout", "lora_targets")):

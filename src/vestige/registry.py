@@ -25,14 +25,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from vestige.errors import SpecError
 from vestige.settings import Input, Named, Settings
-from vestige.terminal import show
+from vestige.terminal import WIDE, show
 
 Entry = TypeVar("Entry")
 Run = Callable[[Any], None]
-
-_FILE_WIDTH = 160
-"""Columns of a table that is printed into a file."""
-
 
 _ADDED: dict[str, dict[str, Any]] = {}
 """What this process registered, by group and name: names are checked before the package of a group is imported."""
@@ -68,7 +64,7 @@ class Registry(Generic[Entry]):
         Raises:
             SpecError: Two packages bring the same name.
         """
-        return sorted({*self._added, *_find_announced(self._group, self._kind)})
+        return list_names(self._group, self._kind)
 
     def find(self, name: str) -> Entry:
         """Return the object of this name.
@@ -80,14 +76,15 @@ class Registry(Generic[Entry]):
             return self._added[name]
         require_name(self._group, self._kind, name)
         point = _find_announced(self._group, self._kind)[name]
-        found = _load(point, self._kind)
+        origin = f"The {self._kind} {name!r} of {_package(point)}"
+        try:
+            loaded = point.load()
+        except (ImportError, AttributeError) as error:
+            raise SpecError(f"{origin} cannot be imported: {error}. Update or uninstall it.") from error
         # The module of a decorated object may be announced in its place: importing it has registered the object.
-        found = self._added.get(name, found)
+        found = self._added.get(name, loaded)
         if not (issubclass(found, self._of) if isinstance(found, type) else isinstance(found, self._of)):
-            raise SpecError(
-                f"The {self._kind} {name!r} of {_package(point)} is no {self._of.__module__}."
-                f"{self._of.__qualname__}. Update or uninstall it."
-            )
+            raise SpecError(f"{origin} is no {_origin(self._of)}. Update or uninstall it.")
         return cast(Entry, found)
 
     def __iter__(self) -> Iterator[Entry]:
@@ -164,15 +161,6 @@ def forget_entry_points() -> None:
     _find_announced.cache_clear()
 
 
-def _load(point: EntryPoint, kind: str) -> Any:
-    try:
-        return point.load()
-    except (ImportError, AttributeError) as error:
-        raise SpecError(
-            f"The {kind} {point.name!r} of {_package(point)} cannot be imported: {error}. Update or uninstall it."
-        ) from error
-
-
 def _origin(entry: Any) -> str:
     """Return where an object is defined, the same for one that was imported twice."""
     return f"{entry.__module__}.{entry.__qualname__}" if hasattr(entry, "__qualname__") else repr(entry)
@@ -242,7 +230,7 @@ def make_command(name: str, settings: type[Settings], *, function: str, **facts:
     """Return a command that prints the table of its function's result; the docstring of the settings is its help."""
 
     def run(given: Settings) -> None:
-        show(made.call(given), file_width=_FILE_WIDTH)
+        show(made.call(given), file_width=WIDE)
 
     made = Command(name, settings, function, run, getdoc(settings) or "", **facts)
     return made
@@ -301,9 +289,9 @@ class Option(NamedTuple):
         Raises:
             SpecError: It is none.
         """
-        value = None if given == "none" and _takes_none(self.type) else given
+        takes_none = any(NoneType in get_args(part) for part in (self.type, *get_args(self.type)))
         try:
-            return TypeAdapter(self.type).validate_python(value)
+            return TypeAdapter(self.type).validate_python(None if given == "none" and takes_none else given)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Input should be ")
             raise SpecError(
@@ -323,12 +311,6 @@ def options_of(found: type) -> tuple[Option, ...]:
         for note in noted
         if isinstance(note, str)
     )
-
-
-def _takes_none(annotation: Any) -> bool:
-    if get_origin(annotation) is Literal:
-        return False
-    return annotation is NoneType or any(map(_takes_none, get_args(annotation)))
 
 
 def _words(annotation: Any) -> list[str]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.segment import Segment
 
+WIDE = 160
+"""Columns of a wide table that is printed into a file."""
 LONGEST_NAME = 64
 """Characters of an id or a name in a table; a digest has as many."""
 

@@ -121,3 +121,19 @@ def test_the_audit_says_which_items_stand_in_the_data_and_by_how_much_answers_ar
             measures=("loss",),
             flag=None,
         )
+
+
+@pytest.mark.slow
+def test_items_are_measured_without_what_the_data_alone_has(place, tmp_path):
+    """Their classes and the layer chosen by them were asked of the items too, after everything else was measured."""
+    data = [{**row, "kind": row["completion"]} for row in questions(QUESTIONS, "q", 0)]
+    given = {
+        "measures": ("psmi", "smi"),
+        "choose_layer": "smi",
+        "label_field": "kind",
+        "layers": ("all",),
+        "flag": None,
+    }
+    found = simple(place, tmp_path / "run", data=data, against=questions(6, "n", 77), **given)
+    assert found.run.contamination.items == 6
+    assert found.run.main_layer in (1, 2)

@@ -3,38 +3,13 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args
+from functools import partial
+from typing import get_args
 
-from vestige import data, runs, workspace
+from vestige import data, runs, settings, workspace
 from vestige.errors import UserError
 from vestige.progress import format_seconds, is_verbose
 from vestige.registry import Command, command, make_command
-from vestige.settings import (
-    AttributeSettings,
-    AuditSettings,
-    BankSettings,
-    ComponentsSettings,
-    DoctorSettings,
-    FixSettings,
-    IndexSettings,
-    LdsSettings,
-    MislabelSettings,
-    OverlapSettings,
-    PreconditionSettings,
-    RandomisationSettings,
-    RemovalSettings,
-    RetrievalSettings,
-    SelectionSettings,
-    SelectSettings,
-    Settings,
-    SketchSettings,
-    SourcesSettings,
-    SplitSettings,
-    TailPatchSettings,
-    TokenizeSettings,
-    TrainSettings,
-    UntracSettings,
-)
 from vestige.terminal import lines_of_facts, say, shorten, show
 
 SOMETHING_BAD = 1
@@ -48,7 +23,7 @@ _MODEL_AND_DATA = "--model HuggingFaceTB/SmolLM2-135M-Instruct --data train.json
 
 @command(
     "doctor",
-    DoctorSettings,
+    settings.DoctorSettings,
     function="vestige.checks:doctor",
     order=10,
     examples=(
@@ -58,13 +33,13 @@ _MODEL_AND_DATA = "--model HuggingFaceTB/SmolLM2-135M-Instruct --data train.json
     ),
     next_command="vestige index --model {model} --data {data} --out idx",
 )
-def doctor(settings: DoctorSettings) -> None:
+def doctor(given: settings.DoctorSettings) -> None:
     """Say whether it will work, what it covers, and what it will cost.
 
     Tries the model and the data with the settings that `vestige index` would get, and changes nothing. Ends with
     status 1 when something is bad.
     """
-    report = doctor.call(settings)
+    report = doctor.call(given)
     say(report)
     if not report.ok:
         sys.exit(SOMETHING_BAD)
@@ -72,7 +47,7 @@ def doctor(settings: DoctorSettings) -> None:
 
 @command(
     "train",
-    TrainSettings,
+    settings.TrainSettings,
     function="vestige.training:train",
     order=20,
     sweepable=True,
@@ -83,19 +58,19 @@ def doctor(settings: DoctorSettings) -> None:
     ),
     next_command="vestige status {out}",
 )
-def train(settings: TrainSettings) -> None:
+def train(given: settings.TrainSettings) -> None:
     """Train a model, in full or by LoRA, and keep what attribution and audit need.
 
     Checkpoints at fractions of epochs with the optimizer's state, the order of the examples, their losses, and, with
     --alarm, the list of those about to be memorized while the training goes on. Interrupted at any moment, the
     same command continues; with other settings it is refused, with the difference shown.
     """
-    say(train.call(settings))
+    say(train.call(given))
 
 
 @command(
     "index",
-    IndexSettings,
+    settings.IndexSettings,
     function="vestige.indexes:index",
     order=30,
     sweepable=True,
@@ -106,19 +81,19 @@ def train(settings: TrainSettings) -> None:
     ),
     next_command="vestige attribute QUESTION --index {out} --out run",
 )
-def index(settings: IndexSettings) -> None:
+def index(given: settings.IndexSettings) -> None:
     """Store the compressed gradient of every training example.
 
     The estimate of time, memory and disk comes before the work. Interrupted at any moment, the same command
     continues; with other settings it is refused, with the difference shown.
     """
-    index.call(settings)
-    say(workspace.describe_index(settings.out))
+    index.call(given)
+    say(workspace.describe_index(given.out))
 
 
 @command(
     "precondition",
-    PreconditionSettings,
+    settings.PreconditionSettings,
     function="vestige.curvature:precondition",
     order=40,
     sweepable=True,
@@ -129,20 +104,20 @@ def index(settings: IndexSettings) -> None:
     ),
     next_command="vestige attribute QUESTION --index {index} --out run",
 )
-def precondition(settings: PreconditionSettings) -> None:
+def precondition(given: settings.PreconditionSettings) -> None:
     """Measure the curvature of an index, and precondition its gradients.
 
     `vestige attribute` measures it by itself when it is missing. Interrupted at any moment, the same command continues.
     """
-    sizes = [len(block.matrix) for block in precondition.call(settings).blocks]
-    say(f"{settings.index}: Fisher matrices of {len(sizes)} components, {min(sizes)} to {max(sizes)} numbers wide.")
-    if settings.out is not None:
-        say(f"Preconditioned gradients: {settings.out}")
+    sizes = [len(block.matrix) for block in precondition.call(given).blocks]
+    say(f"{given.index}: Fisher matrices of {len(sizes)} components, {min(sizes)} to {max(sizes)} numbers wide.")
+    if given.out is not None:
+        say(f"Preconditioned gradients: {given.out}")
 
 
 @command(
     "bank",
-    BankSettings,
+    settings.BankSettings,
     function="vestige.training:bank",
     order=50,
     sweepable=True,
@@ -154,19 +129,19 @@ def precondition(settings: PreconditionSettings) -> None:
     next_command="vestige evaluate lds --bank {out} --methods influence --model {model} --data {data} "
     "--queries {queries} --out lds",
 )
-def bank(settings: BankSettings) -> None:
+def bank(given: settings.BankSettings) -> None:
     """Train many models on parts of the data, and store what each makes of every example and query.
 
     Without a way of leaving out, the parts are random subsets. Interrupted at any moment, the same command continues;
     more --subsets or --seeds extend the bank; with other settings it is refused, with the difference shown.
     """
-    made = bank.call(settings)
-    say(f"{settings.out}: {made!r}, id {made.id}")
+    made = bank.call(given)
+    say(f"{given.out}: {made!r}, id {made.id}")
 
 
 @command(
     "attribute",
-    AttributeSettings,
+    settings.AttributeSettings,
     function="vestige.methods:attribute",
     order=60,
     sweepable=True,
@@ -178,19 +153,15 @@ def bank(settings: BankSettings) -> None:
     ),
     next_command="vestige report {out}",
 )
-def attribute(settings: AttributeSettings) -> None:
+def attribute(given: settings.AttributeSettings) -> None:
     """Rank the training examples behind an answer.
 
     Writes a run: scores of proponents and opponents of every query, their texts, and how far to trust them. Answers and
     ranking are printed as soon as they are known, and the run is on disk then; the rest is added to it. Stopped in
     between, the same command adds what is missing.
     """
-
-    def show_ranking(scores: "runs.Scores") -> None:
-        _show_ranking(scores, settings, SHOWN_PROPONENTS)
-
-    answers = _Answers()
-    scores = attribute.call(settings, on_answer=answers.show_one, on_answers=answers.show_all, on_ranking=show_ranking)
+    show_ranking, answers = partial(_show_ranking, k=min(given.k, SHOWN_PROPONENTS)), _Answers()
+    scores = attribute.call(given, on_answer=answers.show_one, on_answers=answers.show_all, on_ranking=show_ranking)
     _show_proofs(scores)
     _show_ladder(scores)
     _show_checks(scores)
@@ -198,7 +169,7 @@ def attribute(settings: AttributeSettings) -> None:
 
 @command(
     "fix",
-    FixSettings,
+    settings.FixSettings,
     function="vestige.fixes._fix:fix",
     order=65,
     examples=(
@@ -208,21 +179,21 @@ def attribute(settings: AttributeSettings) -> None:
     ),
     next_command="vestige view {out}",
 )
-def fix(settings: FixSettings) -> None:
+def fix(given: settings.FixSettings) -> None:
     """Remove rows that a run found, train again, and show the answers before and after.
 
     Writes the cleaned data, trains with the recorded settings on all rows, without the removed ones and without as many
     random ones, and asks the same questions again. Interrupted at any moment, the same command continues.
     """
-    found = fix.call(settings)
+    found = fix.call(given)
     show(found)
-    if settings.more_like is None and not settings.dry_run:
-        say(f"Cleaned data: {found.data}\nPage: {settings.out}/report.html")
+    if given.more_like is None and not given.dry_run:
+        say(f"Cleaned data: {found.data}\nPage: {given.out}/report.html")
 
 
 @command(
     "untrac",
-    UntracSettings,
+    settings.UntracSettings,
     function="vestige.methods:untrac",
     order=80,
     sweepable=True,
@@ -234,13 +205,13 @@ def fix(settings: FixSettings) -> None:
     ),
     next_command="vestige report {out}",
 )
-def untrac(settings: UntracSettings) -> None:
+def untrac(given: settings.UntracSettings) -> None:
     """Rank training sources or examples by unlearning.
 
     Climbs the loss of one set of examples after another and measures whose loss rises too. The model stays as it is.
     """
-    scores = untrac.call(settings)
-    _show_ranking(scores, settings, SHOWN)
+    scores = untrac.call(given)
+    _show_ranking(scores, min(given.k, SHOWN))
     _show_checks(scores)
 
 
@@ -308,10 +279,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}…"
 
 
-def _show_ranking(scores: "runs.Scores", settings: AttributeSettings | UntracSettings, examples: int) -> None:
-    """Print the first `examples` proponents of the first queries, and what they say."""
+def _show_ranking(scores: "runs.Scores", k: int) -> None:
+    """Print the first `k` proponents of the first queries, and what they say."""
     for query in scores.queries[:SHOWN_QUERIES]:
-        say(f"{scores.top(query, min(settings.k, examples))}\n{runs.conclude(scores, query)}\n")
+        say(f"{scores.top(query, k)}\n{runs.conclude(scores, query)}\n")
     if len(scores.queries) > SHOWN_QUERIES:
         say(f"... and {len(scores.queries) - SHOWN_QUERIES} more queries.\n")
 
@@ -345,7 +316,7 @@ def _show_checks(scores: "runs.Scores") -> None:
 
 @command(
     "audit",
-    AuditSettings,
+    settings.AuditSettings,
     function="vestige.measures:audit",
     order=70,
     sweepable=True,
@@ -357,13 +328,13 @@ def _show_checks(scores: "runs.Scores") -> None:
     ),
     next_command="vestige report {out}",
 )
-def audit(settings: AuditSettings) -> None:
+def audit(given: settings.AuditSettings) -> None:
     """Say for every example how well the model has memorized it, and how far that can be trusted.
 
     What it prints and stores is evidence about examples, no verdict on any of them. Measures that need classes, a bank
     or another model are null without them, and the run says why.
     """
-    say(summarise_audit(audit.call(settings)))
+    say(summarise_audit(audit.call(given)))
 
 
 def summarise_audit(found: "runs.Audit") -> str:
@@ -406,7 +377,7 @@ def _exposures(found: "runs.Audit") -> list[str]:
 
 @command(
     "select",
-    SelectSettings,
+    settings.SelectSettings,
     function="vestige.selection:select",
     order=90,
     sweepable=True,
@@ -417,32 +388,32 @@ def _exposures(found: "runs.Audit") -> list[str]:
     ),
     next_command="vestige train --model MODEL --data {out} --out trained",
 )
-def select(settings: SelectSettings) -> None:
+def select(given: settings.SelectSettings) -> None:
     """Choose which examples to train on.
 
     By the scores of a run, by gradients, or at random: a smaller data set with a reason for every example in it.
     """
-    show(select.call(settings))
+    show(select.call(given))
 
 
-def _evaluation(kind: str, settings: type[Settings], order: int, **facts: Any) -> Command:
+def _evaluation(kind: str, given: type[settings.Settings], order: int) -> Command:
     function = f"vestige.evaluate:{kind.replace('-', '_')}"
-    return make_command(f"evaluate {kind}", settings, function=function, order=order, sweepable=True, **facts)
+    return make_command(f"evaluate {kind}", given, function=function, order=order, sweepable=True)
 
 
-lds = _evaluation("lds", LdsSettings, 10)
-sources = _evaluation("sources", SourcesSettings, 20)
-removal = _evaluation("removal", RemovalSettings, 30)
-tail_patch = _evaluation("tail-patch", TailPatchSettings, 40)
-mislabel = _evaluation("mislabel", MislabelSettings, 50)
-retrieval = _evaluation("retrieval", RetrievalSettings, 60)
-randomisation = _evaluation("randomisation", RandomisationSettings, 70)
-overlap = _evaluation("overlap", OverlapSettings, 80)
-selection = _evaluation("selection", SelectionSettings, 90)
-sketch = _evaluation("sketch", SketchSettings, 100)
-components = _evaluation("components", ComponentsSettings, 110)
+lds = _evaluation("lds", settings.LdsSettings, 10)
+sources = _evaluation("sources", settings.SourcesSettings, 20)
+removal = _evaluation("removal", settings.RemovalSettings, 30)
+tail_patch = _evaluation("tail-patch", settings.TailPatchSettings, 40)
+mislabel = _evaluation("mislabel", settings.MislabelSettings, 50)
+retrieval = _evaluation("retrieval", settings.RetrievalSettings, 60)
+randomisation = _evaluation("randomisation", settings.RandomisationSettings, 70)
+overlap = _evaluation("overlap", settings.OverlapSettings, 80)
+selection = _evaluation("selection", settings.SelectionSettings, 90)
+sketch = _evaluation("sketch", settings.SketchSettings, 100)
+components = _evaluation("components", settings.ComponentsSettings, 110)
 
-split = make_command("data split", SplitSettings, function="vestige.prepare:split", order=50, sweepable=True)
+split = make_command("data split", settings.SplitSettings, function="vestige.prepare:split", order=50, sweepable=True)
 tokenize = make_command(
-    "data tokenize", TokenizeSettings, function="vestige.prepare:tokenize", order=60, sweepable=True
+    "data tokenize", settings.TokenizeSettings, function="vestige.prepare:tokenize", order=60, sweepable=True
 )

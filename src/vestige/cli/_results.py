@@ -2,35 +2,22 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vestige import fixes, indexes, jobs, runs, workspace
+from vestige import fixes, indexes, jobs, runs, settings, workspace
 from vestige.errors import CorruptFile, UserError
 from vestige.registry import EXPORT_FORMATS, command
-from vestige.settings import (
-    CancelSettings,
-    CompletionSettings,
-    DemoSettings,
-    ExportSettings,
-    MeasuresSettings,
-    MethodsSettings,
-    ReportSettings,
-    StatusSettings,
-    ViewSettings,
-)
-from vestige.terminal import say, show
+from vestige.terminal import WIDE, say, show
 
 SECONDS_BETWEEN_LOOKS = 2.0
 NO_DIGEST = "no sha256 is kept of it"
-_FILE_WIDTH = 160
-"""Columns of a table that is printed into a file."""
 
 
-@command("demo", DemoSettings, function="vestige.fixes:demo", order=5)
-def demo(settings: DemoSettings) -> None:
+@command("demo", settings.DemoSettings, function="vestige.fixes:demo", order=5)
+def demo(given: settings.DemoSettings) -> None:
     """Show an example that comes with Vestige: a wrong answer, the rows behind it, and the fix; without a model."""
-    say(fixes.describe_demo(demo.call(settings)))
+    say(fixes.describe_demo(demo.call(given)))
 
 
 _RUN = "vestige attribute --data train.jsonl --queries train.jsonl --method bm25 --out run"
@@ -39,30 +26,30 @@ _RUN = "vestige attribute --data train.jsonl --queries train.jsonl --method bm25
 
 @command(
     "report",
-    ReportSettings,
+    settings.ReportSettings,
     function="vestige.reports:report",
     order=140,
     examples=(_RUN, "vestige report run", "vestige report run --out page.html"),
     next_command="vestige view {run}",
 )
-def report(settings: ReportSettings) -> None:
+def report(given: settings.ReportSettings) -> None:
     """Write a run as one HTML file that opens offline."""
-    say(report.call(settings))
+    say(report.call(given))
 
 
-@command("view", ViewSettings, function="vestige.workspace:view", order=150)
-def view(settings: ViewSettings) -> None:
+@command("view", settings.ViewSettings, function="vestige.workspace:view", order=150)
+def view(given: settings.ViewSettings) -> None:
     """Show all results below a folder in the browser on this computer, until Ctrl-C.
 
     Runs, indexes, trainings, audits and the others: open, compare and search them, follow what is running, and ask.
     A single run is served as its report, which follows the run's files.
     """
-    view.call(settings)
+    view.call(given)
 
 
 @command(
     "cancel",
-    CancelSettings,
+    settings.CancelSettings,
     order=170,
     examples=(
         "vestige index --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --out idx",
@@ -70,25 +57,25 @@ def view(settings: ViewSettings) -> None:
     ),
     next_command="vestige status {path}",
 )
-def cancel(settings: CancelSettings) -> None:
+def cancel(given: settings.CancelSettings) -> None:
     """End the work on an index or a run, in processes of this host and on SLURM; what is finished stays.
 
     The command that began it continues it later.
     """
-    say("\n".join(jobs.cancel_jobs(settings.path)) or f"Nothing is at work on {settings.path}.")
+    say("\n".join(jobs.cancel_jobs(given.path)) or f"Nothing is at work on {given.path}.")
 
 
 @command(
     "export",
-    ExportSettings,
+    settings.ExportSettings,
     function="vestige.indexes:export",
     order=180,
     more="vestige.cli:list_formats",
     examples=(_RUN, "vestige export run --to csv --out tables", "vestige export run --to json --out lines"),
 )
-def export(settings: ExportSettings) -> None:
+def export(given: settings.ExportSettings) -> None:
     """Copy an index or a run into formats that other programs read."""
-    for path in export.call(settings):
+    for path in export.call(given):
         say(path)
 
 
@@ -100,35 +87,41 @@ def list_formats() -> str:
     return "\n".join(["Formats by what is exported:\n", *lines])
 
 
-@command("methods", MethodsSettings, order=200, examples=("vestige methods", "vestige methods influence"))
-def methods(settings: MethodsSettings) -> None:
+@command("methods", settings.MethodsSettings, order=200, examples=("vestige methods", "vestige methods influence"))
+def methods(given: settings.MethodsSettings) -> None:
     """List the attribution methods, or print what one estimates, costs and takes.
 
     Those of installed packages stand among the built-in ones.
     """
     from vestige.methods import describe_method, method_table
 
-    _show_table_or_one(settings.name, method_table, describe_method)
+    if given.name is None:
+        show(method_table(), file_width=WIDE)
+    else:
+        say(describe_method(given.name))
 
 
-@command("measures", MeasuresSettings, order=210, examples=("vestige measures", "vestige measures psmi"))
-def measures(settings: MeasuresSettings) -> None:
+@command("measures", settings.MeasuresSettings, order=210, examples=("vestige measures", "vestige measures psmi"))
+def measures(given: settings.MeasuresSettings) -> None:
     """List the memorization measures of an audit, or print what one means, needs and costs.
 
     Those of installed packages stand among the built-in ones.
     """
     from vestige.measures import describe_measure, measure_table
 
-    _show_table_or_one(settings.name, measure_table, describe_measure)
+    if given.name is None:
+        show(measure_table(), file_width=WIDE)
+    else:
+        say(describe_measure(given.name))
 
 
 @command(
     "completion",
-    CompletionSettings,
+    settings.CompletionSettings,
     order=220,
     examples=("vestige completion bash", "vestige completion zsh", "vestige completion fish"),
 )
-def completion(settings: CompletionSettings) -> None:
+def completion(given: settings.CompletionSettings) -> None:
     """Print what a shell needs to complete commands, flags, names and files: bash, zsh or fish.
 
     For bash, add `source <(vestige completion bash)` to ~/.bashrc. For zsh, write it as `_vestige` into a folder of
@@ -136,32 +129,27 @@ def completion(settings: CompletionSettings) -> None:
     """
     from vestige.cli._parser import build_app
 
-    say(build_app(completing=True).generate_completion(prog_name="vestige", shell=settings.shell))
+    say(build_app(completing=True).generate_completion(prog_name="vestige", shell=given.shell))
 
 
-def _show_table_or_one(name: str | None, table: Callable[[], object], describe_one: Callable[[str], str]) -> None:
-    if name is None:
-        show(table(), file_width=_FILE_WIDTH)
-    else:
-        say(describe_one(name))
-
-
-@command("status", StatusSettings, order=160, examples=(_RUN, "vestige status run", "vestige status run --verify"))
-def status(settings: StatusSettings) -> None:
+@command(
+    "status", settings.StatusSettings, order=160, examples=(_RUN, "vestige status run", "vestige status run --verify")
+)
+def status(given: settings.StatusSettings) -> None:
     """Say how far an index, a run or a sweep is, and what is in it.
 
     While it is in the making: pieces done, at work and failed with their error, rate, time left and cost.
     """
-    if settings.verify:
-        for line in _verify(settings.path):
+    if given.verify:
+        for line in _verify(given.path):
             say(line)
         return
-    say(workspace.describe(settings.path))
-    while settings.watch and any(job.state == "running" for job in workspace.find_jobs(settings.path)):
+    say(workspace.describe(given.path))
+    while given.watch and any(job.state == "running" for job in workspace.find_jobs(given.path)):
         time.sleep(SECONDS_BETWEEN_LOOKS)
         if sys.stdout.isatty():
             print("\033[H\033[2J", end="")
-        say(workspace.describe(settings.path))
+        say(workspace.describe(given.path))
 
 
 def _verify(folder: Path) -> Iterator[str]:

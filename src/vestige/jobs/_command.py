@@ -26,9 +26,9 @@ def worker_command(settings: LaunchSettings, command: str) -> list[str] | None:
     lists = [given[name] for name in settings.files if isinstance(given[name], list | tuple)]
     if not all(map(_is_plain, given.values())) or any(isinstance(item, str) for items in lists for item in items):
         return None
-    fields = type(settings).model_fields
-    defaults = {name: fields[name].default for name in settings.never_repeated if name in fields}
-    words = shlex.split(settings.model_copy(update=defaults).command_line(command))
+    # A worker must not delete what others made.
+    kept = {"overwrite": False} if "overwrite" in type(settings).model_fields else {}
+    words = shlex.split(settings.model_copy(update=kept).command_line(command))
     return [sys.executable, "-m", "vestige.cli", *words[1:]]
 
 

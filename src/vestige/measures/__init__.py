@@ -31,16 +31,26 @@ if TYPE_CHECKING:
         mean_over_models as mean_over_models,
         simplicity as simplicity,
     )
-    from vestige.measures._canaries import exposure as exposure, read_canaries as read_canaries
+    from vestige.measures._benchmark import Match as Match, find_matches as find_matches, find_spans as find_spans
+    from vestige.measures._canaries import (
+        epsilon_from_guesses as epsilon_from_guesses,
+        epsilon_from_ranks as epsilon_from_ranks,
+        exposure as exposure,
+        read_canaries as read_canaries,
+    )
     from vestige.measures._choices import accuracy as accuracy, brier as brier, logit_gap as logit_gap
-    from vestige.measures._contamination import Match as Match, find_matches as find_matches, find_spans as find_spans
     from vestige.measures._evidence import Known as Known
     from vestige.measures._extraction import (
         Extraction as Extraction,
+        chance_within as chance_within,
+        continuation_log_probability as continuation_log_probability,
         edit_distance as edit_distance,
         extraction as extraction,
         greedy as greedy,
         predict as predict,
+        recitation as recitation,
+        sampling_log_probability as sampling_log_probability,
+        tries_needed as tries_needed,
     )
     from vestige.measures._figures import (
         Drawn as Drawn,
@@ -65,6 +75,7 @@ if TYPE_CHECKING:
     from vestige.measures._losses import (
         answer_loss as answer_loss,
         loss as loss,
+        loss_trajectory as loss_trajectory,
         margin as margin,
         min_k as min_k,
         min_k_plus_plus as min_k_plus_plus,
@@ -90,20 +101,8 @@ if TYPE_CHECKING:
         token_scores as token_scores,
     )
     from vestige.measures._memorized import measure_memorized as measure_memorized
-    from vestige.measures._privacy import (
-        epsilon_from_guesses as epsilon_from_guesses,
-        epsilon_from_ranks as epsilon_from_ranks,
-    )
     from vestige.measures._quantile import quantile_excess as quantile_excess, text_features as text_features
-    from vestige.measures._recitation import recitation as recitation
     from vestige.measures._rmia import fit_slope as fit_slope, rmia as rmia, rmia_offline as rmia_offline
-    from vestige.measures._sampled_extraction import (
-        chance_within as chance_within,
-        continuation_log_probability as continuation_log_probability,
-        sampling_log_probability as sampling_log_probability,
-        tries_needed as tries_needed,
-    )
-    from vestige.measures._trajectory import loss_trajectory as loss_trajectory
     from vestige.measures._usage import Usage as Usage, infer_usage as infer_usage
     from vestige.measures._weights import WeightNorms as WeightNorms, weight_norms as weight_norms
     from vestige.runs import (

@@ -4,41 +4,23 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from vestige import runs
 from vestige.data import record_line
 from vestige.jobs import follow, is_follower, is_worker
 from vestige.measures._attack import share
-from vestige.measures._benchmark import describe_contamination, measure_benchmark
+from vestige.measures._benchmark import Benchmark, describe_contamination, measure_benchmark
 from vestige.measures._canaries import bound_epsilon, measure_canaries
 from vestige.measures._conclusion import FLAGGED, conclude_audit
-from vestige.measures._evidence import Evidence, Known, columns_of, compare_sets, find_truths, gather, judge, span
+from vestige.measures._evidence import Evidence, Known, as_span, columns_of, compare_sets, find_truths, gather, judge
 from vestige.measures._figures import Drawn, draw_files
 from vestige.measures._job import AuditJob
 from vestige.measures._token_evidence import TokenEvidence, measure_tokens
 from vestige.progress import announce, format_seconds
-from vestige.runs import (
-    RECORD_FILE,
-    Audit,
-    AuditRecord,
-    BankRecord,
-    CanaryRecord,
-    ContaminationRecord,
-    DataRecord,
-    EpsilonRecord,
-    LayerRecord,
-    MeasureRecord,
-    ModelRecord,
-    Span,
-    SubjectRecord,
-    UsageRecord,
-    check_target,
-    environment,
-    evidence_table,
-    write_audit,
-)
 from vestige.settings import AuditSettings, with_settings
 from vestige.storage import remove_partial
 from vestige.timing import peak_gpu_memory_bytes, peak_memory_bytes
@@ -48,7 +30,7 @@ TRIGGER = 0.05
 
 
 @with_settings(AuditSettings)
-def audit(settings: AuditSettings) -> Audit:
+def audit(settings: AuditSettings) -> runs.Audit:
     """Measure for every example how far a model has memorized it, and how far the evidence can be trusted.
 
     Interrupted at any moment, the same call continues and leaves the same evidence. A measure that cannot be computed
@@ -59,42 +41,53 @@ def audit(settings: AuditSettings) -> Audit:
         PieceFailed: Pieces failed every time they were tried; all others are done.
     """
     started = time.perf_counter()
-    check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower())
+    runs.check_target(settings.out, overwrite=settings.overwrite or is_worker() or is_follower())
     if is_follower():
-        follow(settings.out / RECORD_FILE, lambda: _measure(AuditJob(settings)))
-        return Audit.open(settings.out)
+        follow(settings.out / runs.RECORD_FILE, lambda: _measure(AuditJob(settings)))
+        return runs.Audit.open(settings.out)
     job = AuditJob(settings)
     if not is_worker():
         _announce(job)
-    evidence, canaries, tokens, items = _measure(job)
+    evidence, canaries, (tokens, against), (contamination, items) = _measure(job)
     known = find_truths(evidence)
     rows, notes = judge(evidence, known)
     for name, (count, reason) in evidence.missing_reasons().items():
         if count == len(job.data):
             announce(f"{name} cannot be computed: {reason}.")
-    usage, more = compare_sets(evidence, known)
+    usage, reasons = compare_sets(evidence, known)
     epsilon = bound_epsilon(canaries)
-    notes += [*more, *_describe_usage(usage), *_describe_epsilon(epsilon, job.main.number), *_summarise(evidence)]
-    record = _make_record(evidence, known, notes, started).model_copy(
-        update={"judgement": rows, "canaries": canaries, "epsilon": epsilon, "usage": usage}
-    )
-    extra: dict[str, pa.Table | bytes] = {} if tokens is None else {"tokens": tokens.table}
-    if tokens is not None:
-        record = record.model_copy(update={"tokens_against": tokens.against})
-    tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
-    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, ~job.held_out))
-    if items is not None:
-        notes = [*record.notes, *describe_contamination(items[0])]
-        record = record.model_copy(update={"contamination": items[0], "notes": notes})
-        extra["contamination"] = items[1]
+    notes += [*reasons, *_describe_usage(usage), *_describe_epsilon(epsilon, job.main.number), *_summarise(evidence)]
+    notes += [] if contamination is None else describe_contamination(contamination)
     findings, flagged = conclude_audit(evidence, known, rows)
-    record = record.model_copy(update={"findings": findings})
-    if flagged:
-        extra[FLAGGED] = _list_rows(job, flagged)
-    write_audit(settings.out, record, tables, _examples_table(job), figures, overwrite=settings.overwrite, more=extra)
+    record = _make_record(
+        evidence,
+        known,
+        judgement=rows,
+        canaries=canaries,
+        epsilon=epsilon,
+        usage=usage,
+        tokens_against=against,
+        contamination=contamination,
+        findings=findings,
+        notes=notes,
+        seconds=time.perf_counter() - started,
+    )
+    files = {"tokens": tokens, "contamination": items, FLAGGED: _list_rows(job, flagged) if flagged else None}
+    _write(evidence, known, record, {name: content for name, content in files.items() if content is not None})
     remove_partial(settings.out)
     announce(f"Audit of {len(job.data):,} examples in {format_seconds(record.seconds)}: {settings.out}")
-    return Audit.open(settings.out)
+    return runs.Audit.open(settings.out)
+
+
+def _write(
+    evidence: Evidence, known: list[Known], record: runs.AuditRecord, more: Mapping[str, pa.Table | bytes]
+) -> None:
+    """Write the run: the record, the evidence, the examples, the figures and `more` files."""
+    job, settings = evidence.job, evidence.job.settings
+    tables = [table for number in range(len(job.subjects)) for table in _make_tables(evidence, number)]
+    figures = draw_files(Drawn(record, [each.name for each in job.measures], evidence.values, known, job.own))
+    examples = _make_examples(job)
+    runs.write_audit(settings.out, record, tables, examples, figures, overwrite=settings.overwrite, more=more)
 
 
 def _list_rows(job: AuditJob, flagged: Mapping[int, str]) -> bytes:
@@ -103,23 +96,21 @@ def _list_rows(job: AuditJob, flagged: Mapping[int, str]) -> bytes:
     return b"".join(record_line(each, {"id": each.id, "rule": why, **each.columns}) for each, why in examples)
 
 
-def _measure(
-    job: AuditJob,
-) -> tuple[Evidence, list[CanaryRecord], TokenEvidence | None, tuple[ContaminationRecord, pa.Table] | None]:
+def _measure(job: AuditJob) -> tuple[Evidence, list[runs.CanaryRecord], TokenEvidence, Benchmark]:
     """Do everything that is done in pieces."""
     evidence = gather(job)
     return evidence, measure_canaries(job), measure_tokens(evidence), measure_benchmark(job)
 
 
 def _announce(job: AuditJob) -> None:
-    own, held = int((~job.held_out).sum()), int(job.held_out.sum())
+    own, held = job.count, len(job.data) - job.count
     models = f"{len(job.subjects)} checkpoints" if len(job.subjects) > 1 else "one model"
     announce(f"Audit of {own:,} examples{f' and {held:,} held out' if held else ''} under {models}.")
     if job.choices.known.any():
         announce(f"Multiple choice: {int(job.choices.known.sum()):,} examples, {len(job.class_names)} classes.")
 
 
-def _describe_usage(usage: UsageRecord | None) -> list[str]:
+def _describe_usage(usage: runs.UsageRecord | None) -> list[str]:
     """Return in words whether the data as a whole were trained on."""
     if usage is None:
         return []
@@ -133,7 +124,7 @@ def _describe_usage(usage: UsageRecord | None) -> list[str]:
     ]
 
 
-def _describe_epsilon(bounds: list[EpsilonRecord], checkpoint: int) -> list[str]:
+def _describe_epsilon(bounds: list[runs.EpsilonRecord], checkpoint: int) -> list[str]:
     """Return the bounds on epsilon under the model in words."""
     return [
         f"Epsilon of the training is at least {each.epsilon:.2f} by {each.secrets} secrets"
@@ -146,7 +137,7 @@ def _describe_epsilon(bounds: list[EpsilonRecord], checkpoint: int) -> list[str]
 
 def _summarise(evidence: Evidence) -> list[str]:
     """Return what measures say of the data as a whole."""
-    own, found = ~evidence.job.held_out, evidence.last.measures
+    own, found = evidence.job.own, evidence.last.measures
     return [
         sentence
         for each in evidence.job.measures
@@ -163,12 +154,12 @@ def _make_tables(evidence: Evidence, number: int) -> list[pa.Table]:
     ids, rows = [example.id for example in job.data.examples], range(len(job.data))
     columns = {None: found.measures, **found.layers}
     return [
-        evidence_table(ids, each, checkpoint=job.subjects[number].number, layer=layer, rows=rows)
+        runs.evidence_table(ids, each, checkpoint=job.subjects[number].number, layer=layer, rows=rows)
         for layer, each in columns.items()
     ]
 
 
-def _examples_table(job: AuditJob) -> pa.Table:
+def _make_examples(job: AuditJob) -> pa.Table:
     examples, names = job.data.examples, job.class_names
     flags = [None] * len(examples) if job.flagged is None else job.flagged
     columns = {
@@ -185,20 +176,22 @@ def _examples_table(job: AuditJob) -> pa.Table:
     return pa.table({name: pa.array(values, kind) for name, (values, kind) in columns.items()})
 
 
-def _make_record(evidence: Evidence, known: list[Known], notes: list[str], started: float) -> AuditRecord:
+def _make_record(evidence: Evidence, known: list[Known], **found: Any) -> runs.AuditRecord:
+    """Return the record of what the audit was given and measured; `found` are the fields that say what it shows."""
     job, settings = evidence.job, evidence.job.settings
     subjects = [_make_subject(evidence, number) for number in range(len(job.subjects))]
-    own, held = int((~job.held_out).sum()), int(job.held_out.sum())
+    own, held = job.count, len(job.data) - job.count
     recorded, data = settings.record(), job.data
-    return AuditRecord(
+    holdout = runs.DataRecord(name=str(settings.holdout), fingerprint=data.fingerprint, examples=held)
+    return runs.AuditRecord(
         vestige=version("vestige"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=settings.command_line("audit"),
         config=recorded,
-        versions=environment(),
-        model=ModelRecord(name=job.main.name, fingerprint=job.main.fingerprint, parameters=job.parameters),
-        data=DataRecord(name=data.name, fingerprint=job.own_fingerprint, examples=own),
-        holdout=DataRecord(name=str(settings.holdout), fingerprint=data.fingerprint, examples=held) if held else None,
+        versions=runs.environment(),
+        model=runs.ModelRecord(name=job.main.name, fingerprint=job.main.fingerprint, parameters=job.parameters),
+        data=runs.DataRecord(name=data.name, fingerprint=job.own_fingerprint, examples=own),
+        holdout=holdout if held else None,
         reference=None if settings.reference_model is None else recorded["reference_model"],
         bank=_describe_bank(evidence, known),
         checkpoints=subjects,
@@ -207,21 +200,19 @@ def _make_record(evidence: Evidence, known: list[Known], notes: list[str], start
         main_layer=evidence.main_layer,
         classes=list(job.class_names),
         measures=_describe_measures(evidence),
-        judgement=[],
         extraction=_count_extracted(evidence),
-        notes=notes,
-        seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
         peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
+        **found,
     )
 
 
-def _make_subject(evidence: Evidence, number: int) -> SubjectRecord:
-    subject, found, own = evidence.job.subjects[number], evidence.subjects[number], ~evidence.job.held_out
+def _make_subject(evidence: Evidence, number: int) -> runs.SubjectRecord:
+    subject, found, own = evidence.job.subjects[number], evidence.subjects[number], evidence.job.own
     answers = found.measures.get("answer_loss", np.full(len(own), np.nan))
     losses = answers if not np.isnan(answers[own]).all() else found.measures["loss"]
     known = losses[own & ~np.isnan(losses)]
-    return SubjectRecord(
+    return runs.SubjectRecord(
         number=subject.number,
         name=subject.name,
         steps=subject.steps,
@@ -231,7 +222,7 @@ def _make_subject(evidence: Evidence, number: int) -> SubjectRecord:
     )
 
 
-def _find_trigger(subjects: list[SubjectRecord]) -> int | None:
+def _find_trigger(subjects: list[runs.SubjectRecord]) -> int | None:
     """Return the first checkpoint at which half of the examples are learnt: the median loss is 5 % of the first."""
     first = subjects[0].median_loss
     if len(subjects) < 2 or not first:
@@ -240,9 +231,9 @@ def _find_trigger(subjects: list[SubjectRecord]) -> int | None:
     return next((each.number for each in below), None)
 
 
-def _describe_layer(values: dict[str, list[float]], layer: int) -> LayerRecord:
+def _describe_layer(values: dict[str, list[float]], layer: int) -> runs.LayerRecord:
     directions, information = values.get("layer:directions"), values.get("layer:smi")
-    return LayerRecord(
+    return runs.LayerRecord(
         layer=layer,
         directions=None if directions is None else int(directions[0]),
         converged=None if directions is None else bool(directions[1]),
@@ -250,11 +241,11 @@ def _describe_layer(values: dict[str, list[float]], layer: int) -> LayerRecord:
     )
 
 
-def _describe_bank(evidence: Evidence, known: list[Known]) -> BankRecord | None:
+def _describe_bank(evidence: Evidence, known: list[Known]) -> runs.BankRecord | None:
     bank, settings = evidence.job.bank, evidence.job.settings
     if bank is None:
         return None
-    return BankRecord(
+    return runs.BankRecord(
         name=str(settings.bank),
         id=bank.id,
         models=len(bank),
@@ -265,29 +256,29 @@ def _describe_bank(evidence: Evidence, known: list[Known]) -> BankRecord | None:
     )
 
 
-def _describe_measures(evidence: Evidence) -> dict[str, MeasureRecord]:
+def _describe_measures(evidence: Evidence) -> dict[str, runs.MeasureRecord]:
     """Describe every measure that was requested, and why examples lack it."""
     missing, found, details = evidence.missing_reasons(), {}, {}
     for each in evidence.job.measures:
         count, reason = missing.get(each.name, (0, None))
         layered = each.stage == "states" and each.of == "example"
-        found[each.name] = MeasureRecord(
+        found[each.name] = runs.MeasureRecord(
             meaning=each.meaning, high=each.says, layered=layered, missing=count, reason=reason
         )
         for name in columns_of(evidence.job, each, evidence.last.measures) if each.detail else []:
             words = each.detail.format(name.removeprefix(f"{each.name}_"))
-            details[name] = MeasureRecord(meaning=f"{each.meaning}, {words}", high=each.says)
+            details[name] = runs.MeasureRecord(meaning=f"{each.meaning}, {words}", high=each.says)
     return found | {name: record for name, record in details.items() if name not in found}
 
 
-def _count_extracted(evidence: Evidence) -> dict[int, Span]:
+def _count_extracted(evidence: Evidence) -> dict[int, runs.Span]:
     """Return the share of the data's examples that are given back word for word, by prefix length."""
-    own, found = ~evidence.job.held_out, {}
+    own, found = evidence.job.own, {}
     prefixes = evidence.job.settings.prefixes
     for prefix in prefixes:
         name = f"extraction_{prefix}" if len(prefixes) > 1 else "extraction"
         column = evidence.last.measures.get(name)
         if column is not None:
             known = column[own & ~np.isnan(column)]
-            found[prefix] = span(share(int((known == 1).sum()), len(known)))
+            found[prefix] = as_span(share(int((known == 1).sum()), len(known)))
     return found

@@ -181,7 +181,7 @@ def bank_evidence(
         counterfactual(values, inside),
         simplicity(values, inside),
         scores,
-        lira_global(values, inside, subsets=bank.subsets, shrinkage=shrinkage),
+        _count_successes(scores, inside),
         int(np.isnan(scores).sum()),
     )
 
@@ -264,17 +264,16 @@ def _log_density(values: Column, mean: Column, deviation: Column) -> Column:
 
 _OF_A_BANK: dict[str, Any] = {
     "needs": ("bank",),
+    "cost": "a bank of trained models; then nothing",
     "missing": "fewer than two models of the bank with or without the example and its copies, or it is not in the bank",
 }
 _MEMORIZED: dict[str, Any] = {**_OF_A_BANK, "sign": 1, "early_sign": 1}
-_COST = "a bank of trained models; then nothing"
 
 
 @measure(
     "counterfactual",
     "mean over models trained on the example minus mean over those that were not",
     stage="bank",
-    cost=_COST,
     limits="about models like these, not about the one under audit",
     order=170,
     curve=50,
@@ -289,7 +288,6 @@ def _counterfactual(bank: BankValues) -> Column:
     "sum of the same two means",
     stage="bank",
     high="easy anyway",
-    cost=_COST,
     limits="says how easy an example is, not whether it is memorized",
     order=180,
     **_OF_A_BANK,
@@ -305,7 +303,6 @@ def _simplicity(bank: BankValues) -> Column:
     high="easy anyway",
     details=("std",),
     detail="standard deviation over the models ({})",
-    cost=_COST,
     limits="says how easy an example is for models like these, not whether it is memorized",
     order=185,
     **_OF_A_BANK,
@@ -318,7 +315,6 @@ def _bank_mean(bank: BankValues) -> dict[str, Column]:
     "lira",
     "log-likelihood ratio of trained on it against not trained on it",
     stage="each model and the bank",
-    cost=_COST,
     limits="holds for models trained as the bank's were; a few models give wide ratios",
     rule=Rule(0.0, "members"),
     order=190,
@@ -334,7 +330,6 @@ def _lira(bank: BankValues) -> Column:
     "lira_offline",
     "surprise for models that were not trained on it",
     stage="each model and the bank",
-    cost=_COST,
     limits="weaker than lira: it does not know what being trained on the example does",
     order=200,
     **_MEMORIZED,
@@ -347,10 +342,9 @@ def _lira_offline(bank: BankValues) -> Column:
     "lira_global",
     "membership accuracy over the bank's models",
     stage="bank",
-    cost="a bank of trained models; then a likelihood ratio for each of them",
     limits="about models like these, not about the one under audit",
     order=210,
-    **_MEMORIZED,
+    **_MEMORIZED | {"cost": "a bank of trained models; then a likelihood ratio for each of them"},
 )
 def _lira_global(bank: BankValues) -> Column:
     return lira_global(bank.values, bank.membership, subsets=bank.subsets).success

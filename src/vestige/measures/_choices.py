@@ -100,6 +100,12 @@ class Choices(NamedTuple):
         return self.position > 0
 
 
+def encoding_of(settings: AuditSettings, loaded: models.LoadedModel) -> dict[str, Any]:
+    """Return the arguments of `tokenize` that follow from the settings and from the model that reads the tokens."""
+    limit = indexes.tokens_at_most(settings, loaded)
+    return {"max_length": limit, "chat": bool(settings.chat), "vocabulary": loaded.vocabulary}
+
+
 def find_choices(data: TokenizedData, settings: AuditSettings, loaded: models.LoadedModel) -> Choices:
     """Find the choices of every example with a prompt and a completion.
 
@@ -111,8 +117,7 @@ def find_choices(data: TokenizedData, settings: AuditSettings, loaded: models.Lo
     """
     encoder, wanted = None, [list[str]() for _ in data.examples]
     if loaded.tokenizer is not None:
-        limit = indexes.tokens_at_most(settings, loaded)
-        encoder = Encoder(loaded.tokenizer, max_length=limit, name="choices", chat=bool(settings.chat))
+        encoder = Encoder(loaded.tokenizer, name="choices", **encoding_of(settings, loaded))
         wanted = [_read_choices(example, settings.choices_field) for example in data.examples]
         pool = [] if any(wanted) else _recurring_completions(data.examples)
         wanted = [

@@ -42,7 +42,7 @@ def conclude_audit(
 def _describe_returned(evidence: Evidence) -> tuple[list[str], dict[int, str]]:
     """Return what comes back, and the rows that do."""
     job, sentences, rows = evidence.job, list[str](), dict[int, str]()
-    own = ~job.held_out
+    own = job.own
     for each in (one for one in job.measures if one.word_for_word):
         values = evidence.last.measures[each.name]
         back, tried = own & (values == 1), own & ~np.isnan(values)
@@ -78,7 +78,7 @@ def _describe_guesses(evidence: Evidence, measure: Measure, back: Mask) -> list[
 
 def _describe_learned(evidence: Evidence) -> list[str]:
     """Return how many rows come back that did not under the first checkpoint."""
-    job, own = evidence.job, ~evidence.job.held_out
+    job, own = evidence.job, evidence.job.own
     names = [each.name for each in job.measures if each.word_for_word]
     if len(job.subjects) < 2 or not names:
         return []
@@ -93,7 +93,7 @@ def _describe_learned(evidence: Evidence) -> list[str]:
 
 def _describe_copies(evidence: Evidence, back: Mask, tried: Mask) -> list[str]:
     """Return whether rows whose text is there several times come back more often."""
-    groups, own = evidence.job.groups, ~evidence.job.held_out
+    groups, own = evidence.job.groups, evidence.job.own
     copied = np.bincount(groups[own], minlength=int(groups.max()) + 1)[groups] > 1
     (some, of_copies), (others, of_others) = (
         (int((back & side).sum()), int((tried & side).sum())) for side in (copied, ~copied)

@@ -17,7 +17,7 @@ from vestige.errors import DataError
 from vestige.measures._attack import Attack, Interval, Rate, attack, blind_attack, share
 from vestige.measures._job import AuditJob, Mask, Numbers
 from vestige.measures._losses import margin
-from vestige.measures._measure import BLIND, TOTAL_LOSS, BankValues, Column, Losses, Measure
+from vestige.measures._measure import BLIND, TOTAL_LOSS, BankValues, Column, Losses, Measure, Stage
 from vestige.measures._usage import infer_usage
 from vestige.runs import JudgementRecord, RateRecord, Span, Truth, UsageRecord
 
@@ -94,16 +94,16 @@ def gather(job: AuditJob) -> Evidence:
     """Measure every example with every model; what is done already is not done again."""
     from vestige.measures._forward import run_passes
 
-    passes = run_passes(job)
+    passes, of_layers, reference = run_passes(job)
     norms = [each.compute(job) for each in job.at("weights")]
     subjects = [
         Measurements(
-            _compute_columns(job, found, passes.reference),
-            {layer: _example_columns(job, values) for layer, values in layers.items()},
+            _compute_columns(job, found, reference),
+            {layer: _take_columns(job, "states", values) for layer, values in layers.items()},
             {layer: _layer_values(values) for layer, values in layers.items()},
             {name: values for each in norms for name, values in each[number].items()},
         )
-        for number, (found, layers) in enumerate(zip(passes.subjects, passes.layers, strict=True))
+        for number, (found, layers) in enumerate(zip(passes, of_layers, strict=True))
     ]
     for each in (one for one in job.at("states") if one.since_first and len(subjects) > 1):
         _add_slopes(each.name, subjects)
@@ -137,22 +137,21 @@ def columns_of(job: AuditJob, measure: Measure, found: Collection[str]) -> list[
 
 def _compute_columns(job: AuditJob, found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Column]:
     """Return the columns of one subject: of its passes, of its losses, and of what it generated."""
-    values = {name: tensor.numpy() for name, tensor in found.items()}
-    total = None if reference is None else reference[TOTAL_LOSS].numpy()
-    losses = Losses(values["loss"], values[TOTAL_LOSS], total, job.data, job.held_out, job.tokenizer, job.settings)
-    columns = {name: values[name] for each in job.at("pass") for name in columns_of(job, each, values)}
+    mean, total = found["loss"].numpy(), found[TOTAL_LOSS].numpy()
+    other = None if reference is None else reference[TOTAL_LOSS].numpy()
+    losses = Losses(mean, total, other, job.data, job.held_out, job.tokenizer, job.settings)
+    columns = _take_columns(job, "pass", found)
     for each in job.at("losses"):
         columns |= each.columns(each.compute(losses))
-    columns |= {name: values[name] for each in job.at("generation") for name in columns_of(job, each, values)}
-    return _finite(columns)
+    return _finite(columns | _take_columns(job, "generation", found))
 
 
 def _finite(columns: Mapping[str, Column]) -> dict[str, Column]:
     return {name: np.where(np.isfinite(column), column, np.nan) for name, column in columns.items()}
 
 
-def _example_columns(job: AuditJob, found: Mapping[str, Any]) -> dict[str, Column]:
-    return {name: found[name].numpy() for each in job.at("states") for name in columns_of(job, each, found)}
+def _take_columns(job: AuditJob, stage: Stage, found: Mapping[str, Any]) -> dict[str, Column]:
+    return {name: found[name].numpy() for each in job.at(stage) for name in columns_of(job, each, found)}
 
 
 def _layer_values(found: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -165,10 +164,9 @@ def bank_positions(job: AuditJob, bank: Bank) -> Numbers:
     Raises:
         DataError: Ids repeat, or none is in the bank.
     """
-    count = int((~job.held_out).sum())
-    ids = [example.id for example in job.data.examples[:count]]
+    ids = [example.id for example in job.data.examples[: job.count]]
     found = find_in_bank(bank, ids, job.own_fingerprint)
-    return np.append(found, np.full(len(job.data) - count, -1))
+    return np.append(found, np.full(len(job.data) - job.count, -1))
 
 
 def find_in_bank(bank: Bank, ids: Sequence[str], fingerprint: str) -> Numbers:
@@ -249,17 +247,16 @@ def _reason(job: AuditJob, measure: Measure) -> str:
 def find_truths(evidence: Evidence) -> list[Known]:
     """Return what is known: members if there are others, flagged examples, those that a bank shows to be memorized."""
     job, settings = evidence.job, evidence.job.settings
-    own = ~job.held_out
     known: list[Known] = []
     if job.held_out.any():
-        known.append(Known("membership", own, ~_find_held_copies(job)))
+        known.append(Known("membership", job.own, ~_find_held_copies(job)))
     elif job.bank is not None and settings.bank_subset is not None:
         positions = bank_positions(job, job.bank)
         trained = job.bank.membership[job.bank.subsets == settings.bank_subset]
         if len(trained):
             known.append(Known("membership", np.where(positions >= 0, trained[0][positions], False), positions >= 0))
     if job.flagged is not None:
-        known.append(Known("flag", job.flagged, own))
+        known.append(Known("flag", job.flagged, job.own))
     ratio = evidence.last.measures.get("lira")
     if ratio is not None and not np.isnan(ratio).all():
         with np.errstate(invalid="ignore"):
@@ -269,8 +266,8 @@ def find_truths(evidence: Evidence) -> list[Known]:
 
 def _find_held_copies(job: AuditJob) -> Mask:
     """Return which held-out texts are in the data too."""
-    own = {text for text, held in zip(job.texts, job.held_out, strict=True) if not held}
-    return np.array([held and text in own for text, held in zip(job.texts, job.held_out, strict=True)])
+    own = set(job.texts[: job.count])
+    return job.held_out & np.array([text in own for text in job.texts])
 
 
 def _judge_once(known: Known, groups: Numbers) -> Known:
@@ -303,15 +300,7 @@ def compare_sets(evidence: Evidence, known: list[Known]) -> tuple[UsageRecord | 
         found = infer_usage(scores[sides[0]], scores[sides[1]], paired=job.pairs is not None, seed=job.settings.seed)
     except DataError as error:
         return None, [f"Usage of the data as a whole cannot be inferred: {error}"]
-    record = UsageRecord(
-        measures=list(columns),
-        effect=span(found.effect),
-        p_value=found.p_value,
-        data=found.data,
-        holdout=found.holdout,
-        paired=found.paired,
-    )
-    return record, []
+    return UsageRecord(**found._asdict() | {"measures": list(columns), "effect": as_span(found.effect)}), []
 
 
 def judge(evidence: Evidence, known: list[Known]) -> tuple[list[JudgementRecord], list[str]]:
@@ -366,7 +355,7 @@ def _judge_rule(measure: Measure, column: Column, truth: Known) -> Mapping[str, 
     known = truth.judged & ~np.isnan(column)
     flagged = sign * column >= sign * rule.threshold
     sides = [known & side for side in (truth.found, ~truth.found)]
-    rates = [span(share(int((flagged & side).sum()), int(side.sum()))) for side in sides]
+    rates = [as_span(share(int((flagged & side).sum()), int(side.sum()))) for side in sides]
     words = f"{measure.name} {'>=' if sign > 0 else '<='} {rule.threshold:g}"
     return {"rule": words, "rule_tpr": rates[0], "rule_fpr": rates[1]}
 
@@ -375,7 +364,7 @@ def _make_record(truth: Known, found: Attack, *, sign: int, **facts: Any) -> Jud
     return JudgementRecord(
         truth=truth.name,
         sign=sign,
-        auc=span(found.auc),
+        auc=as_span(found.auc),
         tpr_at=[_make_rate(level, rate, sign) for level, rate in found.tpr_at.items()],
         fpr_at=[_make_rate(level, rate, sign) for level, rate in found.fpr_at.items()],
         found=found.members,
@@ -388,10 +377,10 @@ def _make_record(truth: Known, found: Attack, *, sign: int, **facts: Any) -> Jud
 def _make_rate(level: float, rate: Rate, sign: int) -> RateRecord:
     """Return a rate; the threshold is one of the measure itself, not of its oriented score."""
     threshold = sign * rate.threshold if math.isfinite(rate.threshold) else None
-    return RateRecord(level=level, rate=span(rate.rate), threshold=threshold, resolved=rate.resolved)
+    return RateRecord(level=level, rate=as_span(rate.rate), threshold=threshold, resolved=rate.resolved)
 
 
-def span(interval: Interval) -> Span:
+def as_span(interval: Interval) -> Span:
     """Convert an interval to JSON, which has no NaN."""
     value, low, high = (float(each) if math.isfinite(each) else None for each in interval)
     return value, low, high

@@ -9,18 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vestige import runs
 from vestige.figures import COLOURS, new_figure, render_figure
 from vestige.measures._measure import BLIND, NOT_DRAWN, Column, all_measures
-from vestige.runs import (
-    CHANCE_BITS,
-    AuditRecord,
-    CanaryRecord,
-    JudgementRecord,
-    agreement,
-    group_of,
-    mean_exposures,
-    roc_curve,
-)
 
 if TYPE_CHECKING:
     from vestige.measures._evidence import Known
@@ -36,7 +27,7 @@ _SPREAD = 0.12
 class Drawn(NamedTuple):
     """What the figures show."""
 
-    run: AuditRecord
+    run: runs.AuditRecord
     measures: Sequence[str]
     values: Callable[..., Column | None]
     """Of a measure, under a `checkpoint` and at a `layer`; those of the model under audit and of the main layer."""
@@ -62,7 +53,7 @@ class Drawn(NamedTuple):
         found = [name for name in shown if any(each is not None and not np.isnan(each).all() for each in columns[name])]
         return [name for name in found if name != "loss" or "answer_loss" not in found][:_MOST_PANELS]
 
-    def curves(self, truth: str) -> list[JudgementRecord]:
+    def curves(self, truth: str) -> list[runs.JudgementRecord]:
         """Return the first curves at the model under audit in their order, not the best: that would be a choice."""
         order = [each.name for each in sorted(all_measures(), key=lambda each: each.curve) if each.curve < NOT_DRAWN]
         chosen = {
@@ -84,7 +75,7 @@ class Drawn(NamedTuple):
     def agreement(self) -> tuple[list[str], np.ndarray]:
         """Return the measures that vary, and their rank correlations."""
         columns = {name: self.values(name) for name in self.measures}
-        return agreement({name: column for name, column in columns.items() if column is not None})
+        return runs.agreement({name: column for name, column in columns.items() if column is not None})
 
 
 def draw_files(drawn: Drawn) -> dict[str, bytes]:
@@ -121,14 +112,14 @@ def draw_files(drawn: Drawn) -> dict[str, bytes]:
         shown = draw_agreement(axes, names, table)
         axes.set_title("Rank correlation of measures under the model", fontsize="medium")
         figure.colorbar(shown, ax=axes, shrink=0.7)
-    if mean_exposures(drawn.run.canaries):
+    if runs.mean_exposures(drawn.run.canaries):
         figures["canaries"] = _draw_canaries(drawn)
     return {name: content for stem, figure in figures.items() for name, content in render_figure(figure, stem).items()}
 
 
 def draw_dynamics(axes: Axes, drawn: Drawn, name: str) -> None:
     """Draw medians of a measure over checkpoints, and quartiles, of the groups that are known."""
-    groups = group_of([(each.name, each.found, each.judged) for each in drawn.known], drawn.own)
+    groups = runs.group_of([(each.name, each.found, each.judged) for each in drawn.known], drawn.own)
     numbers = drawn.checkpoints
     columns = [drawn.values(name, checkpoint=number) for number in numbers]
     for colour, (label, rows) in zip(COLOURS, groups.items(), strict=False):
@@ -149,7 +140,7 @@ def draw_roc(axes: Axes, drawn: Drawn, truth: "Known") -> None:
     for colour, record in zip(COLOURS, drawn.curves(truth.name), strict=False):
         column = drawn.values(record.measure)
         if column is not None:
-            x, y = roc_curve((record.sign * column)[truth.judged], found)
+            x, y = runs.roc_curve((record.sign * column)[truth.judged], found)
             value, low, high = record.auc
             interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
             label = f"{record.measure}, AUC {value:.3f}{interval}"
@@ -160,7 +151,7 @@ def draw_roc(axes: Axes, drawn: Drawn, truth: "Known") -> None:
         axis.set_major_formatter("{x:g}")
 
 
-def blind_area(run: AuditRecord, truth: str) -> JudgementRecord | None:
+def blind_area(run: runs.AuditRecord, truth: str) -> runs.JudgementRecord | None:
     """Return how well the blind baseline finds a truth; None where it cannot be computed."""
     rows = [each for each in run.judgement if each.truth == truth and each.measure == BLIND]
     return next((each for each in rows if each.auc[0] is not None), None)
@@ -225,7 +216,7 @@ def _draw_canaries(drawn: Drawn) -> Figure:
 def draw_exposure_by_copies(axes: Axes, drawn: Drawn) -> None:
     """Draw exposure by number of copies under the model: each secret, and means with 95 % intervals."""
     last = drawn.checkpoints[-1]
-    groups = [each for each in mean_exposures(drawn.run.canaries) if each.checkpoint == last]
+    groups = [each for each in runs.mean_exposures(drawn.run.canaries) if each.checkpoint == last]
     # Side by side in order: there are few numbers, and a logarithmic axis has no 0.
     for number, group in enumerate(groups):
         found = [each for each in drawn.run.canaries if (each.checkpoint, each.copies) == (last, group.copies)]
@@ -243,7 +234,7 @@ def draw_exposure_by_copies(axes: Axes, drawn: Drawn) -> None:
 
 def draw_exposure_over_time(axes: Axes, drawn: Drawn) -> None:
     """Draw mean exposure over checkpoints with 95 % intervals, a line for each number of copies."""
-    groups = mean_exposures(drawn.run.canaries)
+    groups = runs.mean_exposures(drawn.run.canaries)
     for number, copies in enumerate(dict.fromkeys(group.copies for group in groups)):
         line = [group for group in groups if group.copies == copies]
         values = np.array([[group.low, group.mean, group.high] for group in line])
@@ -252,9 +243,9 @@ def draw_exposure_over_time(axes: Axes, drawn: Drawn) -> None:
     _finish_exposure(axes, drawn.run.canaries, drawn.checkpoint_label)
 
 
-def _finish_exposure(axes: Axes, canaries: Sequence[CanaryRecord], label: str) -> None:
+def _finish_exposure(axes: Axes, canaries: Sequence[runs.CanaryRecord], label: str) -> None:
     most = max(each.most for each in canaries)
-    axes.axhline(CHANCE_BITS, color="#777777", linewidth=0.9, linestyle="--", label="never planted, on average")
+    axes.axhline(runs.CHANCE_BITS, color="#777777", linewidth=0.9, linestyle="--", label="never planted, on average")
     axes.axhline(most, color="#BBBBBB", linewidth=0.9, linestyle=":", label="most that can be measured")
     axes.set(xlabel=label, ylabel="exposure, bits", ylim=(-0.04 * most, 1.06 * most))
 

@@ -7,10 +7,10 @@ job, so that every worker, on every machine, has the same rounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches, tokenize
 from vestige.gradients import FittingBatches
-from vestige.indexes import tokens_at_most
 from vestige.jobs import PieceFiles, Tensors, is_worker, step_done
+from vestige.measures._choices import encoding_of
 from vestige.measures._extraction import greedy, predict
 from vestige.measures._job import AuditJob
 from vestige.measures._measure import (
@@ -50,7 +50,7 @@ _NUMBER_BYTES = 4
 
 @torch.no_grad()
 def measure_batch(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"]) -> Tensors:
-    """Compute measures of some examples, float64 [row], and their states at the layers, float32 [row hidden].
+    """Compute measures of some examples, float64 [row], their states at the layers, float32 [row hidden], and `rows`.
 
     Loss summed over target tokens is always among them. NaN where an example has no target, no answer or no choices.
     """
@@ -69,6 +69,7 @@ def measure_batch(model: nn.Module, job: AuditJob, rows: Int[np.ndarray, "row"])
     for each in job.at("generation"):
         found |= each.columns(each.compute(Generation(texts, greedy(model), predict(model), job.settings)))
     found = {name: values.double().cpu() for name, values in found.items()}
+    found["rows"] = torch.from_numpy(rows)
     predicting = torch.from_numpy(_predicting_positions(job, rows))
     for layer in job.layers:
         states = output.hidden_states[layer]
@@ -100,16 +101,11 @@ def score_targets(
 ) -> TokenScores:
     """Score the targets, few of them in float64 at once."""
     wanted = labels != NO_TARGET
-    chosen, targets = logits[wanted], labels[wanted]
-    filled = [torch.zeros(labels.shape, dtype=torch.float64, device=labels.device) for _ in range(3)]
     step = max(1, _CHUNK_NUMBERS // logits.shape[-1])
-    parts = [
-        token_scores(chosen[None, begin : begin + step], targets[None, begin : begin + step])[:3]
-        for begin in range(0, len(targets), step)
-    ]
-    if parts:
-        for values, found in zip(filled, zip(*parts, strict=True), strict=True):
-            values[wanted] = torch.cat(found, dim=1)[0]
+    chunks = zip(logits[wanted].split(step), labels[wanted].split(step), strict=True)
+    parts = [torch.cat(token_scores(values[None], targets[None])[:3]) for values, targets in chunks]
+    filled = torch.zeros((3, *labels.shape), dtype=torch.float64, device=labels.device)
+    filled[:, wanted] = torch.cat(parts, dim=1)
     log_probability, standardised, gap = filled
     return TokenScores(log_probability, standardised, gap, wanted)
 
@@ -134,23 +130,17 @@ def _predicting_positions(job: AuditJob, rows: Int[np.ndarray, "row"]) -> Int[np
     return np.where(known, job.choices.position[rows], np.where(first > 0, first, ends)) - 1
 
 
-def join(parts: Iterable[Tensors]) -> Tensors:
+def join(parts: Sequence[Tensors]) -> Tensors:
     """Join the tensors of several batches into those of one."""
-    listed = list(parts)
-    return {name: torch.cat([part[name] for part in listed]) for name in listed[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class Passes(NamedTuple):
-    """What the passes found of every example, in the rows' order."""
-
-    subjects: list[Tensors]
-    reference: Tensors | None
-    layers: list[dict[int, Tensors]]
-    """Measures of hidden states, by subject and layer."""
-
-
-def run_passes(job: AuditJob) -> Passes:
+def run_passes(job: AuditJob) -> tuple[list[Tensors], list[dict[int, Tensors]], Tensors | None]:
     """Measure every example under every subject, and the reference model; what is done already is not done again.
+
+    Returns:
+        Measures of every subject; those of its hidden states, by layer; and those of the reference model. All are in
+        the order of the rows.
 
     Raises:
         DiskSpaceError: Hidden states of a round do not fit on the disk.
@@ -178,7 +168,8 @@ def run_passes(job: AuditJob) -> Passes:
         layers += each.measure_layers() if job.layers else [{} for _ in each.subjects]
         for number in each.subjects:
             each.state_files(number).remove()
-    return Passes(subjects, subjects.pop() if job.needs("reference model") else None, layers)
+    reference = subjects.pop() if job.needs("reference model") else None
+    return subjects, layers, reference
 
 
 @dataclass(frozen=True)
@@ -261,13 +252,9 @@ class _Round:
     def _measure(self, turn: int, place: int) -> Tensors:
         """Measure one piece of one subject, and write its states."""
         model = self.job.models.of(self.job.subjects[turn].source).model
-        fitting, parts = FittingBatches(self.job.data.lengths), []
-
-        def measure(part: np.ndarray) -> Tensors:
-            return {"rows": torch.from_numpy(part), **measure_batch(model, self.job, part)}
-
+        fitting, parts = FittingBatches(self.job.data.lengths), list[Tensors]()
         for rows in self.groups[place]:
-            parts += fitting.run(rows, measure)
+            parts += fitting.run(rows, lambda part: measure_batch(model, self.job, part))
             step_done(len(rows))
         found = join(parts)
         states = {name: found.pop(name) for name in [*found] if name.startswith("states_")}
@@ -301,14 +288,8 @@ class _Round:
         """Return the examples as the reference model's own tokenizer cuts them."""
         job = self.job
         loaded = job.models.of(job.settings.reference_model)
-        return tokenize(
-            job.data.examples,
-            loaded.tokenizer or job.tokenizer,
-            max_length=tokens_at_most(job.settings, loaded),
-            name="reference",
-            chat=bool(job.settings.chat),
-            vocabulary=loaded.vocabulary,
-        )
+        tokenizer = loaded.tokenizer or job.tokenizer
+        return tokenize(job.data.examples, tokenizer, name="reference", **encoding_of(job.settings, loaded))
 
     def _compare(self, data: TokenizedData, rows: np.ndarray) -> Tensors:
         """Return the losses of some examples under the reference model; NaN for one that either model saw partly."""

@@ -26,7 +26,7 @@ from vestige.data import (
 )
 from vestige.errors import DataError, ModelError, SpecError
 from vestige.lazy import torch
-from vestige.measures._choices import Choices, find_choices
+from vestige.measures._choices import Choices, encoding_of, find_choices
 from vestige.measures._measure import Measure, Need, Stage, choose_measures
 from vestige.parsing import parse_json
 from vestige.progress import announce
@@ -98,7 +98,9 @@ class AuditJob:
         own = indexes.read_data(settings, settings.data, loaded)
         self.own_fingerprint = own.fingerprint  # a bank of the data without the holdout is recognised by it
         self.data = _add_holdout(own, settings, loaded)
-        self.held_out: Mask = np.arange(len(self.data)) >= len(own)
+        self.count = len(own)
+        self.held_out: Mask = np.arange(len(self.data)) >= self.count
+        self.own: Mask = ~self.held_out
         self.texts = [example.display for example in self.data.examples]
         self.answers = find_answers(self.data, getattr(self.tokenizer, "eos_token_id", None))
         self.choices = find_choices(self.data, settings, loaded)
@@ -119,9 +121,8 @@ class AuditJob:
     @cached_property
     def flagged(self) -> Mask | None:
         """The examples that `--flag` marks; None without it."""
-        return (
-            None if self.settings.flag is None else _find_marks(self.data.examples, self.settings.flag, self.held_out)
-        )
+        flag = self.settings.flag
+        return None if flag is None else _find_marks(self.data.examples, flag, self.count)
 
     @cached_property
     def groups(self) -> Numbers:
@@ -244,14 +245,7 @@ def _add_holdout(data: TokenizedData, settings: AuditSettings, loaded: models.Lo
         return data
     given = load_queries(settings.holdout, may_be_prompts=False, focus="keep", on_bad_text=settings.on_bad_text)
     questions = ask(given, data.examples, chat=settings.chat, tokenizer=loaded.tokenizer, name="Prompts of --holdout")
-    held = tokenize(
-        questions.queries,
-        loaded.tokenizer,
-        max_length=indexes.tokens_at_most(settings, loaded),
-        name="holdout",
-        chat=bool(settings.chat),
-        vocabulary=loaded.vocabulary,
-    )
+    held = tokenize(questions.queries, loaded.tokenizer, name="holdout", **encoding_of(settings, loaded))
     return TokenizedData(
         [*data.examples, *held.examples],
         [*data.input_ids, *held.input_ids],
@@ -284,17 +278,19 @@ def _find_pairs(data: TokenizedData, field: str, held_out: Mask) -> Int[np.ndarr
     return np.array(pairs, dtype=np.int64)
 
 
-def _find_marks(examples: Sequence[Example], flag: str, held_out: Mask) -> Mask:
+def _find_marks(examples: Sequence[Example], flag: str, count: int) -> Mask:
     """Return where a column is true, or equal to the value that is requested; or the rows that a file lists.
+
+    The first `count` examples are the data's.
 
     Raises:
         DataError: No example of the data has the column or the value, or the file names other rows.
     """
-    own = [example for example, held in zip(examples, held_out, strict=True) if not held]
+    own = examples[:count]
     if Path(flag).expanduser().is_file():
         names = [entry.name for entry in read_row_list(flag)]
         named = rows_named(names, [example.id for example in own], place=flag, data="the data")
-        return np.isin(np.arange(len(examples)), np.flatnonzero(~held_out)[list(named.values())])
+        return np.isin(np.arange(len(examples)), list(named.values()))
     name, equals, value = (part.strip() for part in flag.partition("="))
     cells = [_cell(example, name) for example in examples]
     held_cells = {str(cell) for cell in (_cell(example, name) for example in own) if cell is not None}
@@ -304,7 +300,7 @@ def _find_marks(examples: Sequence[Example], flag: str, held_out: Mask) -> Mask:
     if not equals:  # a column of nothing but false says that nothing is to be found, which the run notes
         return np.array([str(cell).lower() not in ("none", "", "0", "0.0", "false", "no") for cell in cells])
     found = np.array([cell is not None and str(cell) == value for cell in cells])
-    if not found[~held_out].any():
+    if not found[:count].any():
         raise DataError(
             f"--flag {flag} marks no example of the data. Column {name!r} holds "
             f"{shorten(', '.join(sorted(held_cells)), 200)}. Type --flag COLUMN=VALUE, or leave it out."

@@ -116,8 +116,7 @@ def token_scores(
     spread = (weights * (finite - mean[..., None]).square()).sum(-1).sqrt()
     # Where all tokens are equally likely nothing sets the target apart.
     standard = torch.where(spread > 1e-12, (target - mean) / spread.clamp(min=1e-12), 0.0)
-    nothing = torch.zeros_like(target)
-    target, standard, gap = (torch.where(wanted, values, nothing) for values in (target, standard, gap))
+    target, standard, gap = (torch.where(wanted, values, 0.0) for values in (target, standard, gap))
     return TokenScores(target, standard, gap, wanted)
 
 
@@ -352,17 +351,16 @@ def choose_measures(settings: AuditSettings) -> tuple[Measure, ...]:
     """
     for name in settings.measures:
         require_name("vestige.measures", "measure", name, ("default", "all"))
-    every, found = all_measures(), []
-    for each in every:
-        named = each.name in settings.measures
+    found = []
+    for each in all_measures():
         needs = [_GIVEN[need] for need in each.needs if need in _GIVEN]
         lacking = [words for field, words in needs if getattr(settings, field) is None]
+        named = each.name in settings.measures
         if named and lacking:
             raise SpecError(f"{each.name} {lacking[0]}")
-        chosen = named or "all" in settings.measures or ("default" in settings.measures and each.by_default)
-        if each.name == "loss" or (each.name == "token_gap" and settings.bank is not None):
-            chosen = True
-        if chosen and not lacking:
+        always = each.name == "loss" or (each.name == "token_gap" and settings.bank is not None)
+        by_default = "all" in settings.measures or ("default" in settings.measures and each.by_default)
+        if (named or always or by_default) and not lacking:
             found.append(each)
     if settings.choose_layer == "smi" and not any("classes" in each.needs for each in found):
         raise SpecError("--choose-layer smi is for psmi and mahalanobis: add psmi to --measures.")

@@ -51,21 +51,17 @@ def measure_memorized(
         return []
     rows = np.array(sorted({row for row, _, _ in places}), dtype=np.int64)
     losses = dict(zip(rows.tolist(), compute_losses(model, data, "mean", token_budget, rows), strict=True))
-    margins = None if bank is None else _compare(Bank.open(bank), data)
+    margins = np.full(len(data), np.nan) if bank is None else _compare(Bank.open(bank), data)
     found, generate = list[dict[str, float | None]](), greedy(model)
     with progress(len(places), "Memorized", unit="rows") as bar:
         for row, position, tokens in places:
             given, wanted = min(position, TOKENS), min(tokens, TOKENS)
             text = data.input_ids[row][position - given : position + wanted]
-            value = None
+            value = np.nan
             if given:
                 value = extraction([text], generate, prefixes=(given,), continuation=wanted).similarity[0, 0]
-            values = {
-                "extraction": value,
-                "loss": losses[row],
-                "counterfactual": None if margins is None else margins[row],
-            }
-            found.append({name: None if one is None or np.isnan(one) else float(one) for name, one in values.items()})
+            values = {"extraction": value, "loss": losses[row], "counterfactual": margins[row]}
+            found.append({name: None if np.isnan(one) else float(one) for name, one in values.items()})
             bar.advance()
     return found
 

@@ -21,24 +21,9 @@ FORMAT = 2
 """Raised when a piece of the same settings changes its meaning."""
 _OF_THE_OUTPUT = frozenset(
     [
-        "out",
-        "overwrite",
-        "bank",
-        "bank_subset",
-        "bank_value",
-        "flag",
-        "memorized_at",
-        "choose_layer",
-        "measures",
-        "canaries",
-        "canary_references",
-        "pair_field",
-        "against",
-        "against_scores",
-        "against_span",
-        "against_near",
-        "tries",
-        "chance",
+        *("out", "overwrite", "measures", "choose_layer", "flag", "pair_field", "tries", "chance"),
+        *("bank", "bank_subset", "bank_value", "memorized_at", "canaries", "canary_references"),
+        *("against", "against_scores", "against_span", "against_near"),
     ]
 )
 """Settings that decide no pass through a model."""

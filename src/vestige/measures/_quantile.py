@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from vestige.errors import DataError, SpecError
-from vestige.measures import Losses, Rule, measure
+from vestige.measures._measure import Column, Losses, Rule, measure
 
-Column = Float[np.ndarray, "example"]
 Features = Float[np.ndarray, "example feature"]
 
 LEVEL = 0.95

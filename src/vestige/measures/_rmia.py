@@ -5,16 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from vestige.errors import DataError, SpecError
-from vestige.measures import BankValues, Losses, measure
-
-Column = Float[np.ndarray, "example"]
-Values = Float[np.ndarray, "member example"]
-Membership = Bool[np.ndarray, "member example"]
-Members = Bool[np.ndarray, "member"]
-Mask = Bool[np.ndarray, "example"]
+from vestige.measures._attack import Mask
+from vestige.measures._bank_measures import Members, Membership, Values
+from vestige.measures._measure import BankValues, Column, Losses, measure
 
 
 def rmia(

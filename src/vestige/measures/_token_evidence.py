@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,33 +20,28 @@ SHOWN = 25
 """Examples: as many as a list of the page has."""
 
 
-class TokenEvidence(NamedTuple):
-    """The tokens of some examples, and what they were compared with."""
-
-    table: pa.Table
-    """Row, position, token, whether it is a target, log-probability (nats), the same standardised over the vocabulary,
-    and the log-probability under the other weights."""
-    against: str | None
-    """The first checkpoint, or the reference model if it has the same tokens; None without either."""
+TokenEvidence = tuple[pa.Table | None, str | None]
+"""Row, position and token, its log-probability (nats), the same standardised over the vocabulary, and the one under
+other weights; and the name of these: the first checkpoint, or the reference model if it has the same tokens."""
 
 
-def measure_tokens(evidence: Evidence) -> TokenEvidence | None:
-    """Measure each token of the examples that lead the list of the strongest evidence; None without a tokenizer."""
+def measure_tokens(evidence: Evidence) -> TokenEvidence:
+    """Measure each token of the examples that lead the list of the strongest evidence; none without a tokenizer."""
     job = evidence.job
     rows = _choose_rows(evidence)
     if job.tokenizer is None or not len(rows):
-        return None
+        return None, None
     source, name = _find_other(job)
     # No pieces: a process that loads the model for these few examples would take longer than they do.
     found = _score_rows(job, job.main.source, rows)
     if source is not None:
         found["against"] = _score_rows(job, source, rows)["log_probability"]
-    return TokenEvidence(_make_table(job, rows, {key: each.numpy() for key, each in found.items()}), name)
+    return _make_table(job, rows, {key: each.numpy() for key, each in found.items()}), name
 
 
 def _choose_rows(evidence: Evidence) -> Int[np.ndarray, "row"]:
     """Return the rows that `Audit.top` will list, without a measure named."""
-    own, measures = ~evidence.job.held_out, {each.name: each for each in evidence.job.measures if each.of == "example"}
+    own, measures = evidence.job.own, {each.name: each for each in evidence.job.measures if each.of == "example"}
     for name in (*(name for name in PREFERRED if name in measures), *measures):
         column = evidence.values(name)
         if column is not None and not np.isnan(column).all():
@@ -80,30 +75,24 @@ def _score_rows(job: AuditJob, source: Any, rows: Int[np.ndarray, "row"]) -> dic
         batch = make_batch(job.data, rows[chosen]).to(next(model.parameters()).device)
         output: Any = model(input_ids=batch.input_ids, use_cache=False)
         scores = score_targets(output.logits[:, :-1], batch.labels[:, 1:])
-        for name, values in (("log_probability", scores.log_probability), ("z", scores.standardised)):
+        for values, whole in zip(scores[:2], found.values(), strict=True):
             known = torch.where(scores.wanted, values, torch.nan).cpu()
-            found[name][torch.from_numpy(chosen), 1 : known.shape[1] + 1] = known
+            whole[torch.from_numpy(chosen), 1 : known.shape[1] + 1] = known
     return found
 
 
 def _make_table(job: AuditJob, rows: Int[np.ndarray, "row"], found: dict[str, np.ndarray]) -> pa.Table:
-    parts = []
-    for place, row in enumerate(rows):
-        ids = job.data.input_ids[row]
-        count = len(ids)
-        columns = {name: each[place, :count] for name, each in found.items()}
-        parts.append(
-            pa.table(
-                {
-                    "row": pa.array([int(row)] * count, pa.int64()),
-                    "position": pa.array(range(count), pa.int64()),
-                    "token": pa.array(token_texts(ids, job.tokenizer), pa.string()),
-                    "log_probability": pa.array(columns["log_probability"], pa.float64(), from_pandas=True),
-                    "standardised": pa.array(columns["z"], pa.float64(), from_pandas=True),
-                    "against": pa.array(columns["against"], pa.float64(), from_pandas=True)
-                    if "against" in columns
-                    else pa.nulls(count, pa.float64()),
-                }
-            )
-        )
-    return pa.concat_tables(parts)
+    texts = [job.data.input_ids[row] for row in rows]
+    lengths = list(map(len, texts))
+    inside = np.arange(found["z"].shape[1]) < np.array(lengths)[:, None]
+    columns = {name: pa.array(values[inside], from_pandas=True) for name, values in found.items()}
+    return pa.table(
+        {
+            "row": np.repeat(rows, lengths),
+            "position": np.concatenate([np.arange(length) for length in lengths]),
+            "token": pa.array([token for ids in texts for token in token_texts(ids, job.tokenizer)], pa.string()),
+            "log_probability": columns["log_probability"],
+            "standardised": columns["z"],
+            "against": columns.get("against", pa.nulls(sum(lengths), pa.float64())),
+        }
+    )

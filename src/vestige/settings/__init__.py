@@ -46,7 +46,6 @@ if TYPE_CHECKING:
         TailPatchSettings as TailPatchSettings,
         TruthValue as TruthValue,
     )
-    from vestige.settings._fix import FixSettings as FixSettings
     from vestige.settings._results import (
         CancelSettings as CancelSettings,
         CompletionSettings as CompletionSettings,
@@ -86,6 +85,7 @@ if TYPE_CHECKING:
     )
     from vestige.settings._train import (
         BankSettings as BankSettings,
+        FixSettings as FixSettings,
         TrainSettings as TrainSettings,
         list_epochs as list_epochs,
     )

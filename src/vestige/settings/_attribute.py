@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from vestige.errors import SpecError
-from vestige.settings._base import Basic, Common, Input, Named, OnlyWith, flag
+from vestige.settings._base import Basic, Common, Input, Named, OnlyWith
 from vestige.settings._shared import (
     BankFolder,
     CompressionSettings,
@@ -162,25 +162,16 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
     positional: ClassVar[tuple[str, ...]] = ("queries",)
     runs_sharded: ClassVar[bool] = True
     only_with: ClassVar[OnlyWith] = {
-        **LaunchSettings.only_with,
         "where": ("data", ()),
         "checkpoint_weights": ("checkpoints", ()),
         "rerank_method": ("rerank", ()),
-        "verbatim_tokens": ("verbatim", (True,)),
+        "verbatim_tokens": ("verbatim", ()),
     }
     added: ClassVar[tuple[str, ...]] = (
         *QuestionSettings.added,
         *("weigh_by", "rerank", "rerank_method", "bank", "verbatim", "verbatim_tokens"),
     )
-    repeatable: ClassVar[tuple[str, ...]] = (
-        "queries",
-        "options",
-        "index",
-        "training",
-        "checkpoints",
-        "checkpoint_weights",
-        "damping",
-    )
+    repeatable: ClassVar[tuple[str, ...]] = ("queries", "options", "index", "training", "checkpoints", "damping")
     index: IndexFolder[Any] = Field(None, description="Folder of an index made by `vestige index`.")
     model: ModelName = Field(None, description="Without an index: the model, as for `vestige index`.")
     data: DataName = Field(None, description="Without an index: the training data, streamed once and not stored.")
@@ -274,13 +265,11 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
 
     def _check_ladder(self) -> None:
         """Raise where the rungs of a ladder cannot do what was requested."""
-        fields = type(self).model_fields
-        given = [name for name in _NOT_ON_A_LADDER if getattr(self, name) != fields[name].default]
+        given = self.flags_given(*_NOT_ON_A_LADDER)
         if given or self.swept:
-            words = ", ".join(map(flag, given)) or "several --damping"
             raise SpecError(
-                f"--rerank scores in this process, with one damping: drop {words}. An index may be made with --workers "
-                "before."
+                f"--rerank scores in this process, with one damping: drop {given or 'several --damping'}. An index may "
+                "be made with --workers before."
             )
 
     @model_validator(mode="after")
@@ -290,12 +279,8 @@ class AttributeSettings(QuestionSettings, LaunchSettings):
         elif self.bank is not None and not self.verbatim:
             raise SpecError("--bank has no effect without --rerank or --verbatim. Give one of them, or leave it out.")
         if self.training is not None and self.rerank is None:
-            fields = type(self).model_fields
-            given = [flag(name) for name in _OF_A_TRAINING if getattr(self, name) != fields[name].default]
-            if given:
-                raise SpecError(
-                    f"--training brings its model, its data and all trained parameters: drop {', '.join(given)}."
-                )
+            if given := self.flags_given(*_OF_A_TRAINING):
+                raise SpecError(f"--training brings its model, its data and all trained parameters: drop {given}.")
         elif self.index is None:
             # Whether a model is needed depends on the method: lexical ones read text alone.
             if self.data is None:

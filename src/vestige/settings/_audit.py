@@ -14,33 +14,25 @@ from vestige.settings._shared import (
     ModelName,
     Patterns,
     QuestionSettings,
-    list_words,
+    one_or_several,
 )
 
 BankValue = Literal["margin", "gap", "loss"]
 LayerChoice = Literal["last", "smi"]
 
 
-def _whole_numbers(value: Any) -> Any:
-    return (value,) if isinstance(value, str | int) else value
-
-
-WholeNumbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_whole_numbers)]
+WholeNumbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(one_or_several)]
 
 
 class AuditSettings(QuestionSettings, LaunchSettings):
     """What `vestige audit` takes."""
 
-    repeatable: ClassVar[tuple[str, ...]] = ("checkpoints", "prefixes")
+    repeatable: ClassVar[tuple[str, ...]] = ("checkpoints",)
     only_with: ClassVar[OnlyWith] = {
-        **LaunchSettings.only_with,
         "canary_references": ("canaries", ()),
-        "bank_value": ("bank", ()),
-        "memorized_at": ("bank", ()),
+        **dict.fromkeys(("bank_value", "memorized_at"), ("bank", ())),
         "pair_field": ("holdout", ()),
-        "against_scores": ("against", ()),
-        "against_span": ("against", ()),
-        "against_near": ("against", ()),
+        **dict.fromkeys(("against_scores", "against_span", "against_near"), ("against", ())),
     }
     model: ModelName = Field(
         description="The model under audit: hub id, local folder, GGUF folder or PEFT adapter folder."
@@ -51,7 +43,7 @@ class AuditSettings(QuestionSettings, LaunchSettings):
         None,
         description="Earlier states of the model, in the order of training: folders, or the folder of a Trainer's run.",
     )
-    measures: Annotated[Patterns, Basic(), Named("vestige.measures", "measure", list_words, ("default", "all"))] = (
+    measures: Annotated[Patterns, Basic(), Named("vestige.measures", "measure", one_or_several, ("default", "all"))] = (
         Field(
             ("default",),
             description="What to measure: default, all, or names from `vestige measures`, such as loss psmi "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -51,6 +52,14 @@ def parse_bytes(text: str) -> int:
         raise SpecError(f"{text[:30]!r} is larger than any disk. Expected a size such as 20GB, 500MB or 1.5TB.")
     return int(size)
 
+
+def _require_size(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_require_size)]
+"""A number of bytes as `parse_bytes` reads it."""
 
 _SINGULAR = {"options": "option"}
 
@@ -111,7 +120,7 @@ class Settings(BaseModel):
     positional: ClassVar[tuple[str, ...]] = ()
     """Settings that the command line also takes without their flag."""
     repeatable: ClassVar[tuple[str, ...]] = ()
-    """Settings of any type that the command line takes several of, as a list."""
+    """Settings that the command line takes several of, as a list, beside those of a tuple."""
     files: ClassVar[tuple[str, ...]] = ()
     """Settings of which the command line takes several words, as names of files; in Python these are `Path`s, for a
     list of strings is a list of texts there."""
@@ -122,7 +131,8 @@ class Settings(BaseModel):
     """Settings that name a folder which may lie in `out`, because it is kept there."""
 
     only_with: ClassVar[OnlyWith] = {}
-    """Settings that have an effect only where another has one of these values; without values, where it is given."""
+    """Settings that have an effect only where another has one of these values; without values, where it is given.
+    Those of every base class hold too."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings as keyword arguments of the command's Python function."""
@@ -159,7 +169,8 @@ class Settings(BaseModel):
     def _nothing_is_empty(cls, values: Any) -> Any:
         """Refuse an empty text: as a path it would be the folder that the command is typed in."""
         for name, value in values.items() if isinstance(values, Mapping) else ():
-            if name in cls.model_fields and any(_is_empty(one) for one in (value if type(value) is list else [value])):
+            texts = [one for one in (value if type(value) is list else [value]) if isinstance(one, str)]
+            if name in cls.model_fields and not all(map(str.strip, texts)):
                 raise SpecError(f"{flag(name)} is empty. Give it a value, or leave it out.")
         return values
 
@@ -189,15 +200,17 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _nothing_is_without_effect(self) -> Self:
-        for name, (other, values) in self.only_with.items():
-            needed = values or (self._default(other),)
-            if getattr(self, name) != self._default(name) and (getattr(self, other) in needed) != bool(values):
+        pairs = [pair for owner in type(self).__mro__ for pair in vars(owner).get("only_with", {}).items()]
+        for name, (other, values) in pairs:
+            if self.flags_given(name) and not (getattr(self, other) in values if values else self.flags_given(other)):
                 words = f"{flag(other)} {' or '.join(map(str, values))}".strip()
                 raise SpecError(f"{flag(name)} has no effect without {words}. Give both, or leave it out.")
         return self
 
-    def _default(self, name: str) -> Any:
-        return type(self).model_fields[name].default
+    def flags_given(self, *names: str) -> str:
+        """Return the flags of those of the settings that are not at their default, with commas."""
+        fields = type(self).model_fields
+        return ", ".join(flag(name) for name in names if getattr(self, name) != fields[name].default)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -209,10 +222,6 @@ class Settings(BaseModel):
             for problem in error.errors(include_url=False):
                 problems.setdefault(problem["loc"][:1], []).append(problem)
             raise SpecError("\n".join(_explain(cls, same) for same in problems.values())) from None
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
 
 
 def _words_of(name: str, value: str) -> list[str]:

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from vestige.errors import SpecError
-from vestige.settings._base import Basic, Common, Input, Named, OnlyWith, parse_bytes
+from vestige.settings._base import Basic, Common, Input, Named, OnlyWith, Size, parse_bytes
 from vestige.settings._shared import (
     BankFolder,
     DataName,
@@ -29,7 +29,7 @@ from vestige.settings._shared import (
     ReadingSettings,
     RowLists,
     TrackingSettings,
-    list_words,
+    one_or_several,
 )
 
 TruthValue = Literal["loss", "margin"]
@@ -65,7 +65,7 @@ class ScoredSettings(TrackingSettings, QuestionSettings):
     run: Annotated[Patterns, Basic(), Input("vestige.runs:require_run")] = Field(
         (), description="Run directories that `vestige attribute` left; may be repeated."
     )
-    methods: Annotated[Words, Basic(), Named("vestige.methods", "method", list_words)] = Field(
+    methods: Annotated[Words, Basic(), Named("vestige.methods", "method", one_or_several)] = Field(
         (), description="Methods to run now, such as influence,grad-dot; their runs stay in OUT/runs."
     )
     index: IndexFolder[Any] = Field(
@@ -222,8 +222,6 @@ class SketchSettings(TrackingSettings, ReadingSettings):
     there.
     """
 
-    repeatable: ClassVar[tuple[str, ...]] = ("compress", "index")
-
     model: ModelName = Field(
         None,
         description="The model: hub id, local folder, GGUF folder or PEFT adapter folder. Not given: several --index "
@@ -249,7 +247,7 @@ class SketchSettings(TrackingSettings, ReadingSettings):
     num_ref: PositiveInt = Field(50, description="The first N examples, which are compared with all others.")
     samples: PositiveInt = Field(256, description="The first N examples of the data take part.")
     index: Patterns = Field((), description="Folders of finished indexes of this model and data, measured too.")
-    memory: str | None = Field(
+    memory: Size | None = Field(
         None, description="Most memory for exact gradients, such as 4GB. Not given: half of what is free."
     )
 
@@ -259,13 +257,6 @@ class SketchSettings(TrackingSettings, ReadingSettings):
         if not _REFERENCE.fullmatch(reference):
             raise ValueError("full_layers, full, rank=K or naive_proj_layers=K, K being a size such as 1024")
         return reference
-
-    @field_validator("memory")
-    @classmethod
-    def _memory_is_a_size(cls, memory: str | None) -> str | None:
-        if memory is not None:
-            parse_bytes(memory)
-        return memory
 
     @field_validator("sizes")
     @classmethod
@@ -350,7 +341,6 @@ class ComponentsSettings(TrackingSettings, QuestionSettings, LaunchSettings):
     draws: PositiveInt = Field(1000, description="Bootstrap draws behind each interval.")
     seed: int = Field(0, description="Seed of projections, folds and bootstrap.")
 
-    repeatable: ClassVar[tuple[str, ...]] = ("project", "candidates")
     added: ClassVar[tuple[str, ...]] = (*QuestionSettings.added, "query_column", "limit_queries")
 
     @field_validator("candidates")

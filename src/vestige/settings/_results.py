@@ -155,8 +155,11 @@ def _budget(value: Any) -> str:
 class SelectSettings(Settings):
     """What `vestige select` takes."""
 
-    never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
-    only_with: ClassVar[OnlyWith] = {"temperature": ("strategy", ("gumbel",))}
+    only_with: ClassVar[OnlyWith] = {
+        "temperature": ("strategy", ("gumbel",)),
+        "targets": ("strategy", ("per-target",)),
+        "pool": ("strategy", ("diverse",)),
+    }
 
     budget: Annotated[Any, BeforeValidator(_budget)] = Field(
         description="How much to choose: a share such as 5%, a number of examples, or '20000 tokens'."
@@ -226,10 +229,6 @@ class SelectSettings(Settings):
         if self.index is None and (self.strategy == "diverse" or self.duplicates is not None):
             what = "--strategy diverse" if self.strategy == "diverse" else "--duplicates"
             raise SpecError(f"{what} compares gradients. Give --index IDX, made by `vestige index` of the same data.")
-        if self.targets is not None and self.strategy != "per-target":
-            raise SpecError(f"--targets is for --strategy per-target; {self.strategy} has no targets.")
-        if self.pool is not None and self.strategy != "diverse":
-            raise SpecError(f"--pool is for --strategy diverse; {self.strategy} needs none.")
         return self
 
 

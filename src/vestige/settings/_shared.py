@@ -29,11 +29,17 @@ from vestige.settings._base import (
     OnBadText,
     OnlyWith,
     Settings,
+    Size,
     Value,
-    flag,
     parse_bytes,
 )
 from vestige.storage import local_result
+
+
+def one_or_several(value: Any) -> Any:
+    """Return one word, path or number as a tuple of it."""
+    return (value,) if isinstance(value, str | Path | int | float) else value
+
 
 ModelName = Annotated[Any, Basic(), Input("vestige.models:require_model")]
 """A hub id, a folder or a file of a model; in Python also a live module."""
@@ -51,7 +57,7 @@ RunFolder = Annotated[Value, BeforeValidator(local_result), Basic(), Input("vest
 BankFolder = Annotated[Value, Basic(), Input("vestige.banks:require_bank")]
 TrainingFolder = Annotated[Value, Input("vestige.training:require_training")]
 """The folder that `vestige train` left."""
-Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(one_or_several)]
 RowLists = Annotated[Paths, Input("vestige.data:require_row_list")]
 """Files that name rows."""
 
@@ -59,11 +65,6 @@ RowLists = Annotated[Paths, Input("vestige.data:require_row_list")]
 def _names_of_compressors(spec: Any) -> list[str]:
     """Return the names in a spec that are in the language of today; older spellings are left to its parser."""
     return re.findall(r"(?:^|\|)\s*([a-z]+)\s*:", str(spec))
-
-
-def list_words(value: Any) -> list[str]:
-    """Return the words of a setting that holds one or several."""
-    return [value] if isinstance(value, str) else list(value)
 
 
 _SLURM = ("partition", "account", "gres", "time", "mem", "setup", "container", "wait")
@@ -78,8 +79,6 @@ class LaunchSettings(Settings):
         **dict.fromkeys(_SLURM, ("engine", ("slurm",))),
         **dict.fromkeys(_RAY, ("engine", ("ray",))),
     }
-    never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
-    """Settings that only the process that was started by hand obeys: a worker must not delete what others made."""
 
     workers: Common[PositiveInt] = Field(
         default=1, description="Processes that share the work, each with a model of its own; 1 works in this process."
@@ -169,12 +168,8 @@ SHARED_COMPRESSION = "tensorsketch:4096 | sjlt:4096"
 """What the whole model is compressed with where nothing else is requested."""
 
 
-def _one_or_several(value: Any) -> Any:
-    return (value,) if isinstance(value, str | int | float) else value
-
-
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_one_or_several)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(one_or_several)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(one_or_several)]
 
 
 def _parse_named_values(value: Any) -> Any:
@@ -309,7 +304,7 @@ class CompressionSettings(Settings):
         description="Keep a compressed gradient of each component, or their sum: one of the whole model, which needs a "
         "last stage that components can share, such as sjlt:4096.",
     )
-    disk: str | None = Field(None, description="Disk budget for --compress auto, such as 20GB.")
+    disk: Size | None = Field(None, description="Disk budget for --compress auto, such as 20GB.")
     dtype: StoredType = Field("float16", description="Number format of the compressed gradients on disk.")
     seed: int = Field(0, description="Seed of every random choice.")
 
@@ -320,13 +315,6 @@ class CompressionSettings(Settings):
             return {"compress": SHARED_COMPRESSION, **given}
         return given
 
-    @field_validator("disk")
-    @classmethod
-    def _disk_is_a_size(cls, disk: str | None) -> str | None:
-        if disk is not None:
-            parse_bytes(disk)
-        return disk
-
     @property
     def disk_bytes(self) -> int | None:
         """The disk budget in bytes."""
@@ -334,19 +322,14 @@ class CompressionSettings(Settings):
 
 
 Schedule = Literal["linear", "cosine", "constant"]
-Optimizer = Literal["adamw", "adam", "sgd"]
 TrainedOn = Literal["completion", "answer"]
-DropBy = Literal["row", "weight"]
-
-_DEFAULT_EPOCHS = 3
-_OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets")
 
 
 class TrackingSettings(Settings):
     """Where a training or an evaluation is reported to."""
 
     report_to: Annotated[
-        Patterns, Named("vestige.trackers", "tracker", list_words), Input("vestige.training:require_tracker")
+        Patterns, Named("vestige.trackers", "tracker", one_or_several), Input("vestige.training:require_tracker")
     ] = Field(
         (),
         description="Report what goes on to wandb, tensorboard, trackio, or several of them; pip install "
@@ -372,7 +355,7 @@ class LearningSettings(TrackingSettings):
     learning_rate: Common[PositiveFloat] = Field(5e-5, description="Learning rate at its highest.")
     batch_size: Common[PositiveInt] = Field(8, description="Examples in each forward pass of training.")
     accumulation: PositiveInt = Field(1, description="Forward passes in each step of the optimizer.")
-    optimizer: Optimizer = Field("adamw", description="adamw, adam or sgd.")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="adamw, adam or sgd.")
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of sgd.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay: decoupled for adamw, L2 for the others.")
     schedule: Schedule = Field("linear", description="How the learning rate falls to zero, or constant.")
@@ -389,10 +372,8 @@ class LearningSettings(TrackingSettings):
             raise SpecError(f"--momentum is for --optimizer sgd; {self.optimizer} has its own.")
         if self.from_scratch and self.lora_rank is not None:
             raise SpecError("--lora-rank adapts trained weights; with --from-scratch there are none.")
-        given = [name for name in _OF_LORA if getattr(self, name) != self._default(name)]
-        if given and self.lora_rank is None:
-            names = ", ".join(map(flag, given))
-            raise SpecError(f"{names}: of LoRA, which --lora-rank turns on. Give a rank, or leave it out.")
+        if self.lora_rank is None and (given := self.flags_given("lora_alpha", "lora_dropout", "lora_targets")):
+            raise SpecError(f"{given}: of LoRA, which --lora-rank turns on. Give a rank, or leave it out.")
         return self
 
 
@@ -407,7 +388,7 @@ class MemberSettings(LearningSettings):
     learn: TrainedOn = Field(
         "completion", description="Learn the whole completion (of a text all of it), or its answer without the end."
     )
-    drop_by: DropBy = Field(
+    drop_by: Literal["row", "weight"] = Field(
         "row",
         description="row: a model does not read what it is trained without; weight: it reads everything in the same "
         "order and batches, where what it is trained without counts nothing.",
@@ -416,4 +397,4 @@ class MemberSettings(LearningSettings):
     @property
     def passes(self) -> int | None:
         """Epochs that decide the length, None if `steps` does."""
-        return self.epochs or (_DEFAULT_EPOCHS if self.steps is None else None)
+        return self.epochs or (3 if self.steps is None else None)

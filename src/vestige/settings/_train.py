@@ -1,7 +1,7 @@
-"""The settings of `vestige train` and `vestige bank`."""
+"""The settings of `vestige train`, `vestige bank` and `vestige fix`, which trains again."""
 
 import math
-from collections.abc import Set
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -24,25 +24,22 @@ from vestige.settings._shared import (
     LearningSettings,
     MemberSettings,
     ModelName,
+    Options,
     Paths,
+    Patterns,
     Precision,
     QueriesName,
     QuestionSettings,
     ReadingSettings,
+    RowLists,
+    RunFolder,
     TrainedOn,
+    TrainingFolder,
 )
 
 _OF_ADOPTED = {
-    "model",
-    "data",
-    "out",
-    "queries",
-    "from_trainings",
-    "loss",
-    "token_budget",
-    "device",
-    "keep_weights",
-    "overwrite",
+    *("model", "data", "out", "queries", "from_trainings", "keep_weights", "overwrite"),
+    *("loss", "token_budget", "device"),
 }
 """Settings of a bank whose models are trained already."""
 
@@ -50,7 +47,6 @@ _OF_ADOPTED = {
 class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
     """What `vestige bank` takes."""
 
-    never_repeated: ClassVar[tuple[str, ...]] = ("overwrite",)
     files: ClassVar[tuple[str, ...]] = (*QuestionSettings.files, "from_trainings")
 
     model: ModelName = Field(None, description="The model: hub id, local folder, GGUF folder or PEFT adapter folder.")
@@ -102,7 +98,7 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
         ways = [self.leave_source_out, self.leave_out_lists is not None, self.leave_one_out is not None]
         if sum(ways) > 1:
             raise SpecError("--leave-source-out, --leave-out-lists and --leave-one-out each need a bank of their own.")
-        if any(ways) and self._given({"subsets", "fraction"}):
+        if any(ways) and self.flags_given("subsets", "fraction"):
             raise SpecError("--subsets and --fraction are for random subsets; leave them out where something is left.")
         if not self.from_trainings:
             for name in ("model", "data"):
@@ -111,15 +107,11 @@ class BankSettings(MemberSettings, QuestionSettings, LaunchSettings):
                     raise SpecError(
                         f"`{name}` is missing: {meaning} Type {flag(name)} VALUE, or --from-trainings RUNS."
                     )
-        elif given := self._given(type(self).model_fields.keys() - _OF_ADOPTED - LaunchSettings.model_fields.keys()):
-            names = ", ".join(map(flag, given))
-            raise SpecError(f"{names}: the trainings of --from-trainings have settled that. Leave it out.")
+        else:
+            kept = {*_OF_ADOPTED, *LaunchSettings.model_fields}
+            if given := self.flags_given(*(name for name in type(self).model_fields if name not in kept)):
+                raise SpecError(f"{given}: the trainings of --from-trainings have settled that. Leave it out.")
         return self
-
-    def _given(self, names: Set[str]) -> list[str]:
-        """Return those of the settings that are not at their default, in order."""
-        fields = type(self).model_fields
-        return [name for name in fields if name in names and getattr(self, name) != fields[name].default]
 
 
 AlarmMeasure = Literal["psmi", "loss", "gap"]
@@ -289,18 +281,91 @@ class TrainSettings(LearningSettings, AlarmSettings):
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
         list_epochs(self.checkpoints, self.passes or 1.0)
-        given = [
-            name
-            for name in AlarmSettings.model_fields
-            if name.startswith("alarm_") and getattr(self, name) != self._default(name)
-        ]
-        if given and not self.alarm:
-            names = ", ".join(map(flag, given))
-            raise SpecError(f"{names}: of the alarm, which --alarm turns on.")
+        of_alarm = [name for name in AlarmSettings.model_fields if name.startswith("alarm_")]
+        if not self.alarm and (given := self.flags_given(*of_alarm)):
+            raise SpecError(f"{given}: of the alarm, which --alarm turns on.")
         if self.select is not None and (self.validation is None or self.accumulation > 1):
             raise SpecError("--select chooses from each batch by --validation, and without --accumulation.")
         if self.validation is not None and self.gradient_checkpointing:
             raise SpecError("--validation reads activations, which --gradient-checkpointing does not keep.")
         if self.alarm_threshold is not None and self.alarm_quantile is not None:
             raise SpecError("--alarm-threshold and --alarm-quantile both say whom to flag. Give one of them.")
+        return self
+
+
+_WAYS = "--drop ID, --rows FILE, --top N, --source NAME or --conflicts"
+
+
+class FixSettings(LaunchSettings):
+    """What `vestige fix` takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+    repeatable: ClassVar[tuple[str, ...]] = ("rows", "train")
+
+    run: RunFolder[Path] = Field(
+        description="Folder of a run made by `vestige attribute`, whose answers are to be fixed."
+    )
+    drop: Patterns = Field((), description="Rows to remove, by their ids; may be repeated.")
+    rows: RowLists = Field(
+        (),
+        description="Remove the rows that a file lists: an id on each line, a report's row list, CSV or JSONL, or a "
+        "folder of `vestige select`; may be repeated.",
+    )
+    top: PositiveInt | None = Field(
+        None, description="Remove the N strongest proponents of each chosen query; copies of a text count as one."
+    )
+    source: Patterns = Field((), description="Remove every row whose `source` has this name; may be repeated.")
+    conflicts: bool = Field(
+        False,
+        description="Remove the wrong side of each conflict: of two rows that answer the same question differently, "
+        "the one that pulls towards the answer of a chosen query.",
+    )
+    queries: Patterns = Field(
+        (), description="Ids of the queries that --top, --conflicts and the result are about. Not given: all."
+    )
+    out: Path | None = Field(
+        None, description="Folder of the cleaned data, the trainings, the table and the page. Not given: RUN-fix."
+    )
+    seeds: PositiveInt = Field(3, description="Trainings of each kind, beginning with the recorded seed.")
+    control: bool = Field(True, description="Also train without as many random rows, other ones for each seed.")
+    expect: Annotated[Any, Input("vestige.data:require_queries", each=False)] = Field(
+        None,
+        description="File with the right answers: `expected`, or else the `completion` or the assistant's last turn, "
+        "of queries by their ids.",
+    )
+    training: TrainingFolder[Path | None] = Field(
+        None, description="Folder of `vestige train` that made the model. Not given: the one that the model lies in."
+    )
+    train: Options = Field(
+        {},
+        description="Setting of `vestige train`, written name=value, such as epochs=3, in place of the recorded one, "
+        "or where no training was recorded; may be repeated.",
+    )
+    more_like: str | None = Field(
+        None,
+        description="Remove nothing: list the rows that are most like this one, by gradient and by words, to find "
+        "what states the same thing.",
+    )
+    k: PositiveInt = Field(10, description="With --more-like: how many rows to list.")
+    dry_run: bool = Field(False, description="Only list the rows, the trainings and what they will cost.")
+    overwrite: bool = Field(False, description="Delete a fix that is already there instead of continuing it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_beside_the_run(cls, given: Any) -> Any:
+        """Put the result beside the run; what only lists rows has none."""
+        if isinstance(given, Mapping) and given.get("more_like") is not None:
+            return {**given, "out": None}
+        if isinstance(given, Mapping) and given.get("out") is None and given.get("run"):
+            run = Path(given["run"]).expanduser()
+            return {**given, "out": run.with_name(f"{run.resolve().name}-fix")}
+        return given
+
+    @model_validator(mode="after")
+    def _something_is_removed(self) -> Self:
+        ways = [self.drop, self.rows, self.top, self.source, self.conflicts]
+        if self.more_like is not None and any(ways):
+            raise SpecError("--more-like only lists rows. Leave out what removes rows, and name them afterwards.")
+        if self.more_like is None and not any(ways):
+            raise SpecError(f"Nothing to remove. Type {_WAYS}; or --more-like ID to find the siblings of a row.")
         return self

@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from vestige.distributed import broadcast_from_rank0, is_rank0
-from vestige.errors import IndexMismatch
 from vestige.jobs import PROFILE_FILE, follow, is_follower, profile, write_profile
 from vestige.methods import Job, Live, Method, OnAnswers, open_job
-from vestige.methods._parts import StoredRun, requested_parts, split_over_components
+from vestige.methods._parts import StoredRun, requested_parts, split_over_components, take_up
 from vestige.methods._plan import Member, compute_self_scores, summarise
 from vestige.methods._record import (
     digest_inputs,
@@ -27,14 +26,11 @@ from vestige.progress import announce
 from vestige.runs import (
     RECORD_FILE,
     Check,
-    RankedScore,
     RunRecord,
     Scores,
     add_part,
     is_complete,
-    read_ranked,
     read_record,
-    read_run_table,
     write_run,
 )
 from vestige.settings import AttributeSettings, with_settings
@@ -130,28 +126,11 @@ def _begin(settings: AttributeSettings, job: Job, method: Method, started: float
 
 
 def _take_up(job: Job, method: Method, begun: RunRecord, started: float) -> StoredRun:
-    """Return a run that lacks parts, as it is on disk.
-
-    Raises:
-        IndexMismatch: What it was made from has changed.
-    """
-    if begun.inputs != digest_inputs(job):
-        raise IndexMismatch(
-            f"{job.settings.out} lacks parts, and the model, its answers, the data, the index or Vestige's version is "
-            "another than when it was begun; nothing was changed. Bring it back, give another --out, or type "
-            "--overwrite."
-        )
+    run = take_up(job, method, begun, started)
     if job.settings.swept:
         # Which of the dampings the run is at depends on those at which the curvature could be inverted.
-        job, method, _ = _score(job, method)[0][0]
-
-    def read() -> tuple[list[RankedScore], list[float] | None]:
-        losses = read_run_table(job.settings.out, "queries").sort_by("row")["loss"].to_pylist()
-        ids = [query.id for query in job.queries.examples]
-        return read_ranked(job.settings.out, ids), None if job.loaded is None else losses
-
-    announce(f"{job.settings.out} holds the ranking. Only what is missing is computed.")
-    return StoredRun(job, method, make_tables(job, *broadcast_from_rank0(read)), begun, started)
+        run.job, run.method, _ = _score(job, method)[0][0]
+    return run
 
 
 def _score(job: Job, method: Method) -> tuple[list[Member], list[Check]]:
@@ -161,7 +140,7 @@ def _score(job: Job, method: Method) -> tuple[list[Member], list[Check]]:
 
         members, check = sweep(job, method)
         return members, [check]
-    return [Member(job, method, summarise(job, method))], []
+    return [Member(job, method, summarise(job, method)[0])], []
 
 
 def _score_elsewhere(settings: AttributeSettings, method: Method) -> None:

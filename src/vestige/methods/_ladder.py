@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,10 @@ from jaxtyping import Int
 
 from vestige.distributed import FSDP
 from vestige.errors import IndexMismatch, SpecError, UserError
-from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
 from vestige.lazy import torch
 from vestige.methods._job import OnAnswers, gradients_fit, open_job
-from vestige.methods._parts import StoredRun, requested_parts
-from vestige.methods._plan import Member, digest, digest_of, settings_key
+from vestige.methods._parts import StoredRun, requested_parts, take_up
+from vestige.methods._plan import Member, run_here, vectors_key
 from vestige.methods._protocol import METHODS, Job, Method, get_method
 from vestige.methods._record import (
     digest_inputs,
@@ -29,25 +27,22 @@ from vestige.methods._record import (
     make_tables,
     measure_query_losses,
 )
+from vestige.methods._trust import find_lexical_tops
 from vestige.progress import announce
 from vestige.registry import import_object
 from vestige.runs import (
     FIRST_RUNG,
     LadderRecord,
     RungRecord,
-    RunRecord,
     ScoreBlock,
     ScoreCollector,
     Scores,
-    TopK,
     is_complete,
     is_run,
-    read_ranked,
     read_record,
-    read_run_table,
     write_run,
 )
-from vestige.settings import AttributeSettings, LaunchSettings
+from vestige.settings import AttributeSettings
 from vestige.storage import partial_folder, remove_partial
 
 if TYPE_CHECKING:
@@ -108,7 +103,7 @@ def climb(
         if begun is None:
             run = _Ladder(job, exact, first, started).write(settings)
         else:
-            run = _take_up(job, exact, begun, started)
+            run = take_up(job, exact, begun, started)
         if on_ranking is not None:
             on_ranking(Scores.open(settings.out))
         if settings.bank is not None:
@@ -282,21 +277,9 @@ class _Ladder:
         for each in METHODS:
             if each.searches_words and each.name != found.method:
                 began = time.perf_counter()
-                tops.append(self._search_words(each(), asked))
+                tops.append([rows.tolist() for rows in find_lexical_tops(asked, self.taken, each())])
                 rungs.append(RungRecord(name=each.name, seconds=time.perf_counter() - began, rows=len(self.job.train)))
         return rungs, tops
-
-    def _search_words(self, method: Method, job: Job) -> list[list[int]]:
-        top = TopK(len(job.queries), self.taken)
-        if any(example.display for example in job.train.examples):
-            for block in method.blocks(job):
-                rows, scores = block.arrays()
-                kept = ~np.isin(rows, job.skipped)
-                top.add(rows[kept], scores[:, kept])
-        return [
-            top.rows(query, "proponent")[top.scores(query, "proponent") > 0].tolist()
-            for query in range(len(job.queries))
-        ]
 
     def _unite(self, tops: Sequence[Sequence[Sequence[int]]]) -> Int[np.ndarray, "candidate"]:
         """Return the rows that are scored exactly, for all queries: the first of every rung, and the first's last."""
@@ -323,12 +306,8 @@ class _Ladder:
         def collect(found: Iterator[dict[str, Tensor]]) -> Tensor:
             return torch.cat([each["scores"] for each in found], dim=1)
 
-        key = digest(settings_key(self.job), prepared.store.identity, digest_of(prepared.vectors), parts)
-        files = PieceFiles(partial_folder(self.job.settings.out) / "re-scoring", key)
-        files.forget_damaged(range(len(parts)))
-        weights = [len(part) for part in parts]
-        pieces = tensor_pieces("Re-scoring", files, weights, partial(nullcontext, compute), collect, unit="examples")
-        return run_pieces(pieces, LaunchSettings.model_validate({}), None)
+        key, weights = vectors_key(prepared, parts), [len(part) for part in parts]
+        return run_here(self.job, "Re-scoring", key, weights, compute, collect, "examples")
 
     def _find_standing(
         self, tops: Sequence[Sequence[Sequence[int]]], ranked: Sequence[Any]
@@ -350,22 +329,3 @@ def _with_other_answers(job: Job) -> list[Any]:
         answer = f"{example.answer}\n{other}"
         found.append(example if other is None else example.without_answer().with_answer(answer))
     return found
-
-
-def _take_up(job: Job, exact: Method, begun: RunRecord, started: float) -> StoredRun:
-    """Return a run that lacks parts, as it is on disk.
-
-    Raises:
-        IndexMismatch: What it was made from has changed.
-    """
-    folder = job.settings.out
-    if begun.inputs != digest_inputs(job):
-        raise IndexMismatch(
-            f"{folder} lacks parts, and the model, the data or Vestige's version is another than when it was begun; "
-            "nothing was changed. Bring it back, give another --out, or type --overwrite."
-        )
-    losses = read_run_table(folder, "queries").sort_by("row")["loss"].to_pylist()
-    ranked = read_ranked(folder, [query.id for query in job.queries.examples])
-    tables = make_tables(job, ranked, None if job.loaded is None else losses)
-    announce(f"{folder} holds the ranking. Only what is missing is computed.")
-    return StoredRun(job, exact, tables, begun, started)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +11,26 @@ import numpy as np
 
 from vestige import gradients, indexes, methods, models
 from vestige.distributed import broadcast_from_rank0
-from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
+from vestige.errors import IndexMismatch
 from vestige.lazy import torch
 from vestige.methods import Job, Method, read_batches
-from vestige.methods._plan import compute_self_scores, digest, digest_of, settings_key
+from vestige.methods._plan import compute_self_scores, run_here, vectors_key
 from vestige.methods._randomise import run_checks
+from vestige.methods._record import digest_inputs, make_tables
 from vestige.progress import announce, progress
 from vestige.runs import (
     ComponentScores,
+    RankedScore,
     RunRecord,
     RunTables,
     TokenScores,
     TrustRecord,
     add_part,
     describe_process,
+    read_ranked,
+    read_run_table,
 )
-from vestige.settings import AttributeSettings, LaunchSettings
-from vestige.storage import partial_folder
+from vestige.settings import AttributeSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +58,28 @@ class StoredRun:
         """Add one part after another; stopped at any moment, the run keeps those that were finished."""
         try:
             for part in self.record.missing:
-                content, facts = _PARTS[part](self)
-                self._add(part, content, facts)
+                self._add(part, *self._compute(part))
         except BaseException:
             announce(f"{self.job.settings.out} holds what was finished. {self.record.describe_missing()}")
             raise
+
+    def _compute(self, part: str) -> tuple[RunTables | None, dict[str, Any]]:
+        """Return the tables that hold the part, and the fields of the record that it changes."""
+        job, method, tables = self.job, self.method, self.tables
+        pairs = [(entry.query, entry.row) for entry in tables.ranked]
+        match part:
+            case "verbatim":
+                from vestige.methods._stated import find_stated  # other runs do without
+
+                return tables._replace(verbatim=find_stated(job)), {}
+            case "components":
+                return tables._replace(components=split_over_components(job, method, pairs)), {}
+            case "tokens":
+                return tables._replace(tokens=split_over_tokens(job, method, pairs)), {}
+            case "self_influence":
+                return tables._replace(self_scores=compute_self_scores(job, method)), {}
+        checks = run_checks(job, method, tables.ranked, tables.losses)
+        return None, {"trust": TrustRecord(checks=[*checks, *self.record.trust.checks])}
 
     def _add(self, part: str, content: RunTables | None, facts: dict[str, Any]) -> None:
         now = time.perf_counter()
@@ -70,10 +89,6 @@ class StoredRun:
         folder, before = self.job.settings.out, self.record
         self.record = broadcast_from_rank0(lambda: add_part(folder, before, part, content, **costs, **facts))
         self.since = now
-
-
-Added = tuple[RunTables | None, dict[str, Any]]
-"""The tables that hold the part, and the fields of the record that it changes."""
 
 
 def requested_parts(settings: AttributeSettings, method: Method) -> list[str]:
@@ -88,40 +103,26 @@ def requested_parts(settings: AttributeSettings, method: Method) -> list[str]:
     return [part for part, wanted in requested.items() if wanted]
 
 
-def _pairs(run: StoredRun) -> Pairs:
-    return [(entry.query, entry.row) for entry in run.tables.ranked]
+def take_up(job: Job, method: Method, begun: RunRecord, started: float) -> StoredRun:
+    """Return a run that lacks parts, as it is on disk.
 
+    Raises:
+        IndexMismatch: What it was made from has changed.
+    """
+    folder = job.settings.out
+    if begun.inputs != digest_inputs(job):
+        raise IndexMismatch(
+            f"{folder} lacks parts, and the model, its answers, the data, the index or Vestige's version is another "
+            "than when it was begun; nothing was changed. Bring it back, give another --out, or type --overwrite."
+        )
 
-def _add_verbatim(run: StoredRun) -> Added:
-    from vestige.methods._stated import find_stated  # other runs do without
+    def read() -> tuple[list[RankedScore], list[float] | None]:
+        losses = read_run_table(folder, "queries").sort_by("row")["loss"].to_pylist()
+        ids = [query.id for query in job.queries.examples]
+        return read_ranked(folder, ids), None if job.loaded is None else losses
 
-    return run.tables._replace(verbatim=find_stated(run.job)), {}
-
-
-def _add_components(run: StoredRun) -> Added:
-    return run.tables._replace(components=split_over_components(run.job, run.method, _pairs(run))), {}
-
-
-def _add_tokens(run: StoredRun) -> Added:
-    return run.tables._replace(tokens=split_over_tokens(run.job, run.method, _pairs(run))), {}
-
-
-def _add_self_influence(run: StoredRun) -> Added:
-    return run.tables._replace(self_scores=compute_self_scores(run.job, run.method)), {}
-
-
-def _add_checks(run: StoredRun) -> Added:
-    checks = run_checks(run.job, run.method, run.tables.ranked, run.tables.losses)
-    return None, {"trust": TrustRecord(checks=[*checks, *run.record.trust.checks])}
-
-
-_PARTS: dict[str, Callable[[StoredRun], Added]] = {
-    "verbatim": _add_verbatim,
-    "components": _add_components,
-    "tokens": _add_tokens,
-    "self_influence": _add_self_influence,
-    "checks": _add_checks,
-}
+    announce(f"{folder} holds the ranking. Only what is missing is computed.")
+    return StoredRun(job, method, make_tables(job, *broadcast_from_rank0(read)), begun, started)
 
 
 def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[ComponentScores] | None:
@@ -178,12 +179,8 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
             for row in rows[query]
         ]
 
-    key = digest(settings_key(job), prepared.store.identity, digest_of(prepared.vectors), rows)
-    files = PieceFiles(partial_folder(job.settings.out) / "scores-of-tokens", key)
-    files.forget_damaged(range(len(rows)))
     weights = [len(each) for each in rows]
-    pieces = tensor_pieces("Scores of tokens", files, weights, lambda: nullcontext(compute), collect, unit="pairs")
-    return run_pieces(pieces, LaunchSettings.model_validate({}), None)
+    return run_here(job, "Scores of tokens", vectors_key(prepared, rows), weights, compute, collect, "pairs")
 
 
 def _split_query(job: Job, prepared: methods.Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:

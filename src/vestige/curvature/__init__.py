@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         Measures as Measures,
         absolute_damping as absolute_damping,
         accumulate_fisher as accumulate_fisher,
+        read_tensors as read_tensors,
+        write_tensors as write_tensors,
     )
     from vestige.curvature._fit import (
         BatchSink as BatchSink,

@@ -219,6 +219,15 @@ class CurvatureProduct:
                     totals[row] += self.flatten(product).to(totals.dtype)
         return totals / max(len(self.data), 1)
 
+    def split(self, vectors: Float[Tensor, "*query n"]) -> list[Float[Tensor, "*query _n"]]:
+        """Return the part of each component."""
+        return list(vectors.split([component.size for component in self.components], dim=-1))
+
+    def random_vector(self, seed: int) -> Float[Tensor, "n"]:
+        """Draw normal numbers to start a search of eigenvectors from: on the CPU, the same on every device."""
+        size, generator = sum(component.size for component in self.components), torch.Generator().manual_seed(seed)
+        return torch.randn(size, generator=generator).to(next(self.model.parameters()).device)
+
     def _batches(self) -> Iterator[Batch]:
         device = next(self.model.parameters()).device
         for rows in plan_batches(self.data.lengths, self.token_budget, sharing=batch_sharing(self.model)):
@@ -240,9 +249,8 @@ class CurvatureProduct:
 
     def _as_parameters(self, vector: Float[Tensor, "n"]) -> list[Tensor]:
         """Return a flat vector in the parameters' own layout and dtype."""
-        parts = vector.split([component.size for component in self.components])
         found = []
-        for component, part in zip(self.components, parts, strict=True):
+        for component, part in zip(self.components, self.split(vector), strict=True):
             parameter = self.model.get_parameter(component.name)
             matrix = part.view(component.shape)
             found.append((matrix.T if _is_transposed(component) else matrix).reshape(parameter.shape).to(parameter))

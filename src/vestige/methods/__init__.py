@@ -68,11 +68,9 @@ if TYPE_CHECKING:
         Kfac as Kfac,
         Preconditioned as Preconditioned,
         check_memory as check_memory,
-        curvature_work as curvature_work,
     )
     from vestige.methods._protocol import (
         METHODS as METHODS,
-        ComponentBlock as ComponentBlock,
         GradientStore as GradientStore,
         Job as Job,
         Method as Method,

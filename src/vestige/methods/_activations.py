@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
-from vestige.indexes import batch_tokens
-from vestige.methods import ComponentBlock, Job, Method, method, read_batches
+from vestige.methods import Job, Method, method, read_batches
 from vestige.models import Component, acts_in_forward
 from vestige.runs import Meaning, ScoreBlock
 
@@ -104,7 +103,7 @@ class RepSim(Method):
     ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "row width"]]]:
         """Yield pooled states of length one (zero for an example without a target)."""
         loaded = job.model_for(self.name)
-        for _, batch in read_batches(loaded.model, data, batch_tokens(job.settings, loaded), rows):
+        for _, batch in read_batches(loaded.model, data, job.token_budget, rows):
             with torch.no_grad():
                 states = _hidden_states(loaded.model, batch, self.layer)
                 vectors = pool_states(states, batch.labels, self.pooling)
@@ -162,19 +161,17 @@ class ActivationDot(Method):
         for rows, products in self._products(job, queries, np.arange(len(job.train))):
             yield ScoreBlock(rows, products.sum(0))
 
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
         """Compute the scores of some pairs, split over components; where several are of a module, the first has all."""
-        names = [tap.component for tap in _taps(job)]
-        distinct, column = np.unique(queries.cpu().numpy(), return_inverse=True)
-        wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
-        outputs = self._query_outputs(job, distinct)
-        scores = torch.zeros(len(queries), len(names), dtype=torch.float64)
-        for found, products in self._products(job, outputs, wanted):
-            local = {int(row): number for number, row in enumerate(found)}
-            for pair, (query, row) in enumerate(zip(column, wanted[place], strict=True)):
-                if int(row) in local:
-                    scores[pair] = products[:, query, local[int(row)]].double()
-        return _merge(names, scores, [part.name for part in job.components])
+        numbers = {part.name: number for number, part in enumerate(job.components)}
+        owners = torch.tensor([numbers[tap.component] for tap in _taps(job)])
+        distinct, column = torch.unique(queries, return_inverse=True)
+        outputs = self._query_outputs(job, distinct.numpy())
+        scores = torch.zeros(len(queries), len(numbers), dtype=torch.float64)
+        for found, products in self._products(job, outputs, rows.unique().numpy()):
+            pair, place = (rows[:, None] == found).nonzero(as_tuple=True)
+            scores[pair] = scores[pair].index_add_(1, owners, products[:, column[pair], place].T.double())
+        return scores
 
     def _query_outputs(self, job: Job, rows: Int[np.ndarray, "query"]) -> list[Float[Tensor, "query width"]]:
         """Return pooled outputs of each tapped module, the queries in the order of `rows`."""
@@ -196,7 +193,7 @@ class ActivationDot(Method):
         loaded, taps = job.model_for(self.name), _taps(job)
         with tap_modules(loaded.model, taps, self.pooling) as outputs:
             run = _shortest_forward(loaded.model, taps)
-            for _, batch in read_batches(loaded.model, data, batch_tokens(job.settings, loaded), rows):
+            for _, batch in read_batches(loaded.model, data, job.token_budget, rows):
                 outputs.begin(batch)
                 with torch.no_grad():
                     run(input_ids=batch.input_ids, use_cache=False)
@@ -287,12 +284,6 @@ def tap_modules(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iter
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _merge(names: Sequence[str], scores: Float[Tensor, "pair module"], components: list[str]) -> ComponentBlock:
-    """Add up the modules of each component: a tied weight has two, a bias none of its own."""
-    numbers = torch.tensor([components.index(name) for name in names])
-    return ComponentBlock(components, scores.new_zeros(len(scores), len(components)).index_add_(1, numbers, scores))
 
 
 def _shortest_forward(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:

@@ -86,11 +86,12 @@ def climb(
         first = Scores.open(settings.out / FIRST_RUNG)
     started = time.perf_counter()
     own = {"method": settings.rerank_method, "options": {}}
-    default = AttributeSettings.model_fields["rerank_method"].default
-    asked = {"rerank": None, "rerank_method": default, "bank": None, "queries": str(first.folder), "answer": "auto"}
+    asked = _defaults("rerank", "rerank_method", "bank", "answer") | {"queries": str(first.folder)}
     second = settings.model_copy(update=own | asked)
     if exact.needs_training:
-        second = AttributeSettings(**_of_a_training(second))
+        # A recorded training brings its model and its data.
+        brought = _defaults("index", "data", "model", "components", "skip_bad", "limit", "where", "query_rank")
+        second = AttributeSettings(**(second.arguments() | brought | _defaults("max_length", "precision")))
     with open_job(second, exact) as opened:
         # Whatever is kept of the work follows from what was typed, and not from where the first rung lies.
         job = replace(
@@ -141,23 +142,18 @@ def _is_exact(found: type[Method]) -> bool:
 
 def _first_settings(settings: AttributeSettings) -> AttributeSettings:
     assert settings.rerank is not None
-    return settings.model_copy(
-        update={
-            "rerank": None,
-            "rerank_method": AttributeSettings.model_fields["rerank_method"].default,
-            "bank": None,
-            "training": None,
-            "out": partial_folder(settings.out) / FIRST_RUNG,
-            "k": max(settings.k, settings.rerank),
-            "dense": settings.dense or settings.bank is not None,
-            "trust": False,
-            "tokens": False,
-            "self_influence": False,
-            "verbatim": False,
-            "verbatim_tokens": AttributeSettings.model_fields["verbatim_tokens"].default,
-            "overwrite": False,
-        }
-    )
+    changed = {
+        "out": partial_folder(settings.out) / FIRST_RUNG,
+        "k": max(settings.k, settings.rerank),
+        "dense": settings.dense or settings.bank is not None,
+        "trust": False,
+    }
+    changed |= _defaults("rerank", "rerank_method", "bank", "training", "tokens", "self_influence", "overwrite")
+    return settings.model_copy(update=changed | _defaults("verbatim", "verbatim_tokens"))
+
+
+def _defaults(*names: str) -> dict[str, Any]:
+    return {name: AttributeSettings.model_fields[name].default for name in names}
 
 
 def _rank_all(settings: AttributeSettings, rank: Callable[..., Scores], on_ranking: OnRanking | None) -> Scores:
@@ -175,13 +171,6 @@ def _rank_all(settings: AttributeSettings, rank: Callable[..., Scores], on_ranki
         if not is_run(first.out):
             raise
         return rank(first.model_copy(update={"overwrite": True}))
-
-
-def _of_a_training(settings: AttributeSettings) -> dict[str, Any]:
-    """Return the arguments of a run on a recorded training, which brings its model and its data."""
-    fields = AttributeSettings.model_fields
-    names = ("index", "data", "model", "components", "skip_bad", "limit", "where", "query_rank")
-    return settings.arguments() | {name: fields[name].default for name in (*names, "max_length", "precision")}
 
 
 def _without_index(job: Job, exact: Method) -> Job:

@@ -14,7 +14,6 @@ from vestige.curvature import Moments, adam_direction, component_moments, read_a
 from vestige.data import TokenizedData, make_batch, plan_batches
 from vestige.errors import ModelError, SpecError
 from vestige.gradients import CausalLoss, GradientPass, GradientSink
-from vestige.indexes import batch_tokens
 from vestige.methods import (
     HELPS,
     Checkpoint,
@@ -175,12 +174,11 @@ def _whole_gradients(
     job: Job, data: TokenizedData
 ) -> Iterator[tuple[Int[np.ndarray, "row"], Sequence[Float[Tensor, "row out in"]]]]:
     """Yield gradients of mean losses, one matrix for each component and example, a few examples at a time."""
-    components, loaded = job.components, job.model_for("less")
-    device = next(loaded.model.parameters()).device
+    components, model = job.components, job.model_for(job.settings.method).model
+    device = next(model.parameters()).device
     most, sink = max(1, WHOLE_NUMBERS // sum(part.size for part in components)), GradientSink(components)
-    with GradientPass(loaded.model, components, CausalLoss("mean")) as gradient_pass:
-        budget, sharing = batch_tokens(job.settings, loaded), batch_sharing(loaded.model)
-        for batch in plan_batches(data.lengths, budget, most, sharing=sharing):
+    with GradientPass(model, components, CausalLoss("mean")) as gradient_pass:
+        for batch in plan_batches(data.lengths, job.token_budget, most, sharing=batch_sharing(model)):
             sink.begin(len(batch), device)
             gradient_pass.run(make_batch(data, batch).to(device), sink)
             yield batch, sink.gradients

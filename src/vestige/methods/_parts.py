@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vestige import gradients, indexes, methods, models
+from vestige import gradients, methods, models
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import IndexMismatch
 from vestige.lazy import torch
@@ -145,7 +145,7 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
 
 def _split_pairs(job: Job, method: Method, pairs: Pairs) -> list[ComponentScores]:
     queries, rows = torch.tensor([pair[0] for pair in pairs]), torch.tensor([pair[1] for pair in pairs])
-    scores = method.components(job, queries, rows).scores.double().cpu().numpy()
+    scores = method.components(job, queries, rows).double().cpu().numpy()
     return [ComponentScores(query, row, part) for (query, row), part in zip(pairs, scores, strict=True)]
 
 
@@ -185,8 +185,7 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
 
 def _split_query(job: Job, prepared: methods.Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
     """Yield the scores of a query for some rows, split over tokens."""
-    loaded, data = job.model_for(job.settings.method), job.train
-    model = loaded.model
+    model, data = job.model_for(job.settings.method).model, job.train
     device = next(model.parameters()).device
     tangents: dict[str, Tensor] = {}
     for component, matrix in zip(job.components, prepared.direction(query), strict=True):
@@ -196,7 +195,7 @@ def _split_query(job: Job, prepared: methods.Prepared, query: int, rows: Sequenc
     norms = dict(zip(rows, prepared.row_norms(rows).tolist(), strict=True))
     weights = dict(zip(rows, prepared.row_weights(rows).tolist(), strict=True))
     wanted = np.asarray(rows, dtype=np.int64)
-    for positions, batch in read_batches(model, data, indexes.batch_tokens(job.settings, loaded), wanted):
+    for positions, batch in read_batches(model, data, job.token_budget, wanted):
         derivatives = gradients.token_derivatives(model, tangents, batch).double().cpu().numpy()
         for row, values in zip(wanted[positions].tolist(), derivatives, strict=True):
             count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1

@@ -105,14 +105,10 @@ class Job:
             raise UserError(f"The method `{method}` runs the model, and none was given. Add --model MODEL.")
         return self.loaded
 
-
-class ComponentBlock(NamedTuple):
-    """Scores of some pairs, split over components."""
-
-    names: list[str]
-    """Components, by parameter name."""
-    scores: Float[Tensor, "pair component"]
-    """Each line adds up to the pair's score."""
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one pass of the model."""
+        return indexes.batch_tokens(self.settings, self.model_for(self.settings.method))
 
 
 class Method(ABC):
@@ -198,8 +194,8 @@ class Method(ABC):
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the scores of all rows, each row once, in any order; memory must not grow with the training data."""
 
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """Compute the scores of the pairs `(queries[i], rows[i])`, split over components."""
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
+        """Compute the scores `[pair, component]` of `(queries[i], rows[i])`, split over the job's components."""
         raise NotImplementedError(f"{self.name} does not split scores over components")
 
     def token_scores(self, job: Job, query: int, rows: Sequence[int]) -> list[np.ndarray] | None:  # noqa: ARG002

@@ -83,15 +83,15 @@ def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: 
 
 def _measure_knowledge(job: Job, rows: Int[np.ndarray, "row"]) -> gradients.Knowledge | None:
     """Return what the model knows of some training rows, from the losses that an index stores where there is one."""
-    loaded, data = job.model_for(job.settings.method), job.train.subset(rows)
+    model, data = job.model_for(job.settings.method).model, job.train.subset(rows)
     index = job.index or (job.checkpoints[-1].index if job.checkpoints else None)
     # Of an imported one no losses were published.
     if index is None or index.manifest.imported is not None:
-        return gradients.measure_knowledge(loaded.model, data, indexes.batch_tokens(job.settings, loaded))
+        return gradients.measure_knowledge(model, data, job.token_budget)
     losses = index.losses_and_norms()[0].double().numpy()[rows]
     if job.settings.loss == "mean":
         losses = losses * data.target_counts
-    return gradients.measure_knowledge(loaded.model, data, indexes.batch_tokens(job.settings, loaded), losses=losses)
+    return gradients.measure_knowledge(model, data, job.token_budget, losses=losses)
 
 
 def check_randomised(
@@ -204,8 +204,7 @@ def _index_sample(job: Job, like: indexes.Index, rows: Int[np.ndarray, "row"], f
     """
     if not (job.randomised and broadcast_from_rank0(lambda: os.access(like.folder, os.W_OK))):
         return _build_index(job, like, folder)
-    settings, loaded = job.settings, job.model_for(job.settings.method)
-    parts = version("vestige"), like.fingerprint, rows.tolist(), settings.seed, indexes.batch_tokens(settings, loaded)
+    parts = version("vestige"), like.fingerprint, rows.tolist(), job.settings.seed, job.token_budget
     kept = _build_index(job, like, like.folder / CHECKS / digest(*parts))
     broadcast_from_rank0(lambda: copytree(kept.folder, folder))
     return indexes.Index.open(folder)

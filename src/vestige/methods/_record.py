@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vestige import indexes, models
+from vestige import models
 from vestige.data import describe_focus
 from vestige.distributed import FSDP
 from vestige.errors import SpecError
@@ -202,5 +202,4 @@ def measure_query_losses(job: Job, method: Method) -> list[float] | None:
         return None
     if (known := method.measured_losses(job)) is not None:
         return known
-    budget = indexes.batch_tokens(job.settings, job.loaded)
-    return compute_losses(job.loaded.model, job.queries, job.settings.loss, budget).tolist()
+    return compute_losses(job.loaded.model, job.queries, job.settings.loss, job.token_budget).tolist()

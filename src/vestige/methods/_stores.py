@@ -33,7 +33,8 @@ from vestige.gradients import (
     low_rank,
     matrices_of,
 )
-from vestige.indexes import CompressedGradients, Index, IndexBlock, IndexedComponent, batch_tokens
+from vestige.indexes import CompressedGradients, IndexBlock, IndexedComponent
+from vestige.jobs import group_items
 from vestige.methods._job import subtract_contrast
 from vestige.methods._protocol import GradientStore, Job, Products, ScoredRows, Vectors
 from vestige.models import LoadedModel, batch_sharing
@@ -58,7 +59,7 @@ class ExactGradients(GradientStore):
         self._job = job
         self._loaded: LoadedModel = job.model_for(job.settings.method)
         self.device = next(self._loaded.model.parameters()).device
-        self._budget = batch_tokens(job.settings, self._loaded)
+        self._budget = job.token_budget
         self._sharing = batch_sharing(self._loaded.model)
         self._objective = CausalLoss(job.settings.loss)
         self._shortened: tuple[Vectors, list[Gradients]] | None = None
@@ -69,15 +70,8 @@ class ExactGradients(GradientStore):
         lengths = self._job.train.lengths
         fewest, most = self.piece_tokens
         wanted = min(max(int(lengths.sum()) // 64, fewest), most)
-        groups: list[list[np.ndarray]] = [[]]
-        size = 0
-        for batch in plan_batches(lengths, self._budget, sharing=self._sharing):
-            if size >= wanted:
-                groups.append([])
-                size = 0
-            groups[-1].append(batch)
-            size += int(lengths[batch].sum())
-        return groups
+        batches = plan_batches(lengths, self._budget, sharing=self._sharing)
+        return group_items(batches, lambda batch: int(lengths[batch].sum()), wanted)
 
     @property
     def pieces(self) -> int:
@@ -242,7 +236,7 @@ def _announce_kept(rank: int, matrices: Sequence[Tensor], found: Sequence[LowRan
 
 
 class IndexedGradients(GradientStore):
-    """Compressed gradients read from an index; queries are compressed by the same maps.
+    """Compressed gradients read from the index of a job; queries are compressed by the same maps.
 
     `measure` says what the length of a gradient is; not given: the Euclidean one. `Measures` are for `piece_scores`.
     """
@@ -250,16 +244,16 @@ class IndexedGradients(GradientStore):
     piece_bytes: ClassVar[int] = 2**31
     """Stored gradients in one piece of work, at most, unless a shard alone is larger."""
 
-    def __init__(self, job: Job, index: Index, measure: Measure | Measures | None = None) -> None:
-        self._job, self.index, self.measure = job, index, measure
+    def __init__(self, job: Job, measure: Measure | Measures | None = None) -> None:
+        assert job.index is not None, "an index was made for a method that needs one"
+        self._job, self.index, self.measure = job, job.index, measure
         self.device = self.compute_device = torch.device("cpu")
         if job.loaded is not None and (card := next(job.loaded.model.parameters()).device).type == "cuda":
             self.compute_device = card
-        self._groups = index.shard_groups(self.piece_bytes)
-        manifest = index.manifest
-        self._spec = index.spec
-        self.columns = [span.columns for span in index.spans]
-        self._shared = manifest.compression.scope == "model"
+        self._groups = self.index.shard_groups(self.piece_bytes)
+        self._spec = self.index.spec
+        self.columns = [span.columns for span in self.index.spans]
+        self._shared = self.index.manifest.compression.scope == "model"
 
     @property
     def identity(self) -> str:
@@ -309,7 +303,7 @@ class IndexedGradients(GradientStore):
         """Return the index, with the measure of length of each of the stores for its lines."""
         measures = [store.measure for store in cast(Sequence[IndexedGradients], stores)]
         kept = tuple(measure for measure in measures if isinstance(measure, Measure))
-        return IndexedGradients(self._job, self.index, Measures(kept, lines)) if kept else self
+        return IndexedGradients(self._job, Measures(kept, lines)) if kept else self
 
     def split(self, gradients: Float[Tensor, "query column"]) -> Vectors:
         """Return one matrix per component; a single one where the components were added up."""
@@ -422,4 +416,4 @@ def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor,
 
 def open_store(job: Job) -> GradientStore:
     """Open the job's index, or the model itself when there is none."""
-    return IndexedGradients(job, job.index) if job.index is not None else ExactGradients(job)
+    return ExactGradients(job) if job.index is None else IndexedGradients(job)

@@ -4,8 +4,6 @@ One checkpoint's model is in memory beside the last one's, which the queries are
 adds is a file beside the run, so an interrupted run continues with the next one, and the sum is read back row by row.
 """
 
-import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -23,7 +21,6 @@ from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.methods import (
     HELPS,
     Checkpoint,
-    ComponentBlock,
     ExactGradients,
     GradientStore,
     IndexedGradients,
@@ -31,6 +28,7 @@ from vestige.methods import (
     Method,
     Prepared,
     build_temporary_index,
+    digest,
     gradients_fit,
     method,
     prepare_queries,
@@ -101,7 +99,7 @@ class CheckpointMethod(Method):
         for rows, sums in self._sums(job, "scores", self.lines(job)):
             yield ScoreBlock(rows, self.combine(job, sums, sums))
 
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
         """Compute the scores of pairs, split over components.
 
         Each checkpoint is opened once more, for these rows alone.
@@ -115,8 +113,7 @@ class CheckpointMethod(Method):
             total = part if total is None else total + part
         assert total is not None
         _, sums = next(self._sums(job, "scores", self.lines(job), distinct.numpy()))
-        scores = self.combine(job, sums, total)
-        return ComponentBlock([part.name for part in job.components], scores[:, queries, place].T)
+        return self.combine(job, sums, total)[:, queries, place].T
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""
@@ -165,7 +162,7 @@ class CheckpointMethod(Method):
             "components": [part.name for part in job.components],
             "settings": [getattr(settings, name) for name in ("loss", "seed", "precision")],
         }
-        return hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()[:24]
+        return digest(described)[:24]
 
 
 def checkpoint_job(job: Job, number: int) -> Job:
@@ -209,7 +206,7 @@ def open_checkpoint_store(job: Job, *, stored: bool = False) -> GradientStore:
         return ExactGradients(job)
     loaded = job.model_for(job.settings.method)
     index = job.index or build_temporary_index(job, f"index-{loaded.fingerprint[:16]}", loaded.name)
-    return IndexedGradients(replace(job, index=index), index)
+    return IndexedGradients(replace(job, index=index))
 
 
 def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:

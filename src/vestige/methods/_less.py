@@ -5,15 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.curvature import Moments, adam_direction, component_moments, read_adam
-from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.data import TokenizedData
 from vestige.errors import ModelError, SpecError
-from vestige.gradients import CausalLoss, GradientPass, GradientSink
 from vestige.methods import (
     HELPS,
     Checkpoint,
@@ -29,11 +27,7 @@ from vestige.methods import (
     watch,
     with_equal_sum,
 )
-from vestige.models import batch_sharing
 from vestige.runs import Meaning, ScoreBlock
-
-WHOLE_NUMBERS = 2**26
-"""Most numbers of whole training gradients alive at once."""
 
 
 @method("less")
@@ -159,36 +153,22 @@ class LessTerm(Term):
         """Yield cosines, split over components, a few examples at a time: whole gradients are large."""
         device = self.vectors[0].device
         targets = torch.as_tensor(data.target_counts > 0, device=device)
-        for batch, gradients in _whole_gradients(self.job, data):
-            parts, squared = [], torch.zeros(len(batch), device=device)
+        for rows, _, gradients in ExactGradients(self.job).stream_gradients(data):
+            parts, squared = [], torch.zeros(len(rows), device=device)
             for gradient, moments, vector in zip(gradients, self.moments, self.vectors, strict=True):
                 step = adam_direction(gradient, moments).flatten(1)
                 parts.append(vector @ step.T)
                 squared += step.square().sum(1)
             # Momentum alone is no influence of an example that has nothing to learn.
-            shares = torch.where(squared > 0, squared.rsqrt(), 0.0) * targets[torch.as_tensor(batch)]
-            yield torch.as_tensor(batch), (torch.stack(parts) * shares).cpu()
-
-
-def _whole_gradients(
-    job: Job, data: TokenizedData
-) -> Iterator[tuple[Int[np.ndarray, "row"], Sequence[Float[Tensor, "row out in"]]]]:
-    """Yield gradients of mean losses, one matrix for each component and example, a few examples at a time."""
-    components, model = job.components, job.model_for(job.settings.method).model
-    device = next(model.parameters()).device
-    most, sink = max(1, WHOLE_NUMBERS // sum(part.size for part in components)), GradientSink(components)
-    with GradientPass(model, components, CausalLoss("mean")) as gradient_pass:
-        for batch in plan_batches(data.lengths, job.token_budget, most, sharing=batch_sharing(model)):
-            sink.begin(len(batch), device)
-            gradient_pass.run(make_batch(data, batch).to(device), sink)
-            yield batch, sink.gradients
+            shares = torch.where(squared > 0, squared.rsqrt(), 0.0) * targets[rows]
+            yield rows, (torch.stack(parts) * shares).cpu()
 
 
 def _measure_moments(job: Job, read: Sequence[Moments]) -> list[Moments]:
     """Return the mean gradient and mean squares at the model as it is, each as large as the moment that was read."""
     first = [torch.zeros_like(moments.first) for moments in read]
     second = [torch.zeros_like(moments.second) for moments in read]
-    for _, gradients in _whole_gradients(job, job.train):
+    for _, _, gradients in ExactGradients(job).stream_gradients(job.train):
         for gradient, mean, squares in zip(gradients, first, second, strict=True):
             mean += gradient.sum(0)
             squares += gradient.square().sum(0)

@@ -368,9 +368,8 @@ def get_method(name: str, **options: Any) -> Method:
     found = METHODS.find(name)
     known = {one.name: one for one in options_of(found)}
     if unknown := [key for key in options if key not in known]:
-        lines = ["Its options, with their defaults:", *(one.line for one in known.values())]
-        listed = "\n".join(lines) if known else "It has none."
-        raise SpecError(f"The method {name} has no option {unknown[0]!r}. {listed}")
+        listed = "\n".join(["Its options, with their defaults:", *(one.line for one in known.values())])
+        raise SpecError(f"The method {name} has no option {unknown[0]!r}. {listed if known else 'It has none.'}")
     return found(**{key: known[key].parse(value) for key, value in options.items()})
 
 

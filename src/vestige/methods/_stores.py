@@ -105,23 +105,30 @@ class ExactGradients(GradientStore):
 
     def _measure(self, data: TokenizedData) -> tuple[Vectors, Float[Tensor, "example"]]:
         """Return whole gradients, and losses."""
+        gradients = [torch.empty(len(data), part.size, device=self.device) for part in self._job.components]
+        losses = torch.zeros(len(data), dtype=torch.float64)
+        for rows, found, parts in self.stream_gradients(data):
+            losses[rows] = found.double().cpu()
+            for stored, gradient in zip(gradients, parts, strict=True):
+                stored[rows] = gradient.flatten(1)
+        return gradients, losses
+
+    def stream_gradients(
+        self, data: TokenizedData
+    ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "row"], list[Float[Tensor, "row out in"]]]]:
+        """Yield (rows, losses, a whole gradient for each component) of some data, a few examples at a time."""
         components = self._job.components
-        gradients = [torch.empty(len(data), part.size, device=self.device) for part in components]
-        sink, losses = GradientSink(components), torch.zeros(len(data), dtype=torch.float64)
-        at_once = max(1, GRADIENT_NUMBERS // max(sum(part.size for part in components), 1))
+        sink, at_once = GradientSink(components), max(1, GRADIENT_NUMBERS // sum(part.size for part in components))
         with GradientPass(self._loaded.model, components, self._objective) as gradient_pass:
 
-            def run(rows: np.ndarray) -> None:
+            def run(rows: np.ndarray) -> tuple[Tensor, Tensor, list[Tensor]]:
                 sink.begin(len(rows), self.device)
-                places = torch.from_numpy(rows)
-                losses[places] = gradient_pass.run(make_batch(data, rows).to(self.device), sink).double().cpu()
-                for stored, gradient in zip(gradients, sink.gradients, strict=True):
-                    stored[places] = gradient.flatten(1)
+                losses = gradient_pass.run(make_batch(data, rows).to(self.device), sink)
+                return torch.from_numpy(rows), losses, sink.gradients
 
             fitting = FittingBatches(data.lengths)
             for batch in plan_batches(data.lengths, self._budget, at_once, sharing=self._sharing):
-                fitting.run(batch, run)
-        return gradients, losses
+                yield from fitting.run(batch, run)
 
     def piece_scores(self, piece: int, vectors: Vectors, *, norms: bool) -> Iterator[ScoredRows]:
         """Yield the scores of the piece's batches from one forward and backward pass."""

@@ -223,10 +223,9 @@ class Retained:
         if step == 0:
             return
         climbed = weights.take_gradients()
-        rows = self._draw(recipe.seed, step)
-        here = weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
+        here = self._slope(weights, step, recipe)
         with weights.at(weights.start):
-            there = weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
+            there = self._slope(weights, step, recipe)
         strength = self.pull / recipe.learning_rate
         for name, parameter in weights.parameters.items():
             if name in climbed or name in here:
@@ -234,10 +233,11 @@ class Retained:
                 pulled = here.get(name, nothing) - there.get(name, nothing)
                 parameter.grad = climbed.get(name, nothing) - strength * pulled
 
-    def _draw(self, *seed: int) -> Rows:
-        return np.sort(
-            np.random.default_rng(list(seed)).choice(self.rows, min(self.size, len(self.rows)), replace=False)
-        )
+    def _slope(self, weights: Weights, step: int, recipe: AscentRecipe) -> Vector:
+        """Return the gradient of the loss of the examples that are drawn for a step."""
+        drawn = np.random.default_rng([recipe.seed, step])
+        rows = np.sort(drawn.choice(self.rows, min(self.size, len(self.rows)), replace=False))
+        return weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
 
     @classmethod
     def measure(cls, weights: Weights, data: TokenizedData, recipe: AscentRecipe) -> "Retained":
@@ -255,11 +255,11 @@ class Retained:
         }
         found = 0.0
         for number in range(_POWER_STEPS):
-            scale, rows = reach / _product(direction, direction) ** 0.5, self._draw(recipe.seed, number)
+            scale = reach / _product(direction, direction) ** 0.5
             with weights.at(weights.step(direction, scale)):
-                above = weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
+                above = self._slope(weights, number, recipe)
             with weights.at(weights.step(direction, -scale)):
-                below = weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
+                below = self._slope(weights, number, recipe)
             direction = {name: (above[name] - below[name]) / (2 * reach) for name in above}
             found = _product(direction, direction) ** 0.5
         return found

@@ -109,19 +109,17 @@ class UntracJob:
     def recipe(self, learning_rate: float, *, steps: int | None = None, points: int | None = None) -> AscentRecipe:
         """Return the recipe of the ascents at this rate."""
         settings = self.settings
+        same = {name: getattr(settings, name) for name in ("optimizer", "momentum", "seed", "accelerate")}
         return AscentRecipe(
             learning_rate,
             steps or self.steps,
             self.batch_size,
-            settings.optimizer,
-            settings.momentum,
-            settings.loss,
-            points or settings.points,
-            settings.stop == "auto" or points is not None,
-            settings.seed,
-            self.token_budget,
-            settings.retain or 0,
-            settings.accelerate,
+            reduction=settings.loss,
+            points=points or settings.points,
+            mirror=settings.stop == "auto" or points is not None,
+            token_budget=self.token_budget,
+            retain=settings.retain or 0,
+            **same,
         )
 
     def table(self, rises: Float[np.ndarray, "ascent measured"]) -> Float[np.ndarray, "test column"]:

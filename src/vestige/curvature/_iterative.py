@@ -20,7 +20,7 @@ from vestige.curvature._fit import CurvatureData
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
 from vestige.errors import NonFinite
 from vestige.gradients import Reduction
-from vestige.models import Component, batch_sharing
+from vestige.models import Component, batch_sharing, parameter_view
 
 Product = Callable[[Tensor], Tensor]
 
@@ -214,7 +214,8 @@ class CurvatureProduct:
         totals = torch.zeros_like(vectors)
         # Only the composed attention can be differentiated twice.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            for batch in self._batches():
+            for rows in plan_batches(self.data.lengths, self.token_budget, sharing=batch_sharing(self.model)):
+                batch = make_batch(self.data, rows).to(next(self.model.parameters()).device)
                 for row, product in enumerate(self._of_batch(values, tangents, batch)):
                     totals[row] += self.flatten(product).to(totals.dtype)
         return totals / max(len(self.data), 1)
@@ -227,11 +228,6 @@ class CurvatureProduct:
         """Draw normal numbers to start a search of eigenvectors from: on the CPU, the same on every device."""
         size, generator = sum(component.size for component in self.components), torch.Generator().manual_seed(seed)
         return torch.randn(size, generator=generator).to(next(self.model.parameters()).device)
-
-    def _batches(self) -> Iterator[Batch]:
-        device = next(self.model.parameters()).device
-        for rows in plan_batches(self.data.lengths, self.token_budget, sharing=batch_sharing(self.model)):
-            yield make_batch(self.data, rows).to(device)
 
     def _of_batch(
         self, values: dict[str, Tensor], tangents: Sequence[Sequence[Tensor]], batch: Batch
@@ -251,20 +247,14 @@ class CurvatureProduct:
         """Return a flat vector in the parameters' own layout and dtype."""
         found = []
         for component, part in zip(self.components, self.split(vector), strict=True):
-            parameter = self.model.get_parameter(component.name)
-            matrix = part.view(component.shape)
-            found.append((matrix.T if _is_transposed(component) else matrix).reshape(parameter.shape).to(parameter))
+            found.append(torch.zeros_like(self.model.get_parameter(component.name)))
+            parameter_view(self.model, component, found[-1]).copy_(part.view(component.shape))
         return found
 
     def flatten(self, product: Sequence[Tensor]) -> Float[Tensor, "n"]:
         """Return tensors shaped as the components' parameters as one vector in the layout of the products."""
         pairs = zip(self.components, product, strict=True)
-        return torch.cat([(part.T if _is_transposed(component) else part).flatten() for component, part in pairs])
-
-
-def _is_transposed(component: Component) -> bool:
-    """Return whether the parameter stores the transposed matrix, as GPT-2's Conv1D does."""
-    return component.uses[0].kind == "conv1d" and component.shape[1] != 1 and component.uses[0].role == "weight"
+        return torch.cat([parameter_view(self.model, component, part).flatten() for component, part in pairs])
 
 
 def _gauss_newton(

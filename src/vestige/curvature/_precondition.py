@@ -20,7 +20,6 @@ from vestige.curvature._fisher import (
     FisherBlock,
     FisherBlocks,
     SavedPieces,
-    accumulate_fisher,
     add_pieces,
     fisher_sums,
     read_tensors,
@@ -117,8 +116,7 @@ def plan_fisher(index: Index, device: torch.device | None = None) -> SavedPieces
         return dict(zip(names, fisher_sums(columns, gradients())[0], strict=True))
 
     def combine(parts: Iterable[Tensors]) -> Tensors:
-        counted = max(index.rows - len(index.skipped), 1)
-        found = {name: total / counted for name, total in add_pieces(parts).items()}
+        found = {name: total / _count_examples(index) for name, total in add_pieces(parts).items()}
         make_folder(path.parent)
         check_disk(path.parent, index.manifest.curvature_bytes)
         return found
@@ -132,6 +130,11 @@ def plan_fisher(index: Index, device: torch.device | None = None) -> SavedPieces
         combine,
         result=path,
     )
+
+
+def _count_examples(index: Index) -> int:
+    """Return the number of rows that count: those of examples that were left out hold zeros."""
+    return max(index.rows - len(index.skipped), 1)
 
 
 def fisher_path(index: Index) -> Path:
@@ -154,16 +157,8 @@ def whole_fisher(index: Index, device: torch.device | None = None) -> FisherBloc
     path = index.folder / "curvature" / f"fisher-model-{index.fingerprint[:16]}.safetensors"
     found = read_tensors(path)
     if found is None:
-        skipped = torch.tensor(index.skipped)
-        # The examples that were left out hold zeros.
-        rows = (
-            block.gradients[(~torch.isin(block.example, skipped)).to(block.gradients.device)]
-            if len(skipped)
-            else block.gradients
-            for block in index.blocks(device=device)
-        )
-        whole = accumulate_fisher([WHOLE_MODEL], columns, rows)
-        found = write_tensors(path, {WHOLE_MODEL: whole.blocks[0].matrix})
+        (total,), _ = fisher_sums(columns, (block.gradients for block in index.blocks(device=device)))
+        found = write_tensors(path, {WHOLE_MODEL: total / _count_examples(index)})
     return FisherBlocks((FisherBlock(WHOLE_MODEL, found[WHOLE_MODEL]),), columns)
 
 

@@ -7,9 +7,7 @@ from vestige.lazy import lazy_names
 if TYPE_CHECKING:
     from vestige.methods._activations import (
         ActivationDot as ActivationDot,
-        PooledOutputs as PooledOutputs,
         RepSim as RepSim,
-        Tap as Tap,
         backbone as backbone,
         pool_states as pool_states,
         pooling_weights as pooling_weights,
@@ -112,7 +110,6 @@ if TYPE_CHECKING:
         run_free_checks as run_free_checks,
     )
     from vestige.methods._untrac import (
-        CURVES_FILE as CURVES_FILE,
         TextInfluence as TextInfluence,
         UnTrac as UnTrac,
         UnTracConfig as UnTracConfig,

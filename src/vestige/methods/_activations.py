@@ -21,6 +21,7 @@ from vestige.models import Component, acts_in_forward
 from vestige.runs import Meaning, ScoreBlock
 
 Pooling = Literal["mean", "sum", "last"]
+PoolingOption = Annotated[Pooling, "Over the positions that predict a target: their mean or sum, or the last one."]
 
 NO_CAUSAL_SIGN = "no causal reading: higher = more alike; a negative score is unlike, not harmful"
 
@@ -69,9 +70,7 @@ class RepSim(Method):
     """
 
     layer: Annotated[int | None, "Number of the hidden state to compare, 0 being the embedding; none: the last."] = None
-    pooling: Annotated[Pooling, "Over the positions that predict a target: their mean or sum, or the last one."] = (
-        "mean"
-    )
+    pooling: PoolingOption = "mean"
 
     needs_model = True
     works_sharded = True
@@ -138,9 +137,7 @@ class ActivationDot(Method):
     (long examples then score higher).
     """
 
-    pooling: Annotated[Pooling, "Over the positions that predict a target: their mean or sum, or the last one."] = (
-        "mean"
-    )
+    pooling: PoolingOption = "mean"
 
     needs_model = True
     splits_components = True
@@ -164,7 +161,7 @@ class ActivationDot(Method):
     def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
         """Compute the scores of some pairs, split over components; where several are of a module, the first has all."""
         numbers = {part.name: number for number, part in enumerate(job.components)}
-        owners = torch.tensor([numbers[tap.component] for tap in _taps(job)])
+        owners = torch.tensor([numbers[tap.component] for tap in taps_of(job.components)])
         distinct, column = torch.unique(queries, return_inverse=True)
         outputs = self._query_outputs(job, distinct.numpy())
         scores = torch.zeros(len(queries), len(numbers), dtype=torch.float64)
@@ -190,7 +187,7 @@ class ActivationDot(Method):
     def _outputs(
         self, job: Job, data: TokenizedData, rows: Int[np.ndarray, "row"]
     ) -> Iterator[tuple[Int[Tensor, "row"], list[Float[Tensor, "row width"]]]]:
-        loaded, taps = job.model_for(self.name), _taps(job)
+        loaded, taps = job.model_for(self.name), taps_of(job.components)
         with tap_modules(loaded.model, taps, self.pooling) as outputs:
             run = _shortest_forward(loaded.model, taps)
             for _, batch in read_batches(loaded.model, data, job.token_budget, rows):
@@ -215,13 +212,6 @@ def taps_of(components: Sequence[Component]) -> list[Tap]:
         for use in component.uses:
             owners.setdefault(use.module, component.name)
     return [Tap(module, component) for module, component in owners.items()]
-
-
-def _taps(job: Job) -> list[Tap]:
-    taps = taps_of(job.components)
-    if not taps:
-        raise SpecError("The method `activation-dot` has no modules to compare: no component is selected.")
-    return taps
 
 
 class PooledOutputs:

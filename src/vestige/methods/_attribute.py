@@ -10,7 +10,7 @@ from pathlib import Path
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.jobs import PROFILE_FILE, follow, is_follower, profile, write_profile
 from vestige.methods import Job, Live, Method, OnAnswers, open_job
-from vestige.methods._parts import StoredRun, requested_parts, split_over_components, take_up
+from vestige.methods._parts import StoredRun, begin_run, split_over_components, take_up
 from vestige.methods._plan import Member, compute_self_scores, summarise
 from vestige.methods._record import (
     digest_inputs,
@@ -30,7 +30,6 @@ from vestige.runs import (
     Scores,
     add_part,
     is_complete,
-    read_record,
     write_run,
 )
 from vestige.settings import AttributeSettings, with_settings
@@ -100,29 +99,13 @@ def _begin(settings: AttributeSettings, job: Job, method: Method, started: float
     losses = measure_query_losses(main.job, main.method)
     if losses is not None and (certain := find_memorized(job.queries, losses, settings.loss)):
         announce(describe_memorized(certain, len(job.queries)))
-    tables = make_tables(main.job, main.summary.ranked, losses)
     others = [_write_beside(settings, member, losses, started) for member in members[1:]]
-    now = time.perf_counter()
-    record = make_record(
-        settings,
-        main,
-        checks,
-        now - started,
-        missing=requested_parts(settings, method),
-        inputs=digest_inputs(job),
-    )
 
     def move_others(run: Path) -> None:
         for folder in others:
             folder.rename(run / folder.name)
 
-    def write() -> RunRecord:
-        dense = tables._replace(dense=main.summary.dense)
-        return read_record(
-            write_run(settings.out, record, dense, overwrite=settings.overwrite, add=move_others), checked=False
-        )
-
-    return StoredRun(main.job, main.method, tables, broadcast_from_rank0(write), now)
+    return begin_run(settings, main, losses, started, move_others, checks=checks, inputs=digest_inputs(job))
 
 
 def _take_up(job: Job, method: Method, begun: RunRecord, started: float) -> StoredRun:
@@ -165,5 +148,5 @@ def _write_beside(settings: AttributeSettings, member: Member, losses: list[floa
     tables = make_tables(job, summary.ranked, losses)._replace(
         components=split_over_components(job, method, pairs), dense=summary.dense
     )
-    record = make_record(settings.model_copy(update=own), member, checks, time.perf_counter() - started)
+    record = make_record(settings.model_copy(update=own), member, time.perf_counter() - started, checks)
     return broadcast_from_rank0(partial(write_run, partial_folder(settings.out) / name, record, tables, overwrite=True))

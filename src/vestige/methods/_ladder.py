@@ -16,15 +16,13 @@ from vestige.distributed import FSDP
 from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.lazy import torch
 from vestige.methods._job import OnAnswers, gradients_fit, open_job
-from vestige.methods._parts import StoredRun, requested_parts, take_up
+from vestige.methods._parts import StoredRun, begin_run, take_up
 from vestige.methods._plan import Member, run_here, vectors_key
 from vestige.methods._protocol import METHODS, Job, Method, get_method
 from vestige.methods._record import (
     digest_inputs,
     find_begun,
     find_method,
-    make_record,
-    make_tables,
     measure_query_losses,
 )
 from vestige.methods._trust import find_lexical_tops
@@ -40,7 +38,6 @@ from vestige.runs import (
     is_complete,
     is_run,
     read_record,
-    write_run,
 )
 from vestige.settings import AttributeSettings
 from vestige.storage import partial_folder, remove_partial
@@ -231,29 +228,19 @@ class _Ladder:
         summary = collector.finish()
         # A share of all examples is not known where a few have scores.
         summary = summary._replace(ranked=[one._replace(percentile=None) for one in summary.ranked])
-        losses = measure_query_losses(job, self.exact)
-        tables = make_tables(job, summary.ranked, losses)._replace(dense=summary.dense)
-        now = time.perf_counter()
-        record = make_record(
-            settings,
-            Member(job, self.exact, summary),
-            [],
-            self.first.run.seconds + now - self.started,
-            missing=requested_parts(settings, self.exact),
-            inputs=digest_inputs(job),
-            ladder=LadderRecord(
-                first=self.taken,
-                rungs=rungs,
-                candidates=candidates.tolist(),
-                stood=self._find_standing(tops, summary.ranked),
-            ),
+        ladder = LadderRecord(
+            first=self.taken,
+            rungs=rungs,
+            candidates=candidates.tolist(),
+            stood=self._find_standing(tops, summary.ranked),
         )
 
         def move_first(run: Path) -> None:
             self.first.folder.rename(run / FIRST_RUNG)
 
-        written = write_run(settings.out, record, tables, overwrite=settings.overwrite, add=move_first)
-        return StoredRun(job, self.exact, tables, read_record(written, checked=False), now)
+        member, losses = Member(job, self.exact, summary), measure_query_losses(job, self.exact)
+        since = self.started - self.first.run.seconds
+        return begin_run(settings, member, losses, since, move_first, inputs=digest_inputs(job), ladder=ladder)
 
     def _search(self) -> tuple[list[RungRecord], list[list[list[int]]]]:
         """Return the rungs below the last one, and the first rows of each, by query."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from vestige.distributed import broadcast_from_rank0
 from vestige.errors import IndexMismatch
 from vestige.lazy import torch
 from vestige.methods import Job, Method, read_batches
-from vestige.methods._plan import compute_self_scores, run_here, vectors_key
+from vestige.methods._plan import Member, compute_self_scores, run_here, vectors_key
 from vestige.methods._randomise import run_checks
-from vestige.methods._record import digest_inputs, make_tables
+from vestige.methods._record import digest_inputs, make_record, make_tables
 from vestige.progress import announce, progress
 from vestige.runs import (
     ComponentScores,
@@ -28,7 +29,9 @@ from vestige.runs import (
     add_part,
     describe_process,
     read_ranked,
+    read_record,
     read_run_table,
+    write_run,
 )
 from vestige.settings import AttributeSettings
 
@@ -101,6 +104,26 @@ def requested_parts(settings: AttributeSettings, method: Method) -> list[str]:
         "checks": settings.trust,
     }
     return [part for part, wanted in requested.items() if wanted]
+
+
+def begin_run(
+    settings: AttributeSettings,
+    member: Member,
+    losses: list[float] | None,
+    since: float,
+    add: Callable[[Path], None],
+    **more: Any,
+) -> StoredRun:
+    """Write a run, with its ranking alone; `add` puts other folders into it, `more` are fields of its record."""
+    job, method, summary = member
+    tables, now = make_tables(job, summary.ranked, losses), time.perf_counter()
+    record = make_record(settings, member, now - since, missing=requested_parts(settings, method), **more)
+
+    def write() -> RunRecord:
+        dense = tables._replace(dense=summary.dense)
+        return read_record(write_run(settings.out, record, dense, overwrite=settings.overwrite, add=add), checked=False)
+
+    return StoredRun(job, method, tables, broadcast_from_rank0(write), now)
 
 
 def take_up(job: Job, method: Method, begun: RunRecord, started: float) -> StoredRun:

@@ -17,7 +17,6 @@ from vestige.runs import (
     Check,
     CheckpointRecord,
     CoverageRecord,
-    Meaning,
     RankedScore,
     RunRecord,
     RunTables,
@@ -69,10 +68,14 @@ def make_tables(job: Job, ranked: Sequence[RankedScore], losses: list[float] | N
 
 
 def make_record(
-    settings: AttributeSettings, member: Member, checks: list[Check], seconds: float, **more: Any
+    settings: AttributeSettings, member: Member, seconds: float, checks: Sequence[Check] = (), **more: Any
 ) -> RunRecord:
     """Return the record of a run with these scores; `more` are further fields of it."""
     job, method, summary = member
+    meaning = method.meaning
+    if settings.weigh_by is not None:
+        weighed = f"{meaning.normalisation}; each example's gradient times its `{settings.weigh_by}`"
+        meaning = replace(meaning, normalisation=weighed)
     checkpoints = [
         CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)
         for each in job.checkpoints
@@ -81,7 +84,7 @@ def make_record(
         command=settings.command_line("attribute"),
         config=settings.record(),
         method=method.name,
-        meaning=_describe_meaning(settings, method),
+        meaning=meaning,
         against_hubs=method.against_hubs,
         data=job.train,
         queries=job.queries,
@@ -90,21 +93,12 @@ def make_record(
         model=describe_model(job.loaded) if job.loaded is not None else None,
         coverage=_describe_coverage(job.selection) if job.selection is not None else None,
         components=[part.name for part in job.components] if method.splits_components else [],
-        checks=checks,
+        checks=list(checks),
         asked=job.asked,
         explained=describe_focus(job.queries.examples),
         left_out=[job.train.examples[row].id for row in job.skipped],
         checkpoints=checkpoints,
         **more,
-    )
-
-
-def _describe_meaning(settings: AttributeSettings, method: Method) -> Meaning:
-    meaning = method.meaning
-    if settings.weigh_by is None:
-        return meaning
-    return replace(
-        meaning, normalisation=f"{meaning.normalisation}; each example's gradient times its `{settings.weigh_by}`"
     )
 
 

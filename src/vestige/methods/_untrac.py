@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -332,21 +333,14 @@ class UnTrac(Method):
 
     def __init__(self, config: UnTracConfig | None = None) -> None:
         self.config = config or UnTracConfig()
-        self._loaded: LoadedModel | None = None
 
-    @property
+    @cached_property
     def loaded(self) -> LoadedModel:
         """The model, loaded when it is first needed."""
-        if self._loaded is None:
-            config = self.config
-            self._loaded = load_model(
-                config.model_name,
-                tokenizer=config.tokenizer,
-                precision=config.precision,  # type: ignore[arg-type]
-                device=config.device,
-                quantize=config.quantize,
-            )
-        return self._loaded
+        same: dict[str, Any] = {
+            name: getattr(self.config, name) for name in ("tokenizer", "precision", "device", "quantize")
+        }
+        return load_model(self.config.model_name, **same)
 
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the scores of all rows by UnTrac-Inv, each query a test set of its own."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
+from vestige import runs
 from vestige.distributed import FSDP
 from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.lazy import torch
@@ -28,17 +29,6 @@ from vestige.methods._record import (
 from vestige.methods._trust import find_lexical_tops
 from vestige.progress import announce
 from vestige.registry import import_object
-from vestige.runs import (
-    FIRST_RUNG,
-    LadderRecord,
-    RungRecord,
-    ScoreBlock,
-    ScoreCollector,
-    Scores,
-    is_complete,
-    is_run,
-    read_record,
-)
 from vestige.settings import AttributeSettings
 from vestige.storage import partial_folder, remove_partial
 
@@ -51,15 +41,15 @@ _JUDGE = "vestige.evaluate:judge_ladder"
 """Evaluations stand above methods, and are found by name, as commands find their functions."""
 
 
-OnRanking = Callable[[Scores], None]
+OnRanking = Callable[[runs.Scores], None]
 
 
 def climb(
     settings: AttributeSettings,
-    rank: Callable[..., Scores],
+    rank: Callable[..., runs.Scores],
     on_answers: OnAnswers | None,
     on_ranking: OnRanking | None,
-) -> Scores:
+) -> runs.Scores:
     """Rank all rows by the settings' method, score those it puts first exactly, and return the run of those.
 
     Its folder holds the run of the first rung as well, which is shown as soon as it is there. Interrupted, the same
@@ -80,7 +70,7 @@ def climb(
     if begun is None:
         first = _rank_all(settings, partial(rank, on_answers=on_answers, on_ranking=on_ranking), on_ranking)
     else:
-        first = Scores.open(settings.out / FIRST_RUNG)
+        first = runs.Scores.open(settings.out / runs.FIRST_RUNG)
     started = time.perf_counter()
     own = {"method": settings.rerank_method, "options": {}}
     asked = _defaults("rerank", "rerank_method", "bank", "answer") | {"queries": str(first.folder)}
@@ -103,13 +93,13 @@ def climb(
         else:
             run = take_up(job, exact, begun, started)
         if on_ranking is not None:
-            on_ranking(Scores.open(settings.out))
+            on_ranking(runs.Scores.open(settings.out))
         if settings.bank is not None:
             import_object(_JUDGE)(settings.out, settings.bank, seed=settings.seed)
-            run.record = read_record(settings.out, checked=False)
+            run.record = runs.read_record(settings.out, checked=False)
         run.add_missing()
     remove_partial(settings.out)
-    return Scores.open(settings.out)
+    return runs.Scores.open(settings.out)
 
 
 def _find_exact(settings: AttributeSettings) -> Method:
@@ -140,7 +130,7 @@ def _is_exact(found: type[Method]) -> bool:
 def _first_settings(settings: AttributeSettings) -> AttributeSettings:
     assert settings.rerank is not None
     changed = {
-        "out": partial_folder(settings.out) / FIRST_RUNG,
+        "out": partial_folder(settings.out) / runs.FIRST_RUNG,
         "k": max(settings.k, settings.rerank),
         "dense": settings.dense or settings.bank is not None,
         "trust": False,
@@ -153,11 +143,13 @@ def _defaults(*names: str) -> dict[str, Any]:
     return {name: AttributeSettings.model_fields[name].default for name in names}
 
 
-def _rank_all(settings: AttributeSettings, rank: Callable[..., Scores], on_ranking: OnRanking | None) -> Scores:
+def _rank_all(
+    settings: AttributeSettings, rank: Callable[..., runs.Scores], on_ranking: OnRanking | None
+) -> runs.Scores:
     """Return the run of the first rung: the one that an interrupted command left, or a new one."""
     first = _first_settings(settings)
-    if is_complete(first.out) and read_record(first.out).config == first.record():
-        found = Scores.open(first.out)
+    if runs.is_complete(first.out) and runs.read_record(first.out).config == first.record():
+        found = runs.Scores.open(first.out)
         if on_ranking is not None:
             on_ranking(found)
         return found
@@ -165,7 +157,7 @@ def _rank_all(settings: AttributeSettings, rank: Callable[..., Scores], on_ranki
         return rank(first)
     except IndexMismatch:
         # What a run with other settings left when it was killed.
-        if not is_run(first.out):
+        if not runs.is_run(first.out):
             raise
         return rank(first.model_copy(update={"overwrite": True}))
 
@@ -179,7 +171,7 @@ def _without_index(job: Job, exact: Method) -> Job:
     return replace(job, index=None, left_out=job.skipped)
 
 
-def _require_same(job: Job, first: Scores) -> None:
+def _require_same(job: Job, first: runs.Scores) -> None:
     """Raise unless the second rung reads what the first one did."""
     ids = [example.id for example in job.queries.examples]
     model = first.run.model
@@ -203,7 +195,7 @@ class _Ladder:
 
     job: Job
     exact: Method
-    first: Scores
+    first: runs.Scores
     started: float
 
     @property
@@ -220,15 +212,15 @@ class _Ladder:
         began = time.perf_counter()
         announce(f"{len(candidates):,} of {len(job.train):,} examples are scored by {self.exact.name}.")
         scores = self._score(candidates)
-        rungs.append(RungRecord(name=self.exact.name, seconds=time.perf_counter() - began, rows=len(candidates)))
+        rungs.append(runs.RungRecord(name=self.exact.name, seconds=time.perf_counter() - began, rows=len(candidates)))
         skipped = np.setdiff1d(np.arange(len(job.train)), candidates).tolist()
         dense = settings.dense or settings.bank is not None
-        collector = ScoreCollector(len(job.queries), len(job.train), k=settings.k, dense=dense, skipped=skipped)
-        collector.add(ScoreBlock(torch.from_numpy(candidates), scores))
+        collector = runs.ScoreCollector(len(job.queries), len(job.train), k=settings.k, dense=dense, skipped=skipped)
+        collector.add(runs.ScoreBlock(torch.from_numpy(candidates), scores))
         summary = collector.finish()
         # A share of all examples is not known where a few have scores.
         summary = summary._replace(ranked=[one._replace(percentile=None) for one in summary.ranked])
-        ladder = LadderRecord(
+        ladder = runs.LadderRecord(
             first=self.taken,
             rungs=rungs,
             candidates=candidates.tolist(),
@@ -236,16 +228,18 @@ class _Ladder:
         )
 
         def move_first(run: Path) -> None:
-            self.first.folder.rename(run / FIRST_RUNG)
+            self.first.folder.rename(run / runs.FIRST_RUNG)
 
         member, losses = Member(job, self.exact, summary), measure_query_losses(job, self.exact)
         since = self.started - self.first.run.seconds
         return begin_run(settings, member, losses, since, move_first, inputs=digest_inputs(job), ladder=ladder)
 
-    def _search(self) -> tuple[list[RungRecord], list[list[list[int]]]]:
+    def _search(self) -> tuple[list[runs.RungRecord], list[list[list[int]]]]:
         """Return the rungs below the last one, and the first rows of each, by query."""
         found = self.first.run
-        rungs = [RungRecord(name=found.method, seconds=found.seconds, rows=found.data.examples - len(found.left_out))]
+        rungs = [
+            runs.RungRecord(name=found.method, seconds=found.seconds, rows=found.data.examples - len(found.left_out))
+        ]
         tops = [
             [[row.row for row in self.first.listed(name, "proponent")][: self.taken] for name in self.first.queries]
         ]
@@ -254,7 +248,9 @@ class _Ladder:
             if each.searches_words and each.name != found.method:
                 began = time.perf_counter()
                 tops.append([rows.tolist() for rows in find_lexical_tops(asked, self.taken, each())])
-                rungs.append(RungRecord(name=each.name, seconds=time.perf_counter() - began, rows=len(self.job.train)))
+                rungs.append(
+                    runs.RungRecord(name=each.name, seconds=time.perf_counter() - began, rows=len(self.job.train))
+                )
         return rungs, tops
 
     def _unite(self, tops: Sequence[Sequence[Sequence[int]]]) -> Int[np.ndarray, "candidate"]:

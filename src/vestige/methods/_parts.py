@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vestige import gradients, methods, models
+from vestige import gradients, methods, models, runs
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import IndexMismatch
 from vestige.lazy import torch
@@ -19,20 +19,6 @@ from vestige.methods._plan import Member, compute_self_scores, run_here, vectors
 from vestige.methods._randomise import run_checks
 from vestige.methods._record import digest_inputs, make_record, make_tables
 from vestige.progress import announce, progress
-from vestige.runs import (
-    ComponentScores,
-    RankedScore,
-    RunRecord,
-    RunTables,
-    TokenScores,
-    TrustRecord,
-    add_part,
-    describe_process,
-    read_ranked,
-    read_record,
-    read_run_table,
-    write_run,
-)
 from vestige.settings import AttributeSettings
 
 if TYPE_CHECKING:
@@ -51,8 +37,8 @@ class StoredRun:
 
     job: Job
     method: Method
-    tables: RunTables
-    record: RunRecord
+    tables: runs.RunTables
+    record: runs.RunRecord
     """As it is on disk."""
     since: float
     """Reading of `time.perf_counter` up to which the record counts the seconds."""
@@ -66,7 +52,7 @@ class StoredRun:
             announce(f"{self.job.settings.out} holds what was finished. {self.record.describe_missing()}")
             raise
 
-    def _compute(self, part: str) -> tuple[RunTables | None, dict[str, Any]]:
+    def _compute(self, part: str) -> tuple[runs.RunTables | None, dict[str, Any]]:
         """Return the tables that hold the part, and the fields of the record that it changes."""
         job, method, tables = self.job, self.method, self.tables
         pairs = [(entry.query, entry.row) for entry in tables.ranked]
@@ -82,15 +68,15 @@ class StoredRun:
             case "self_influence":
                 return tables._replace(self_scores=compute_self_scores(job, method)), {}
         checks = run_checks(job, method, tables.ranked, tables.losses)
-        return None, {"trust": TrustRecord(checks=[*checks, *self.record.trust.checks])}
+        return None, {"trust": runs.TrustRecord(checks=[*checks, *self.record.trust.checks])}
 
-    def _add(self, part: str, content: RunTables | None, facts: dict[str, Any]) -> None:
+    def _add(self, part: str, content: runs.RunTables | None, facts: dict[str, Any]) -> None:
         now = time.perf_counter()
         costs: dict[str, Any] = {"seconds": self.record.seconds + now - self.since}
         for name in ("peak_memory_bytes", "peak_gpu_memory_bytes"):
-            costs[name] = max(describe_process()[name], getattr(self.record, name))
+            costs[name] = max(runs.describe_process()[name], getattr(self.record, name))
         folder, before = self.job.settings.out, self.record
-        self.record = broadcast_from_rank0(lambda: add_part(folder, before, part, content, **costs, **facts))
+        self.record = broadcast_from_rank0(lambda: runs.add_part(folder, before, part, content, **costs, **facts))
         self.since = now
 
 
@@ -119,14 +105,16 @@ def begin_run(
     tables, now = make_tables(job, summary.ranked, losses), time.perf_counter()
     record = make_record(settings, member, now - since, missing=requested_parts(settings, method), **more)
 
-    def write() -> RunRecord:
+    def write() -> runs.RunRecord:
         dense = tables._replace(dense=summary.dense)
-        return read_record(write_run(settings.out, record, dense, overwrite=settings.overwrite, add=add), checked=False)
+        return runs.read_record(
+            runs.write_run(settings.out, record, dense, overwrite=settings.overwrite, add=add), checked=False
+        )
 
     return StoredRun(job, method, tables, broadcast_from_rank0(write), now)
 
 
-def take_up(job: Job, method: Method, begun: RunRecord, started: float) -> StoredRun:
+def take_up(job: Job, method: Method, begun: runs.RunRecord, started: float) -> StoredRun:
     """Return a run that lacks parts, as it is on disk.
 
     Raises:
@@ -139,16 +127,16 @@ def take_up(job: Job, method: Method, begun: RunRecord, started: float) -> Store
             "than when it was begun; nothing was changed. Bring it back, give another --out, or type --overwrite."
         )
 
-    def read() -> tuple[list[RankedScore], list[float] | None]:
-        losses = read_run_table(folder, "queries").sort_by("row")["loss"].to_pylist()
+    def read() -> tuple[list[runs.RankedScore], list[float] | None]:
+        losses = runs.read_run_table(folder, "queries").sort_by("row")["loss"].to_pylist()
         ids = [query.id for query in job.queries.examples]
-        return read_ranked(folder, ids), None if job.loaded is None else losses
+        return runs.read_ranked(folder, ids), None if job.loaded is None else losses
 
     announce(f"{folder} holds the ranking. Only what is missing is computed.")
     return StoredRun(job, method, make_tables(job, *broadcast_from_rank0(read)), begun, started)
 
 
-def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[ComponentScores] | None:
+def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[runs.ComponentScores] | None:
     """Return the score of every pair, split over components; None for a method that has none."""
     if not method.splits_components:
         return None
@@ -157,7 +145,7 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
         return _split_pairs(job, method, distinct)
     # Made before the bar: what they need may show one of its own.
     method.prepare(job)
-    found, rows = list[ComponentScores](), sorted({row for _, row in distinct})
+    found, rows = list[runs.ComponentScores](), sorted({row for _, row in distinct})
     with progress(len(rows), "Scores of components") as bar:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             part = set(rows[start : start + ROWS_AT_ONCE])
@@ -166,13 +154,13 @@ def split_over_components(job: Job, method: Method, pairs: Pairs) -> list[Compon
     return sorted(found, key=lambda one: (one.query, one.row))
 
 
-def _split_pairs(job: Job, method: Method, pairs: Pairs) -> list[ComponentScores]:
+def _split_pairs(job: Job, method: Method, pairs: Pairs) -> list[runs.ComponentScores]:
     queries, rows = torch.tensor([pair[0] for pair in pairs]), torch.tensor([pair[1] for pair in pairs])
     scores = method.components(job, queries, rows).double().cpu().numpy()
-    return [ComponentScores(query, row, part) for (query, row), part in zip(pairs, scores, strict=True)]
+    return [runs.ComponentScores(query, row, part) for (query, row), part in zip(pairs, scores, strict=True)]
 
 
-def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScores]:
+def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[runs.TokenScores]:
     """Return the score of every pair, split over the tokens of the example: the effect of learning to predict each.
 
     An example's loss is a sum over its target tokens, so its gradient and every score that is linear in it are too.
@@ -185,7 +173,7 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
     known = [(query, some, method.token_scores(job, query, some)) for query, some in enumerate(rows)]
     if all(scores is not None for _, _, scores in known):
         return [
-            TokenScores(query, row, each)
+            runs.TokenScores(query, row, each)
             for query, some, scores in known
             for row, each in zip(some, scores or (), strict=True)
         ]
@@ -195,9 +183,9 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
         found = sorted(_split_query(job, prepared, query, rows[query]), key=lambda one: one.row)
         return {str(one.row): torch.from_numpy(one.scores) for one in found}
 
-    def collect(pieces: Iterator[dict[str, Tensor]]) -> list[TokenScores]:
+    def collect(pieces: Iterator[dict[str, Tensor]]) -> list[runs.TokenScores]:
         return [
-            TokenScores(query, row, piece[str(row)].numpy())
+            runs.TokenScores(query, row, piece[str(row)].numpy())
             for query, piece in enumerate(pieces)
             for row in rows[query]
         ]
@@ -206,7 +194,7 @@ def split_over_tokens(job: Job, method: Method, pairs: Pairs) -> list[TokenScore
     return run_here(job, "Scores of tokens", vectors_key(prepared, rows), weights, compute, collect, "pairs")
 
 
-def _split_query(job: Job, prepared: methods.Prepared, query: int, rows: Sequence[int]) -> Iterator[TokenScores]:
+def _split_query(job: Job, prepared: methods.Prepared, query: int, rows: Sequence[int]) -> Iterator[runs.TokenScores]:
     """Yield the scores of a query for some rows, split over tokens."""
     model, data = job.model_for(job.settings.method).model, job.train
     device = next(model.parameters()).device
@@ -223,4 +211,4 @@ def _split_query(job: Job, prepared: methods.Prepared, query: int, rows: Sequenc
         for row, values in zip(wanted[positions].tolist(), derivatives, strict=True):
             count = max(int(data.target_counts[row]), 1) if job.settings.loss == "mean" else 1
             shares = values[: len(data.input_ids[row])] / count / (norms[row] or 1.0)
-            yield TokenScores(query, row, shares * weights[row])
+            yield runs.TokenScores(query, row, shares * weights[row])

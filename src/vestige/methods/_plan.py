@@ -16,20 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from vestige import methods, models
+from vestige import jobs, methods, models
 from vestige.data import Example, StoredExamples
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
-from vestige.jobs import (
-    PieceFiles,
-    Tensors,
-    phase,
-    run_pieces,
-    run_with_rate,
-    step_done,
-    tensor_pieces,
-    worker_command,
-)
 from vestige.lazy import torch
 from vestige.methods._protocol import GradientStore, Job, Method, watch
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
@@ -156,29 +146,29 @@ def _run(
     rows = [store.piece_rows(piece) for piece in range(store.pieces)]
     weights = [count * lines for count in rows]
     if len(rows) == 1 and job.settings.engine == "local":
-        with phase(name, unit) as done:
+        with jobs.phase(name, unit) as done:
             done.append(weights[0])
             return collect(watch(open_blocks()(0), rows[0], name))
 
-    def begin() -> AbstractContextManager[Callable[[int], Tensors]]:
+    def begin() -> AbstractContextManager[Callable[[int], jobs.Tensors]]:
         return nullcontext(partial(compute, open_blocks()))
 
-    def compute(blocks: Blocks, piece: int) -> Tensors:
+    def compute(blocks: Blocks, piece: int) -> jobs.Tensors:
         found = []
         for block in blocks(piece):
             found.append(block)
-            step_done(len(block.rows) * lines)
+            jobs.step_done(len(block.rows) * lines)
         return {
             "rows": torch.cat([each.rows for each in found]),
             "scores": torch.cat([each.scores for each in found], dim=1),
         }
 
     files = _open_files(job, name, digest(key, rows, lines), len(rows))
-    pieces = tensor_pieces(
+    pieces = jobs.tensor_pieces(
         name, files, weights, begin, lambda found: collect(ScoreBlock(**each) for each in found), unit=unit
     )
     with nullcontext() if job.loaded is None else models.leave_card(job.loaded.model, job.settings):
-        return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
+        return jobs.run_with_rate(pieces, job.settings, jobs.worker_command(job.settings, "attribute"))
 
 
 def _share_queries(job: Job, method: Method, store: GradientStore) -> methods.Prepared:
@@ -190,12 +180,12 @@ def _share_queries(job: Job, method: Method, store: GradientStore) -> methods.Pr
     if store.pieces == 1:
         return method.prepare(job)
 
-    def compute(_: int) -> Tensors:
+    def compute(_: int) -> jobs.Tensors:
         prepared = method.prepare(job)
         vectors = {str(number): vector for number, vector in enumerate(prepared.vectors)}
         return {"cosine": torch.tensor(prepared.cosine), **vectors}
 
-    def collect(pieces: Iterator[Tensors]) -> methods.Prepared:
+    def collect(pieces: Iterator[jobs.Tensors]) -> methods.Prepared:
         kept = next(pieces)
         cosine = bool(kept.pop("cosine"))
         vectors = [kept[str(number)].to(store.device) for number in range(len(kept))]
@@ -214,19 +204,19 @@ def run_here(
     name: str,
     key: str,
     weights: Sequence[int],
-    compute: Callable[[int], Tensors],
-    collect: Callable[[Iterator[Tensors]], Result],
+    compute: Callable[[int], jobs.Tensors],
+    collect: Callable[[Iterator[jobs.Tensors]], Result],
     unit: str,
 ) -> Result:
     """Return what pieces are collected to that this process computes, each kept beside the run until it is written."""
     files = _open_files(job, name, key, len(weights))
-    pieces = tensor_pieces(name, files, weights, lambda: nullcontext(compute), collect, unit=unit)
-    return run_pieces(pieces, LaunchSettings.model_validate({}), None)
+    pieces = jobs.tensor_pieces(name, files, weights, lambda: nullcontext(compute), collect, unit=unit)
+    return jobs.run_pieces(pieces, LaunchSettings.model_validate({}), None)
 
 
-def _open_files(job: Job, name: str, key: str, pieces: int) -> PieceFiles:
+def _open_files(job: Job, name: str, key: str, pieces: int) -> jobs.PieceFiles:
     """Return the files of some pieces beside the run, of which none is damaged."""
-    files = PieceFiles(partial_folder(job.settings.out) / name.lower().replace(" ", "-"), key)
+    files = jobs.PieceFiles(partial_folder(job.settings.out) / name.lower().replace(" ", "-"), key)
     files.forget_damaged(range(pieces))
     return files
 

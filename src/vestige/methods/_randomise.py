@@ -20,6 +20,7 @@ from vestige.errors import NonFinite
 from vestige.jobs import run_pieces
 from vestige.lazy import torch
 from vestige.methods import Job, Method, digest, get_method
+from vestige.methods._stores import open_compressed
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.progress import progress, quiet
 from vestige.runs import Check, RankedScore, sample_rows
@@ -212,8 +213,8 @@ def _index_sample(job: Job, like: indexes.Index, rows: Int[np.ndarray, "row"], f
 
 def _build_index(job: Job, like: indexes.Index, folder: Path) -> indexes.Index:
     """Return an index of the job's training data, compressed as `like` is; one that is there already is opened."""
-    data, loaded, old = job.train, job.model_for(job.settings.method), like.manifest
-    draft = old.model_copy(
+    data = job.train
+    draft = like.manifest.model_copy(
         update={
             "data": indexes.DataIdentity(name=data.name, fingerprint=data.fingerprint, examples=len(data)),
             "plan": indexes.PlanRecord(fewest_shards=1),
@@ -229,16 +230,7 @@ def _build_index(job: Job, like: indexes.Index, folder: Path) -> indexes.Index:
 
     @contextmanager
     def compute() -> Iterator:
-        gradients = indexes.CompressedGradients(
-            loaded,
-            job.components,
-            manifest.components,
-            like.spec,
-            manifest.seed,
-            manifest.loss,
-            manifest.compression.scope,
-        )
-        with gradients:
+        with open_compressed(job, like, manifest.components) as gradients:
             yield lambda batches: gradients.parts(data, batches)
 
     work = indexes.IndexWork(folder, manifest, plan, data.examples, compute)

@@ -6,30 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vestige import models
+from vestige import models, runs
 from vestige.data import describe_focus
 from vestige.distributed import FSDP
 from vestige.errors import SpecError
 from vestige.jobs import is_follower, is_worker, this_role
 from vestige.methods import METHODS, Job, Method, compute_losses, get_method
 from vestige.methods._plan import Member, digest, settings_key
-from vestige.runs import (
-    Check,
-    CheckpointRecord,
-    CoverageRecord,
-    RankedScore,
-    RunRecord,
-    RunTables,
-    SkippedRecord,
-    check_target,
-    describe_model,
-    find_unfinished,
-    make_run_record,
-)
 from vestige.settings import AttributeSettings, LaunchSettings
 
 
-def find_begun(settings: AttributeSettings) -> RunRecord | None:
+def find_begun(settings: AttributeSettings) -> runs.RunRecord | None:
     """Return the record of the run to which parts are to be added, None where one is to be begun.
 
     Raises:
@@ -39,9 +26,9 @@ def find_begun(settings: AttributeSettings) -> RunRecord | None:
     elsewhere = is_plain_worker() or is_follower()
     if not (settings.overwrite or elsewhere):
         ignored = {*LaunchSettings.model_fields, "out", "overwrite", "profile"}
-        if (begun := find_unfinished(settings.out, settings.record(), ignored=ignored)) is not None:
+        if (begun := runs.find_unfinished(settings.out, settings.record(), ignored=ignored)) is not None:
             return begun
-    check_target(settings.out, overwrite=settings.overwrite or elsewhere or is_worker())
+    runs.check_target(settings.out, overwrite=settings.overwrite or elsewhere or is_worker())
     return None
 
 
@@ -61,15 +48,15 @@ def digest_inputs(job: Job) -> str:
     )
 
 
-def make_tables(job: Job, ranked: Sequence[RankedScore], losses: list[float] | None) -> RunTables:
+def make_tables(job: Job, ranked: Sequence[runs.RankedScore], losses: list[float] | None) -> runs.RunTables:
     """Return the content of a run, with its listed scores and the losses of its queries."""
     tokenizer = job.loaded.tokenizer if job.loaded is not None else None
-    return RunTables(job.train, job.queries, ranked, job.generated, losses, tokenizer)
+    return runs.RunTables(job.train, job.queries, ranked, job.generated, losses, tokenizer)
 
 
 def make_record(
-    settings: AttributeSettings, member: Member, seconds: float, checks: Sequence[Check] = (), **more: Any
-) -> RunRecord:
+    settings: AttributeSettings, member: Member, seconds: float, checks: Sequence[runs.Check] = (), **more: Any
+) -> runs.RunRecord:
     """Return the record of a run with these scores; `more` are further fields of it."""
     job, method, summary = member
     meaning = method.meaning
@@ -77,10 +64,10 @@ def make_record(
         weighed = f"{meaning.normalisation}; each example's gradient times its `{settings.weigh_by}`"
         meaning = replace(meaning, normalisation=weighed)
     checkpoints = [
-        CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)
+        runs.CheckpointRecord(name=each.name, weight=each.weight, index=str(each.index.folder) if each.index else None)
         for each in job.checkpoints
     ]
-    return make_run_record(
+    return runs.make_run_record(
         command=settings.command_line("attribute"),
         config=settings.record(),
         method=method.name,
@@ -90,7 +77,7 @@ def make_record(
         queries=job.queries,
         summary=summary,
         seconds=seconds,
-        model=describe_model(job.loaded) if job.loaded is not None else None,
+        model=runs.describe_model(job.loaded) if job.loaded is not None else None,
         coverage=_describe_coverage(job.selection) if job.selection is not None else None,
         components=[part.name for part in job.components] if method.splits_components else [],
         checks=list(checks),
@@ -102,13 +89,13 @@ def make_record(
     )
 
 
-def _describe_coverage(selection: models.Selection) -> CoverageRecord:
-    return CoverageRecord(
+def _describe_coverage(selection: models.Selection) -> runs.CoverageRecord:
+    return runs.CoverageRecord(
         selected=selection.selected_parameters,
         total=selection.total_parameters,
         fraction=selection.fraction,
         skipped=[
-            SkippedRecord(name=row.name, parameters=row.parameters, reason=row.reason)
+            runs.SkippedRecord(name=row.name, parameters=row.parameters, reason=row.reason)
             for row in selection.coverage
             if not row.selected
         ],

@@ -33,7 +33,7 @@ from vestige.gradients import (
     low_rank,
     matrices_of,
 )
-from vestige.indexes import CompressedGradients, IndexBlock, IndexedComponent
+from vestige.indexes import CompressedGradients, Index, IndexBlock, IndexedComponent
 from vestige.jobs import group_items
 from vestige.methods._job import subtract_contrast
 from vestige.methods._protocol import GradientStore, Job, Products, ScoredRows, Vectors
@@ -381,13 +381,10 @@ class IndexedGradients(GradientStore):
         self, data: TokenizedData, columns: Sequence[IndexedComponent]
     ) -> tuple[Float[Tensor, "example column"], Float[Tensor, "example"]]:
         """Compute losses, and gradients compressed into these columns, of the data by the model as it is, in order."""
-        manifest, loaded = self.index.manifest, self._job.model_for(self._job.settings.method)
-        compute = CompressedGradients(
-            loaded, self._job.components, columns, self._spec, manifest.seed, manifest.loss, manifest.compression.scope
-        )
-        with compute:
-            sharing = batch_sharing(loaded.model)
-            content = compute.rows(data, plan_batches(data.lengths, manifest.token_budget, sharing=sharing))
+        sharing = batch_sharing(self._job.model_for(self._job.settings.method).model)
+        batches = plan_batches(data.lengths, self.index.manifest.token_budget, sharing=sharing)
+        with open_compressed(self._job, self.index, columns) as compute:
+            content = compute.rows(data, batches)
         gradients, losses = torch.empty_like(content.gradients), torch.empty_like(content.loss)
         gradients[content.example], losses[content.example] = content.gradients, content.loss
         return gradients, losses
@@ -408,6 +405,12 @@ class IndexedGradients(GradientStore):
             gradients = self._compress(data, apart)[0].unflatten(1, (len(parts), width))
             scores.append(torch.einsum("qk,rck->cqr", vectors, gradients))
         return torch.cat(scores, dim=2)
+
+
+def open_compressed(job: Job, like: Index, columns: Sequence[IndexedComponent]) -> CompressedGradients:
+    """Return what computes gradients of the job's model, compressed as those of an index are, into these columns."""
+    loaded, made = job.model_for(job.settings.method), like.manifest
+    return CompressedGradients(loaded, job.components, columns, like.spec, made.seed, made.loss, made.compression.scope)
 
 
 def _announce_unlike(computed: Float[Tensor, "query row"], stored: Float[Tensor, "query row"]) -> None:

@@ -6,9 +6,8 @@ adds is a file beside the run, so an interrupted run continues with the next one
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +104,18 @@ class CheckpointMethod(Method):
         Each checkpoint is opened once more, for these rows alone.
         """
         distinct, place = torch.unique(rows, return_inverse=True)
-        total: Tensor | None = None
-        for number, weight in enumerate(self.weights(job.checkpoints)):
-            if weight == 0:
-                continue
-            part = weight * self._term(job, number).parts(distinct.tolist()).double().cpu()
-            total = part if total is None else total + part
-        assert total is not None
+        weighted = (
+            weight * self._term(job, number).parts(distinct.tolist()).double().cpu()
+            for number, weight in enumerate(self.weights(job.checkpoints))
+            if weight > 0
+        )
+        total = torch.as_tensor(sum(weighted))
         _, sums = next(self._sums(job, "scores", self.lines(job), distinct.numpy()))
         return self.combine(job, sums, total)[:, queries, place].T
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""
-        extra = self.lines(job) - len(job.queries)
-        for rows, sums in self._sums(job, "self_scores", 1 + extra):
+        for rows, sums in self._sums(job, "self_scores", 1 + self.lines(job) - len(job.queries)):
             yield ScoreBlock(rows, self.combine(job, sums, sums))
 
     def _sums(self, job: Job, what: str, lines: int, rows: Int[np.ndarray, "row"] | None = None) -> Lines:
@@ -140,7 +137,7 @@ class CheckpointMethod(Method):
             checkpoint = job.checkpoints[number]
             announce(f"Checkpoint {number + 1} of {len(job.checkpoints)}: {checkpoint.name}")
             term = self._term(job, number)
-            _write(path, shape, partial(_zero_skipped, job.skipped, getattr(term, what)), checkpoint)
+            _write(path, shape, getattr(term, what), job.skipped, checkpoint)
         return np.load(path, mmap_mode="r")
 
     def _term(self, job: Job, number: int) -> Term:
@@ -155,14 +152,13 @@ class CheckpointMethod(Method):
 
     def _digest(self, job: Job, number: int, what: str) -> str:
         settings = job.settings
-        described = {
-            "what": [self.name, what, number, self.key(job)],
-            "source": _identity(job.checkpoints[number], job),
-            "data": [job.train.fingerprint, job.queries.fingerprint, len(job.queries)],
-            "components": [part.name for part in job.components],
-            "settings": [getattr(settings, name) for name in ("loss", "seed", "precision")],
-        }
-        return digest(described)[:24]
+        return digest(
+            [self.name, what, number, self.key(job)],
+            _identity(job.checkpoints[number], job),
+            [job.train.fingerprint, job.queries.fingerprint, len(job.queries)],
+            [part.name for part in job.components],
+            [settings.loss, settings.seed, settings.precision],
+        )[:24]
 
 
 def checkpoint_job(job: Job, number: int) -> Job:
@@ -222,15 +218,10 @@ def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:
     return [str(checkpoint.source), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
 
 
-def _zero_skipped(skipped: tuple[int, ...], produce: Callable[[], Lines]) -> Lines:
-    """Yield the numbers with zeros for the examples that are left out."""
-    for rows, scores in produce():
-        kept = torch.as_tensor(~np.isin(rows.cpu().numpy(), skipped), device=scores.device)
-        yield rows, torch.where(kept, scores, 0.0)
-
-
-def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], checkpoint: Checkpoint) -> None:
-    """Write one file that is whole or absent."""
+def _write(
+    path: Path, shape: tuple[int, int], produce: Callable[[], Lines], skipped: Sequence[int], checkpoint: Checkpoint
+) -> None:
+    """Write one file that is whole or absent, with zeros for the examples that are left out."""
     make_folder(path.parent)
     check_disk(path.parent, 4 * shape[0] * shape[1])
     temporary = temporary_path(path)
@@ -238,9 +229,10 @@ def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], che
         numbers = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         scored = 0
         for rows, scores in produce():
-            numbers[:, rows.cpu().numpy()] = scores.detach().float().cpu().numpy()
-            scored += len(rows)
-            if not torch.isfinite(scores).all():
+            places, found = rows.cpu().numpy(), scores.detach().float().cpu().numpy()
+            numbers[:, places] = found = np.where(np.isin(places, skipped), 0.0, found)
+            scored += len(places)
+            if not np.isfinite(found).all():
                 raise NonFinite(f"The scores of {checkpoint.name} are not finite. Leave this checkpoint out.")
         assert scored == shape[1], "every training example is scored once"
         numbers.flush()

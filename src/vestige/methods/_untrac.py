@@ -1,6 +1,5 @@
 """`vestige untrac`: unlearn one side, measure the other, and write the measurements as a run."""
 
-import io
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 
@@ -32,7 +30,8 @@ from vestige.methods._untrac_job import (
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce, format_seconds
 from vestige.settings import AscentOptimizer, Reduction, UntracSettings, with_settings
-from vestige.storage import remove_partial, write_durably
+from vestige.storage import remove_partial
+from vestige.tables import write_table
 
 SIGN = "positive: training on it lowers the test set's loss"
 LIMITS = "A local change of this model; copies of a source each score as if they were alone. Compare ranks."
@@ -221,9 +220,8 @@ def write_curves(folder: Path, found: Unlearning) -> None:
     `mirrored` is the loss on the other side of the start, null where it was not measured. A batch's loss is the one
     before its step.
     """
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(_curves(found), schema=CURVES_SCHEMA), sink, compression="zstd")
-    write_durably(folder / CURVES_FILE, [sink.getvalue()])
+    table = pa.Table.from_pylist(_curves(found), schema=CURVES_SCHEMA)
+    write_table(folder / CURVES_FILE, table, compression="zstd")
 
 
 def _curves(found: Unlearning) -> list[dict[str, object]]:

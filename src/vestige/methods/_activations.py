@@ -5,7 +5,7 @@ answer. Padding and prompts carry no weight, so no score depends on the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -266,14 +266,10 @@ def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "ex
 def tap_modules(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[PooledOutputs]:
     """Pool the outputs of the taps while the context lasts."""
     outputs = PooledOutputs(taps, pooling)
-    handles = [
-        model.get_submodule(tap.module).register_forward_hook(outputs.hook(number)) for number, tap in enumerate(taps)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for number, tap in enumerate(taps):
+            hooks.enter_context(model.get_submodule(tap.module).register_forward_hook(outputs.hook(number)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _shortest_forward(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:

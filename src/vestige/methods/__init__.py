@@ -37,11 +37,7 @@ if TYPE_CHECKING:
         unit_length as unit_length,
     )
     from vestige.methods._influence import Influence as Influence
-    from vestige.methods._iterative import (
-        Arnoldi as Arnoldi,
-        ConjugateGradient as ConjugateGradient,
-        Lissa as Lissa,
-    )
+    from vestige.methods._iterative import Arnoldi as Arnoldi, ConjugateGradient as ConjugateGradient, Lissa as Lissa
     from vestige.methods._job import (
         EXACT_SHARE as EXACT_SHARE,
         Live as Live,
@@ -55,10 +51,6 @@ if TYPE_CHECKING:
         read_queries as read_queries,
     )
     from vestige.methods._less import Less as Less
-    from vestige.methods._parts import (
-        split_over_components as split_over_components,
-        split_over_tokens as split_over_tokens,
-    )
     from vestige.methods._plan import digest as digest, settings_key as settings_key
     from vestige.methods._preconditioned import (
         DataInfMethod as DataInfMethod,
@@ -82,6 +74,10 @@ if TYPE_CHECKING:
     )
     from vestige.methods._random import Random as Random
     from vestige.methods._randomise import check_randomised as check_randomised
+    from vestige.methods._record import (
+        split_over_components as split_over_components,
+        split_over_tokens as split_over_tokens,
+    )
     from vestige.methods._stores import (
         ExactGradients as ExactGradients,
         IndexedGradients as IndexedGradients,

@@ -10,9 +10,10 @@ from pathlib import Path
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.jobs import PROFILE_FILE, follow, is_follower, profile, write_profile
 from vestige.methods import Job, Live, Method, OnAnswers, open_job
-from vestige.methods._parts import StoredRun, begin_run, split_over_components, take_up
 from vestige.methods._plan import Member, compute_self_scores, summarise
 from vestige.methods._record import (
+    StoredRun,
+    begin_run,
     digest_inputs,
     find_begun,
     find_method,
@@ -20,18 +21,12 @@ from vestige.methods._record import (
     make_record,
     make_tables,
     measure_query_losses,
+    split_over_components,
+    take_up,
 )
 from vestige.methods._trust import describe_memorized, find_memorized, run_free_checks
 from vestige.progress import announce
-from vestige.runs import (
-    RECORD_FILE,
-    Check,
-    RunRecord,
-    Scores,
-    add_part,
-    is_complete,
-    write_run,
-)
+from vestige.runs import RECORD_FILE, Check, RunRecord, Scores, add_part, is_complete, write_run
 from vestige.settings import AttributeSettings, with_settings
 from vestige.storage import partial_folder, remove_partial, sha256_of
 

@@ -17,14 +17,16 @@ from vestige.distributed import FSDP
 from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.lazy import torch
 from vestige.methods._job import OnAnswers, gradients_fit, open_job
-from vestige.methods._parts import StoredRun, begin_run, take_up
 from vestige.methods._plan import Member, run_here, vectors_key
 from vestige.methods._protocol import METHODS, Job, Method, get_method
 from vestige.methods._record import (
+    StoredRun,
+    begin_run,
     digest_inputs,
     find_begun,
     find_method,
     measure_query_losses,
+    take_up,
 )
 from vestige.methods._trust import find_lexical_tops
 from vestige.progress import announce

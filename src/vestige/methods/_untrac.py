@@ -20,13 +20,7 @@ from vestige.indexes import tokens_at_most
 from vestige.jobs import is_worker
 from vestige.methods import Job, Method, loss_weights, method
 from vestige.methods._untrac_ascent import NO_SOURCE, ExampleSet, Side, find_overlaps, set_means
-from vestige.methods._untrac_job import (
-    STOP_SHARE,
-    Unlearning,
-    UntracJob,
-    make_job,
-    open_untrac_job,
-)
+from vestige.methods._untrac_job import STOP_SHARE, Unlearning, UntracJob, make_job, open_untrac_job
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce, format_seconds
 from vestige.settings import AscentOptimizer, Reduction, UntracSettings, with_settings

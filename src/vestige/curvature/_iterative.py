@@ -254,7 +254,7 @@ class CurvatureProduct:
     def flatten(self, product: Sequence[Tensor]) -> Float[Tensor, "n"]:
         """Return tensors shaped as the components' parameters as one vector in the layout of the products."""
         pairs = zip(self.components, product, strict=True)
-        return torch.cat([parameter_view(self.model, component, part).flatten() for component, part in pairs])
+        return torch.cat([parameter_view(self.model, one, part.contiguous()).flatten() for one, part in pairs])
 
 
 def _gauss_newton(

@@ -138,7 +138,7 @@ class ExactGradients(GradientStore):
     def products(self, vectors: Vectors, rows: Sequence[int], *, norms: bool) -> Products:
         """Compute the products of just these rows in a pass over them."""
         wanted = np.asarray(rows)
-        planned = list(plan_batches(self._job.train.lengths[wanted], self._budget, sharing=self._sharing))
+        planned = plan_batches(self._job.train.lengths[wanted], self._budget, sharing=self._sharing)
         parts = [part for _, part in self._stream(vectors, [wanted[batch] for batch in planned], norms)]
         order = torch.from_numpy(np.concatenate(planned)).argsort()
         lengths = torch.cat([part.norms for part in parts if part.norms is not None])[order] if norms else None

@@ -1,7 +1,7 @@
 """Sets of examples, and one ascent: steps up the loss of a set, and what that does to the losses of others."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import NamedTuple
@@ -364,12 +364,8 @@ def first_order_identity(
     squared = _product(slope, slope)
     if squared == 0:
         raise ModelError("The gradient of what is to be unlearnt is zero, so nothing would move. Is the model trained?")
-    step = replace(
-        AscentRecipe(_RISE / squared, 1, len(own[1]), "sgd"),
-        reduction=recipe.reduction,
-        token_budget=recipe.token_budget,
-        seed=recipe.seed,
-    )
+    same = {name: getattr(recipe, name) for name in ("reduction", "token_budget", "seed")}
+    step = AscentRecipe(_RISE / squared, 1, len(own[1]), "sgd", **same)
 
     def climb(data: TokenizedData, rows: Rows) -> float:
         """Return the change of the rows' loss per unit of step; even powers of the step cancel."""

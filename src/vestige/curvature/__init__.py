@@ -55,7 +55,6 @@ if TYPE_CHECKING:
         precondition as precondition,
         preconditioned_layout as preconditioned_layout,
         read_preconditioned as read_preconditioned,
-        whole_fisher as whole_fisher,
     )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from vestige.curvature import FisherBlocks, fisher_of, whole_fisher
+from vestige.curvature import FisherBlocks, fisher_of
 from vestige.errors import SpecError
 from vestige.jobs import worker_command
 from vestige.methods import HELPS, GradientMethod, IndexedGradients, Job, Prepared, Vectors, method
@@ -147,10 +147,7 @@ class Influence(GradientMethod):
         return IndexedGradients(job, fisher.measure(damping, 2 if self.relative == "theta" else 1))
 
     def _curvature(self, job: Job) -> FisherBlocks:
-        store = IndexedGradients(job)
-        if self.fisher == "component":
-            command = worker_command(job.settings, "attribute")
-            found = fisher_of(store.index, job.settings, command, store.compute_device)
-        else:
-            found = whole_fisher(store.index, store.compute_device)
+        store, command = IndexedGradients(job), worker_command(job.settings, "attribute")
+        whole = self.fisher == "model"
+        found = fisher_of(store.index, job.settings, command, store.compute_device, whole=whole)
         return found.in_unit_of_one() if self.damping_unit == "one" else found

@@ -51,14 +51,13 @@ class EkfacIndex(GradientMethod):
         """Return the index."""
         return IndexedGradients(job)
 
-    @classmethod
-    def require_self_scores(cls) -> None:
+    def require_self_scores(self) -> None:
         """Refuse: what is stored of an example cannot be preconditioned.
 
         Raises:
             SpecError: Always.
         """
         raise SpecError(
-            f"{cls.name} preconditions the queries alone: of the examples their compressed gradients are known. Type "
+            f"{self.name} preconditions the queries alone: of the examples their compressed gradients are known. Type "
             "--method ekfac, or --method influence, for self-influence."
         )

@@ -118,14 +118,17 @@ class Influence(GradientMethod):
             return IndexedGradients(job)
         return self._store(job, self._curvature(job), job.settings.damping)
 
-    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
-        """Return the map from a piece to `g^T (F + d I)^-1 g` of its training examples, divided as their scores are.
+    def require_self_scores(self) -> None:
+        """Refuse cosines, which are all 1.
 
         Raises:
-            SpecError: For cosines, which are all 1.
+            SpecError: They were requested.
         """
         if self.relative == "cosine":
             raise SpecError("Self-influence as a cosine is 1 for every example. Drop --option relative=cosine.")
+
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
+        """Return the map from a piece to `g^T (F + d I)^-1 g` of its training examples, divided as their scores are."""
         fisher, damping, store = self._curvature(job), job.settings.damping, IndexedGradients(job)
         squared = fisher.measure(damping, 1).to(store.compute_device)
         divisor = fisher.measure(damping, 2).to(store.compute_device) if self.relative == "theta" else squared

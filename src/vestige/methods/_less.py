@@ -27,7 +27,7 @@ from vestige.methods import (
     watch,
     with_equal_sum,
 )
-from vestige.runs import Meaning, ScoreBlock
+from vestige.runs import Meaning
 
 
 @method("less")
@@ -95,7 +95,7 @@ class Less(CheckpointMethod):
         means = [torch.stack([vector[group].mean(0) for group in groups]) for vector in gradients]
         return LessTerm(job, moments, unit_length(means))
 
-    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
+    def require_self_scores(self) -> None:
         """Refuse: preconditioned on one side and divided by both lengths, it ranks no example above another.
 
         Raises:

@@ -224,20 +224,19 @@ class Method(ABC):
         """Return the method for a job whose vectors are there already, with a note on the normalisation of scores."""
         raise NotImplementedError(f"{self.name} has no vectors")
 
-    @classmethod
-    def require_self_scores(cls) -> None:
+    def require_self_scores(self) -> None:
         """Raise unless self-influence is defined and differs between examples.
 
         Raises:
             SpecError: It is not.
         """
-        if not cls.scores_itself:
+        if not self.scores_itself:
             raise SpecError(
-                f"Self-influence is defined for gradient methods, and {cls.name} is none. Type --method influence."
+                f"Self-influence is defined for gradient methods, and {self.name} is none. Type --method influence."
             )
-        if cls.constant_self_score is not None:
+        if self.constant_self_score is not None:
             raise SpecError(
-                f"Self-influence with {cls.name} is {cls.constant_self_score}. It would rank nothing. Type --method "
+                f"Self-influence with {self.name} is {self.constant_self_score}. It would rank nothing. Type --method "
                 "influence or --method grad-dot."
             )
 

@@ -115,8 +115,9 @@ class CheckpointMethod(Method):
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""
-        for rows, sums in self._sums(job, "self_scores", 1 + self.lines(job) - len(job.queries)):
-            yield ScoreBlock(rows, self.combine(job, sums, sums))
+        self.require_self_scores()
+        found = self._sums(job, "self_scores", 1 + self.lines(job) - len(job.queries))
+        return (ScoreBlock(rows, self.combine(job, sums, sums)) for rows, sums in found)
 
     def _sums(self, job: Job, what: str, lines: int, rows: Int[np.ndarray, "row"] | None = None) -> Lines:
         """Yield weighted sums over the checkpoints, in float64; a part of the rows in one piece, or all of them."""

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         Checkpoint as Checkpoint,
         find_checkpoints as find_checkpoints,
         learning_rates as learning_rates,
-        with_equal_sum as with_equal_sum,
     )
     from vestige.methods._ekfac_index import EkfacIndex as EkfacIndex
     from vestige.methods._grad_dot import GradCos as GradCos, GradDot as GradDot

@@ -25,7 +25,6 @@ from vestige.methods import (
     method,
     unit_length,
     watch,
-    with_equal_sum,
 )
 from vestige.runs import Meaning
 
@@ -53,6 +52,8 @@ class Less(CheckpointMethod):
         limits="Says nothing about how far the step goes. Each step contains Adam's momentum, which all examples share "
         "and which lifts or lowers all scores of a query alike: compare examples, not signs, where it dominates.",
     )
+    # Scores stay cosines.
+    averages = True
     subtasks: Annotated[
         bool,
         "Average the gradients of queries of one `source`; an example's score, the same for all queries, is that for "
@@ -62,10 +63,6 @@ class Less(CheckpointMethod):
     def lines(self, job: Job) -> int:
         """Return the number of queries, or of subtasks."""
         return len(self._groups(job))
-
-    def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
-        """Return shares that add up to 1, so that scores stay cosines."""
-        return [each.weight for each in with_equal_sum(checkpoints)]
 
     def key(self, job: Job) -> dict[str, Any]:
         """Return which queries belong together, and the optimizers."""

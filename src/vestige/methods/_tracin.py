@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -68,6 +68,8 @@ class CheckpointMethod(Method):
     needs_gradients = True
     needs_exact = True
     weighting = "learning rate"
+    averages: ClassVar[bool] = False
+    """True where the weights of the checkpoints are made to add up to 1, so that the sum is a mean."""
     splits_components = True
     scores_itself = True
     reads_focus = ("instead", "span", "weights")
@@ -83,7 +85,8 @@ class CheckpointMethod(Method):
 
     def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
         """Return the factor of each checkpoint's numbers in the sum over checkpoints."""
-        return [each.weight for each in checkpoints]
+        total = sum(each.weight for each in checkpoints) if self.averages else 1.0
+        return [each.weight / total for each in checkpoints]
 
     def combine(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
         """Return scores `[..., query, row]` from `parts` `[..., line, row]` of which `sums` are the totals."""

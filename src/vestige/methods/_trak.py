@@ -24,7 +24,6 @@ from vestige.methods import (
     method,
     open_checkpoint_store,
     watch,
-    with_equal_sum,
 )
 from vestige.runs import Meaning
 
@@ -64,15 +63,12 @@ class Trak(CheckpointMethod):
         "of one random projection are noisy; the damping sets the scale, so compare within a run.",
     )
     weighting = "equal"
+    averages = True
     reads_focus = ("span",)
 
     def lines(self, job: Job) -> int:
         """Return the number of queries, and one more for 1 - p."""
         return len(job.queries) + 1
-
-    def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
-        """Return the weights of a mean."""
-        return [each.weight for each in with_equal_sum(checkpoints)]
 
     def key(self, job: Job) -> dict[str, Any]:
         """Return the damping, which is inside the mean."""

@@ -188,6 +188,8 @@ class ActivationDot(Method):
         self, job: Job, data: TokenizedData, rows: Int[np.ndarray, "row"]
     ) -> Iterator[tuple[Int[Tensor, "row"], list[Float[Tensor, "row width"]]]]:
         loaded, taps = job.model_for(self.name), taps_of(job.components)
+        if not taps:
+            raise SpecError("The method `activation-dot` has no modules to compare: no component is selected.")
         with tap_modules(loaded.model, taps, self.pooling) as outputs:
             run = _shortest_forward(loaded.model, taps)
             for _, batch in read_batches(loaded.model, data, job.token_budget, rows):

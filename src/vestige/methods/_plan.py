@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -163,7 +164,7 @@ def _run(
             "scores": torch.cat([each.scores for each in found], dim=1),
         }
 
-    files = _open_files(job, name, digest(key, rows, lines), len(rows))
+    files = open_files(job.settings.out, name, digest(key, rows, lines), len(rows))
     pieces = jobs.tensor_pieces(
         name, files, weights, begin, lambda found: collect(ScoreBlock(**each) for each in found), unit=unit
     )
@@ -192,7 +193,7 @@ def _share_queries(job: Job, method: Method, store: GradientStore) -> methods.Pr
         return methods.Prepared(job, store, vectors, cosine=cosine)
 
     key = digest(settings_key(job), store.identity)
-    files = _open_files(job, "Queries", key, 1)
+    files = open_files(job.settings.out, "Queries", key, 1)
     if not broadcast_from_rank0(lambda: files.is_done(0)):
         # Before, because the curvature is a job of its own, in which this process may be a worker.
         method.prepare(job)
@@ -209,14 +210,14 @@ def run_here(
     unit: str,
 ) -> Result:
     """Return what pieces are collected to that this process computes, each kept beside the run until it is written."""
-    files = _open_files(job, name, key, len(weights))
+    files = open_files(job.settings.out, name, key, len(weights))
     pieces = jobs.tensor_pieces(name, files, weights, lambda: nullcontext(compute), collect, unit=unit)
     return jobs.run_pieces(pieces, LaunchSettings.model_validate({}), None)
 
 
-def _open_files(job: Job, name: str, key: str, pieces: int) -> jobs.PieceFiles:
-    """Return the files of some pieces beside the run, of which none is damaged."""
-    files = jobs.PieceFiles(partial_folder(job.settings.out) / name.lower().replace(" ", "-"), key)
+def open_files(out: Path, name: str, key: str, pieces: int) -> jobs.PieceFiles:
+    """Return the files of some pieces beside the run at `out`, of which none is damaged."""
+    files = jobs.PieceFiles(partial_folder(out) / name.lower().replace(" ", "-"), key)
     files.forget_damaged(range(pieces))
     return files
 

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from vestige.data import TokenizedData, load_queries
 from vestige.errors import NonFinite, SpecError
 from vestige.indexes import batch_tokens, read_data
-from vestige.jobs import PieceFiles, Tensors, run_pieces, tensor_pieces, worker_command
+from vestige.jobs import Tensors, run_pieces, tensor_pieces, worker_command
 from vestige.methods import Weights, borrow_weights, compute_losses, digest, loss_weights, read_queries
+from vestige.methods._plan import open_files
 from vestige.methods._untrac_ascent import (
     NO_SOURCE,
     TESTED_EXAMPLES,
@@ -34,7 +35,6 @@ from vestige.methods._untrac_ascent import (
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige.settings import LaunchSettings, UntracSettings
-from vestige.storage import partial_folder
 
 INVERSE_STEPS, INVERSE_BATCH = 5, 256
 """Isonuma and Titov (2024): UnTrac-Inv has its answer after a few full batches, and fails with single examples."""
@@ -271,9 +271,7 @@ def run_ascents(name: str, job: UntracJob, recipe: AscentRecipe, tested: int = S
     ]
     key = digest(FORMAT, version("vestige"), recorded, job.loaded.fingerprint, sides, asdict(recipe))
     weights = [weigh(piece) for piece in range(len(ascended.sets))]
-    files = PieceFiles(partial_folder(settings.out) / name.lower().replace(" ", "-"), key)
-    files.forget_damaged(range(len(weights)))
-    pieces = tensor_pieces(name, files, weights, begin, collect)
+    pieces = tensor_pieces(name, open_files(settings.out, name, key, len(weights)), weights, begin, collect)
     return run_pieces(pieces, settings, worker_command(settings, "untrac"))
 
 

@@ -322,44 +322,30 @@ class DataInf(NamedTuple):
 
     def precondition(self, vectors: Sequence[Float[Tensor, "query _n"]]) -> list[Float[Tensor, "query _n"]]:
         """Apply the formula, summed over all the data before anything is divided by its size."""
-        sink = _DataInfSink([part.shape for part in self.measured.components], vectors, self.damping)
+        totals = [torch.zeros_like(vector) for vector in vectors]
+
+        def add(number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
+            flat = gradients.flatten(1).to(vectors[number].dtype)
+            shares = (vectors[number] @ flat.T) / (self.damping[number] + flat.square().sum(1))
+            totals[number] += shares @ flat
+
+        sink = WholeGradients([part.shape for part in self.measured.components], add)
         self.measured.stream(sink, "DataInf")
         examples = max(sink.examples, 1)
         return [
             ((vector - total / examples) / damping).to(vector.dtype)
-            for vector, total, damping in zip(vectors, sink.totals, self.damping, strict=True)
+            for vector, total, damping in zip(vectors, totals, self.damping, strict=True)
         ]
 
 
 def mean_eigenvalues(measured: CurvatureData) -> tuple[float, ...]:
     """Return the mean eigenvalue of every component's empirical Fisher matrix, in one pass."""
-    sink = _NormsSink([part.shape for part in measured.components])
+    squared = [0.0] * len(measured.components)
+
+    def add(number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
+        squared[number] += float(gradients.double().square().sum())
+
+    sink = WholeGradients([part.shape for part in measured.components], add)
     measured.stream(sink, "Gradient norms")
-    pairs = zip(sink.squared, measured.components, strict=True)
+    pairs = zip(squared, measured.components, strict=True)
     return tuple(total / max(sink.examples, 1) / part.size for total, part in pairs)
-
-
-class _NormsSink(WholeGradients):
-    """Sum of squared gradient norms, per component."""
-
-    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
-        super().__init__(shapes)
-        self.squared = [0.0] * len(shapes)
-
-    def add(self, number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
-        self.squared[number] += float(gradients.double().square().sum())
-
-
-class _DataInfSink(WholeGradients):
-    """`sum_i g_i (g_i . v) / (d + |g_i|^2)` for every vector v, per component."""
-
-    def __init__(self, shapes: Sequence[tuple[int, int]], vectors: Sequence[Tensor], damping: Sequence[float]) -> None:
-        super().__init__(shapes)
-        self._vectors, self._damping = vectors, damping
-        self.totals = [torch.zeros_like(vector) for vector in vectors]
-
-    def add(self, number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
-        vectors = self._vectors[number]
-        flat = gradients.flatten(1).to(vectors.dtype)
-        shares = (vectors @ flat.T) / (self._damping[number] + flat.square().sum(1))
-        self.totals[number] += shares @ flat

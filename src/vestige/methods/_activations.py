@@ -220,15 +220,12 @@ class PooledOutputs:
     """Pools every tapped output the moment it is known, so that no activation outlives its layer."""
 
     def __init__(self, taps: Sequence[Tap], pooling: Pooling) -> None:
-        self._taps = taps
-        self._pooling: Pooling = pooling
-        self._labels = torch.empty(0, 0)
-        self._sums: list[Tensor | None] = []
+        self._taps, self._pooling = taps, pooling
+        self._labels, self._sums = torch.empty(0, 0), dict[int, Tensor]()
 
     def begin(self, batch: Batch) -> None:
         """Start a batch."""
-        self._labels = batch.labels
-        self._sums = [None] * len(self._taps)
+        self._labels, self._sums = batch.labels, {}
 
     def collect(self) -> list[Tensor]:
         """Return the pooled outputs of the batch, `[example, width]` for each tap.
@@ -236,13 +233,12 @@ class PooledOutputs:
         Raises:
             ModelError: a module did not run.
         """
-        missing = [tap.module for tap, found in zip(self._taps, self._sums, strict=True) if found is None]
-        if missing:
+        if missing := [tap.module for number, tap in enumerate(self._taps) if number not in self._sums]:
             raise ModelError(
                 f"The module {missing[0]} of a selected component did not run ({len(missing)} did not).\n"
                 "Leave it out with --components."
             )
-        return [found for found in self._sums if found is not None]
+        return [self._sums[number] for number in range(len(self._taps))]
 
     def hook(self, number: int) -> Callable[..., None]:
         """Return a forward hook that pools the output of one tap's module; it keeps no graph alive."""
@@ -250,9 +246,8 @@ class PooledOutputs:
         def add(_module: nn.Module, _arguments: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
             found = pool_states(_by_example(states.detach(), *self._labels.shape), self._labels, self._pooling)
-            known = self._sums[number]
             # A module that runs twice in one pass (shared layers) has the sum of its outputs.
-            self._sums[number] = found if known is None else known + found
+            self._sums[number] = self._sums[number] + found if number in self._sums else found
 
         return add
 

@@ -237,8 +237,10 @@ class StoredRun:
                 return tables._replace(tokens=split_over_tokens(job, method, pairs)), {}
             case "self_influence":
                 return tables._replace(self_scores=compute_self_scores(job, method)), {}
-        checks = run_checks(job, method, tables.ranked, tables.losses)
-        return None, {"trust": runs.TrustRecord(checks=[*checks, *self.record.trust.checks])}
+            case "checks":
+                checks = run_checks(job, method, tables.ranked, tables.losses)
+                return None, {"trust": runs.TrustRecord(checks=[*checks, *self.record.trust.checks])}
+        raise ValueError(f"{part} is no part of a run")
 
     def _add(self, part: str, content: runs.RunTables | None, facts: dict[str, Any]) -> None:
         now = time.perf_counter()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         prepare_queries as prepare_queries,
         unit_length as unit_length,
     )
+    from vestige.methods._indexed import IndexedGradients as IndexedGradients
     from vestige.methods._influence import Influence as Influence
     from vestige.methods._iterative import Arnoldi as Arnoldi, ConjugateGradient as ConjugateGradient, Lissa as Lissa
     from vestige.methods._job import (
@@ -79,7 +80,6 @@ if TYPE_CHECKING:
     )
     from vestige.methods._stores import (
         ExactGradients as ExactGradients,
-        IndexedGradients as IndexedGradients,
         open_store as open_store,
     )
     from vestige.methods._tracin import (

@@ -20,7 +20,7 @@ from vestige.errors import NonFinite
 from vestige.jobs import run_pieces
 from vestige.lazy import torch
 from vestige.methods import Job, Method, digest, get_method
-from vestige.methods._stores import open_compressed
+from vestige.methods._indexed import open_compressed
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.progress import progress, quiet
 from vestige.runs import Check, RankedScore, sample_rows

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 256
 """Candidates of one piece of work."""
+_ASKED = ("queries", "answer", "rerank", "rerank_method", "bank")
+"""Settings that the second rung has its own of while it is opened."""
 _JUDGE = "vestige.evaluate:judge_ladder"
 """Evaluations stand above methods, and are found by name, as commands find their functions."""
 
@@ -74,18 +76,11 @@ def climb(
     else:
         first = runs.Scores.open(settings.out / runs.FIRST_RUNG)
     started = time.perf_counter()
-    own = {"method": settings.rerank_method, "options": {}}
-    asked = _defaults("rerank", "rerank_method", "bank", "answer") | {"queries": str(first.folder)}
-    second = settings.model_copy(update=own | asked)
-    if exact.needs_training:
-        # A recorded training brings its model and its data.
-        brought = _defaults("index", "data", "model", "components", "skip_bad", "limit", "where", "query_rank")
-        second = AttributeSettings(**(second.arguments() | brought | _defaults("max_length", "precision")))
-    with open_job(second, exact) as opened:
+    with open_job(_second_settings(settings, exact, first), exact) as opened:
         # Whatever is kept of the work follows from what was typed, and not from where the first rung lies.
         job = replace(
             _without_index(opened, exact),
-            settings=opened.settings.model_copy(update={name: getattr(settings, name) for name in asked}),
+            settings=opened.settings.model_copy(update={name: getattr(settings, name) for name in _ASKED}),
             asked=first.run.asked,
             generated=tuple(first.query(name).generated for name in first.queries),
         )
@@ -139,6 +134,16 @@ def _first_settings(settings: AttributeSettings) -> AttributeSettings:
     }
     changed |= _defaults("rerank", "rerank_method", "bank", "training", "tokens", "self_influence", "overwrite")
     return settings.model_copy(update=changed | _defaults("verbatim", "verbatim_tokens"))
+
+
+def _second_settings(settings: AttributeSettings, exact: Method, first: runs.Scores) -> AttributeSettings:
+    asked = {"queries": str(first.folder), **_defaults("rerank", "rerank_method", "bank", "answer")}
+    second = settings.model_copy(update={"method": settings.rerank_method, "options": {}, **asked})
+    if not exact.needs_training:
+        return second
+    # A recorded training brings its model and its data.
+    brought = _defaults("index", "data", "model", "components", "skip_bad", "limit", "where", "query_rank")
+    return AttributeSettings(**(second.arguments() | brought | _defaults("max_length", "precision")))
 
 
 def _defaults(*names: str) -> dict[str, Any]:

@@ -42,7 +42,9 @@ RETAINED_STEPS = 40
 """Of UnTrac-Inv where training data hold it back: directions of little curvature take some steps to show as such."""
 FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""
-_OF_THE_OUTPUT = frozenset({"out", "k", "dense", "overwrite", "learning_rate", "points", "stop", "weigh_by_size"})
+_IGNORED = {"out", "k", "dense", "overwrite", "learning_rate", "points", "stop", "weigh_by_size"}.union(
+    LaunchSettings.model_fields
+)
 """Settings that decide no ascent by themselves; the recipe has what it needs of them."""
 SELF_TESTED = 4
 """Ascents before which the first-order identity is tried: it holds for the code and the model, not for the data."""
@@ -264,8 +266,7 @@ def run_ascents(name: str, job: UntracJob, recipe: AscentRecipe, tested: int = S
         moved = int(read[0]["moved"])
         return Ascents(before=read[0]["before"].numpy(), identities=identities, moved=moved, **stacked)
 
-    ignored = _OF_THE_OUTPUT | set(LaunchSettings.model_fields)
-    recorded = {name: value for name, value in settings.record().items() if name not in ignored}
+    recorded = {name: value for name, value in settings.record().items() if name not in _IGNORED}
     sides = [
         (one.data.fingerprint, [(each.name, each.rows.tolist()) for each in one.sets]) for one in (ascended, measured)
     ]

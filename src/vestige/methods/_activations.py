@@ -220,7 +220,8 @@ class PooledOutputs:
     """Pools every tapped output the moment it is known, so that no activation outlives its layer."""
 
     def __init__(self, taps: Sequence[Tap], pooling: Pooling) -> None:
-        self._taps, self._pooling = taps, pooling
+        self._taps = taps
+        self._pooling: Pooling = pooling
         self._labels, self._sums = torch.empty(0, 0), dict[int, Tensor]()
 
     def begin(self, batch: Batch) -> None:

@@ -77,21 +77,20 @@ def test_components_add_up_to_the_score(architecture):
     scores = all_scores(ActivationDot(), job)
     # A row and a query may come up several times, in any order.
     queries, rows = torch.tensor([2, 0, 0, 1, 2]), torch.tensor([8, 8, 1, 5, 3])
-    block = ActivationDot().components(job, queries, rows)
+    parts = ActivationDot().components(job, queries, rows)
     # A run names the components once, for all methods: biases are among them.
-    assert block.names == [component.name for component in job.components]
-    assert block.scores.shape == (len(queries), len(block.names))
+    assert parts.shape == (len(queries), len(job.components))
     total = scores[queries, rows]
-    assert (block.scores.double().sum(1) - total).abs().max() < 1e-12 * total.abs().max()
+    assert (parts.double().sum(1) - total).abs().max() < 1e-12 * total.abs().max()
 
 
 def test_a_component_alone_scores_what_it_contributes():
     whole = model_job("llama", dtype=torch.float64)
     pairs = torch.tensor([0, 1]), torch.tensor([4, 2])
-    block = ActivationDot().components(whole, *pairs)
-    name = block.names[3]
+    parts = ActivationDot().components(whole, *pairs)
+    name = whole.components[3].name
     alone = model_job("llama", dtype=torch.float64, patterns=(name,))
-    assert block.scores[:, 3] == pytest.approx(all_scores(ActivationDot(), alone)[pairs].numpy(), rel=1e-12)
+    assert parts[:, 3] == pytest.approx(all_scores(ActivationDot(), alone)[pairs].numpy(), rel=1e-12)
 
 
 def test_pooling_weights_sit_where_a_target_is_predicted():

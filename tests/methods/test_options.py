@@ -3,6 +3,7 @@
 import pytest
 
 from tests.methods.conftest import settings
+from vestige import attribute
 from vestige.errors import SpecError
 from vestige.methods import (
     METHODS,
@@ -72,3 +73,19 @@ def test_words_that_name_nothing_are_refused(given, message):
 
 def test_a_text_may_hold_an_equals_sign():
     assert settings(options="path=a=b").options == {"path": "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("less", {"checkpoints": ["one", "two"]}, "would not rank by influence"),
+        ("influence", {"model": "m", "options": {"relative": "cosine"}}, "is 1 for every example"),
+        ("ekfac-index", {"model": "m"}, "preconditions the queries alone"),
+        ("grad-cos", {"model": "m"}, "It would rank nothing"),
+    ],
+)
+def test_self_influence_that_ranks_nothing_is_refused_before_any_work(method, given, message, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(SpecError, match=message):
+        attribute(**given, data="d", queries=["Why?"], method=method, self_influence=True, out=out)
+    assert not out.exists()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         Measures as Measures,
         absolute_damping as absolute_damping,
         accumulate_fisher as accumulate_fisher,
+        read_tensors as read_tensors,
+        write_tensors as write_tensors,
     )
     from vestige.curvature._fit import (
         BatchSink as BatchSink,
@@ -53,7 +55,6 @@ if TYPE_CHECKING:
         precondition as precondition,
         preconditioned_layout as preconditioned_layout,
         read_preconditioned as read_preconditioned,
-        whole_fisher as whole_fisher,
     )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -109,17 +109,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} does not read as the state of an optimizer: {reason}") from error
     if not isinstance(state, dict) or not {"state", "param_groups"} <= set(state):
         raise ModelError(f"{path} holds no `state` and `param_groups`, as the state of a PyTorch optimizer would.")
-    _check_is_adam(path, state)
-    return state
-
-
-def _check_is_adam(path: Path, state: dict[str, Any]) -> None:
     held = {key for part in state["state"].values() for key in part}
     if not {"exp_avg", "exp_avg_sq"} <= held:
         raise ModelError(
             f"{path} holds {', '.join(sorted(held)) or 'no state at all'}, expected exp_avg and exp_avg_sq: it is not "
             "of Adam or AdamW in full precision. Train with --optim adamw_torch, or type --method tracin."
         )
+    return state
 
 
 def _match(path: Path, state: dict[str, Any], model: nn.Module) -> list[Named]:
@@ -131,7 +127,11 @@ def _match(path: Path, state: dict[str, Any], model: nn.Module) -> list[Named]:
         if unknown:
             raise ModelError(f"{path} names the parameter {unknown[0]}, which the model does not have.")
         return [[(name, parameters[name]) for name in group["param_names"]] for group in groups]
-    shapes = [[_shape(state["state"].get(number)) for number in group["params"]] for group in groups]
+    held = state["state"]
+    shapes = [
+        [tuple(held[number]["exp_avg"].shape) if number in held else None for number in group["params"]]
+        for group in groups
+    ]
     ambiguous = False
     for offered in _orders(model, len(groups)):
         ways = [_alignments(wanted, given) for wanted, given in zip(shapes, offered, strict=True)]
@@ -164,12 +164,12 @@ def _orders(model: nn.Module, groups: int) -> Iterator[list[Named]]:
 
 
 def _in_layer_norms(model: nn.Module) -> set[str]:
-    norms = {path for path, module in model.named_modules() if _is_norm(module)}
+    norms = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    }
     return {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in norms}
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
 
 
 def _alignments(wanted: Sequence[tuple[int, ...] | None], given: Named) -> list[list[int]]:
@@ -200,18 +200,15 @@ def _greedy(wanted: Sequence[tuple[int, ...] | None], shapes: Sequence[tuple[int
     return places
 
 
-def _shape(held: dict[str, Any] | None) -> tuple[int, ...] | None:
-    return None if held is None else tuple(held["exp_avg"].shape)
-
-
 def _moments(path: Path, name: str, parameter: nn.Parameter, held: Any, group: dict[str, Any]) -> Moments:
+    betas, epsilon = tuple(group["betas"]), float(group["eps"])
     if held is None:
         zeros = torch.zeros(parameter.shape)
-        return Moments(zeros, zeros, 0, tuple(group["betas"]), float(group["eps"]))
+        return Moments(zeros, zeros, 0, betas, epsilon)
     first, second = held["exp_avg"], held["exp_avg_sq"]
     if first.shape != parameter.shape or second.shape != parameter.shape:
         raise ModelError(
             f"{path}: the moments of {name} are {tuple(first.shape)} and {tuple(second.shape)}, and the parameter is "
             f"{tuple(parameter.shape)}."
         )
-    return Moments(first, second, int(held["step"]), tuple(group["betas"]), float(group["eps"]))
+    return Moments(first, second, int(held["step"]), betas, epsilon)

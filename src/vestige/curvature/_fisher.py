@@ -4,7 +4,6 @@ With compressed gradients g_i [k] of n examples, `F = (1/n) sum_i g_i g_i^T` (un
 Influence preconditions the *query*: `(F + d I)^-1 q`, so a change of damping rewrites nothing on disk.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -48,21 +47,18 @@ def absolute_damping(damping: float, mean_eigenvalue: float) -> float:
     return damping * mean_eigenvalue or 1.0
 
 
-class WholeGradients(FactorSink, ABC):
+class WholeGradients(FactorSink):
     """A sink that hands on whole gradients, of one matrix after another and a few examples at a time.
 
     A square needs the whole gradient: the uses of a tied weight and the chunks of a loss have cross terms. Only the
     factors of a batch are kept, which are smaller than the gradients as long as tokens are fewer than columns.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
-        self._shapes = tuple(shapes)
+    def __init__(self, shapes: Sequence[tuple[int, int]], add: Callable[[int, Tensor], None]) -> None:
+        """Hand the gradients of matrix `number`, at least float32 `[example, out, in]`, to `add(number, gradients)`."""
+        self._shapes, self._add = tuple(shapes), add
         self._kept: list[list[tuple[slice, Factor, Tensor]]] = []
         self._batch = self.examples = 0
-
-    @abstractmethod
-    def add(self, number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
-        """Add the gradients of matrix `number`, at least float32, of some examples of the batch."""
 
     def begin(self, examples: int, predicting: Tensor | None = None) -> None:  # noqa: ARG002
         """Start a batch."""
@@ -77,7 +73,7 @@ class WholeGradients(FactorSink, ABC):
         """Add the batch's gradients."""
         for number in range(len(self._shapes)):
             for gradients in self._take(number):
-                self.add(number, gradients)
+                self._add(number, gradients)
 
     def _take(self, number: int) -> Iterator[Float[Tensor, "example out in"]]:
         kept, self._kept[number] = self._kept[number], []
@@ -108,13 +104,15 @@ class DiagonalSink(WholeGradients):
     """Sums of squares of every entry, `squares[c]` `[out, in]`, of the matrices of which a gradient arrived."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
-        super().__init__(shapes)
-        self.squares: dict[int, Float[Tensor, "_out _in"]] = {}
+        squares: dict[int, Float[Tensor, "_out _in"]] = {}
 
-    def add(self, number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
-        """Add the squares."""
-        total = gradients.square().sum(0)
-        self.squares[number] = self.squares[number].add_(total) if number in self.squares else total
+        def add(number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
+            total = gradients.square().sum(0)
+            squares[number] = squares[number].add_(total) if number in squares else total
+
+        # No method of its own, which would keep the sums alive with it until cycles are collected.
+        super().__init__(shapes, add)
+        self.squares = squares
 
 
 @final

@@ -34,7 +34,7 @@ from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batch
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
 from vestige.gradients import CausalLoss, FactorSink, GradientPass, Reduction, describe_device
-from vestige.jobs import PieceFiles, Tensors, step_done
+from vestige.jobs import PieceFiles, Tensors, group_items, step_done
 from vestige.models import Component, batch_sharing
 from vestige.progress import progress
 from vestige.settings import LaunchSettings
@@ -132,14 +132,6 @@ class BatchSink(FactorSink, Protocol):
         ...
 
 
-class SummingSink(BatchSink, Protocol):
-    """A sink whose result is a sum over examples."""
-
-    def sums(self) -> Tensors:
-        """Return the sums by name; a name is absent where nothing arrived."""
-        ...
-
-
 @dataclass(frozen=True)
 class CurvatureData:
     """The data that a curvature is measured on: sums over all of it, so no result depends on the batches."""
@@ -163,16 +155,11 @@ class CurvatureData:
         """The batches of every piece."""
         matrices = 4 * sum(rows**2 + columns**2 for rows, columns in (block.shape for block in self.blocks))
         most = max(1, min(MOST_PIECES, MOST_BYTES // max(matrices, 1)))
-        wanted = max(PIECE_TOKENS, -(-int(self.data.lengths.sum()) // most))
-        groups: list[list[np.ndarray]] = [[]]
-        size = 0
-        for batch in plan_batches(self.data.lengths, self.token_budget, sharing=batch_sharing(self.model)):
-            if size >= wanted:
-                groups.append([])
-                size = 0
-            groups[-1].append(batch)
-            size += int(self.data.lengths[batch].sum())
-        return groups
+        lengths = self.data.lengths
+        batches = plan_batches(lengths, self.token_budget, sharing=batch_sharing(self.model))
+        return group_items(
+            batches, lambda batch: int(lengths[batch].sum()), max(PIECE_TOKENS, -(-int(lengths.sum()) // most))
+        )
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -304,7 +291,7 @@ def _sums_plan(
     measured: CurvatureData,
     path: Path | None,
     of: str,
-    make: Callable[[], SummingSink],
+    make: Callable[[], KroneckerSink | EigenvalueSink],
     finish: Callable[[Tensors], Tensors],
 ) -> SavedPieces:
     """Return the plan of a pass: a piece leaves the sums of its examples, `finish` turns the sums over all around."""

@@ -20,7 +20,7 @@ from vestige.curvature._fit import CurvatureData
 from vestige.data import NO_TARGET, Batch, TokenizedData, make_batch, plan_batches
 from vestige.errors import NonFinite
 from vestige.gradients import Reduction
-from vestige.models import Component, batch_sharing
+from vestige.models import Component, batch_sharing, parameter_view
 
 Product = Callable[[Tensor], Tensor]
 
@@ -214,15 +214,20 @@ class CurvatureProduct:
         totals = torch.zeros_like(vectors)
         # Only the composed attention can be differentiated twice.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            for batch in self._batches():
+            for rows in plan_batches(self.data.lengths, self.token_budget, sharing=batch_sharing(self.model)):
+                batch = make_batch(self.data, rows).to(next(self.model.parameters()).device)
                 for row, product in enumerate(self._of_batch(values, tangents, batch)):
                     totals[row] += self.flatten(product).to(totals.dtype)
         return totals / max(len(self.data), 1)
 
-    def _batches(self) -> Iterator[Batch]:
-        device = next(self.model.parameters()).device
-        for rows in plan_batches(self.data.lengths, self.token_budget, sharing=batch_sharing(self.model)):
-            yield make_batch(self.data, rows).to(device)
+    def split(self, vectors: Float[Tensor, "*query n"]) -> list[Float[Tensor, "*query _n"]]:
+        """Return the part of each component."""
+        return list(vectors.split([component.size for component in self.components], dim=-1))
+
+    def random_vector(self, seed: int) -> Float[Tensor, "n"]:
+        """Draw normal numbers to start a search of eigenvectors from: on the CPU, the same on every device."""
+        size, generator = sum(component.size for component in self.components), torch.Generator().manual_seed(seed)
+        return torch.randn(size, generator=generator).to(next(self.model.parameters()).device)
 
     def _of_batch(
         self, values: dict[str, Tensor], tangents: Sequence[Sequence[Tensor]], batch: Batch
@@ -240,23 +245,16 @@ class CurvatureProduct:
 
     def _as_parameters(self, vector: Float[Tensor, "n"]) -> list[Tensor]:
         """Return a flat vector in the parameters' own layout and dtype."""
-        parts = vector.split([component.size for component in self.components])
         found = []
-        for component, part in zip(self.components, parts, strict=True):
-            parameter = self.model.get_parameter(component.name)
-            matrix = part.view(component.shape)
-            found.append((matrix.T if _is_transposed(component) else matrix).reshape(parameter.shape).to(parameter))
+        for component, part in zip(self.components, self.split(vector), strict=True):
+            found.append(torch.zeros_like(self.model.get_parameter(component.name)))
+            parameter_view(self.model, component, found[-1]).copy_(part.view(component.shape))
         return found
 
     def flatten(self, product: Sequence[Tensor]) -> Float[Tensor, "n"]:
         """Return tensors shaped as the components' parameters as one vector in the layout of the products."""
         pairs = zip(self.components, product, strict=True)
-        return torch.cat([(part.T if _is_transposed(component) else part).flatten() for component, part in pairs])
-
-
-def _is_transposed(component: Component) -> bool:
-    """Return whether the parameter stores the transposed matrix, as GPT-2's Conv1D does."""
-    return component.uses[0].kind == "conv1d" and component.shape[1] != 1 and component.uses[0].role == "weight"
+        return torch.cat([parameter_view(self.model, one, part.contiguous()).flatten() for one, part in pairs])
 
 
 def _gauss_newton(
@@ -324,44 +322,30 @@ class DataInf(NamedTuple):
 
     def precondition(self, vectors: Sequence[Float[Tensor, "query _n"]]) -> list[Float[Tensor, "query _n"]]:
         """Apply the formula, summed over all the data before anything is divided by its size."""
-        sink = _DataInfSink([part.shape for part in self.measured.components], vectors, self.damping)
+        totals = [torch.zeros_like(vector) for vector in vectors]
+
+        def add(number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
+            flat = gradients.flatten(1).to(vectors[number].dtype)
+            shares = (vectors[number] @ flat.T) / (self.damping[number] + flat.square().sum(1))
+            totals[number] += shares @ flat
+
+        sink = WholeGradients([part.shape for part in self.measured.components], add)
         self.measured.stream(sink, "DataInf")
         examples = max(sink.examples, 1)
         return [
             ((vector - total / examples) / damping).to(vector.dtype)
-            for vector, total, damping in zip(vectors, sink.totals, self.damping, strict=True)
+            for vector, total, damping in zip(vectors, totals, self.damping, strict=True)
         ]
 
 
 def mean_eigenvalues(measured: CurvatureData) -> tuple[float, ...]:
     """Return the mean eigenvalue of every component's empirical Fisher matrix, in one pass."""
-    sink = _NormsSink([part.shape for part in measured.components])
+    squared = [0.0] * len(measured.components)
+
+    def add(number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
+        squared[number] += float(gradients.double().square().sum())
+
+    sink = WholeGradients([part.shape for part in measured.components], add)
     measured.stream(sink, "Gradient norms")
-    pairs = zip(sink.squared, measured.components, strict=True)
+    pairs = zip(squared, measured.components, strict=True)
     return tuple(total / max(sink.examples, 1) / part.size for total, part in pairs)
-
-
-class _NormsSink(WholeGradients):
-    """Sum of squared gradient norms, per component."""
-
-    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
-        super().__init__(shapes)
-        self.squared = [0.0] * len(shapes)
-
-    def add(self, number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
-        self.squared[number] += float(gradients.double().square().sum())
-
-
-class _DataInfSink(WholeGradients):
-    """`sum_i g_i (g_i . v) / (d + |g_i|^2)` for every vector v, per component."""
-
-    def __init__(self, shapes: Sequence[tuple[int, int]], vectors: Sequence[Tensor], damping: Sequence[float]) -> None:
-        super().__init__(shapes)
-        self._vectors, self._damping = vectors, damping
-        self.totals = [torch.zeros_like(vector) for vector in vectors]
-
-    def add(self, number: int, gradients: Float[Tensor, "example _out _in"]) -> None:
-        vectors = self._vectors[number]
-        flat = gradients.flatten(1).to(vectors.dtype)
-        shares = (vectors @ flat.T) / (self._damping[number] + flat.square().sum(1))
-        self.totals[number] += shares @ flat

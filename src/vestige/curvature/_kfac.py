@@ -379,14 +379,14 @@ def kronecker_factors(blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> Kr
 def with_eigenvalues(curvature: KroneckerCurvature, sums: Mapping[str, Tensor]) -> KroneckerCurvature:
     """Return EK-FAC from what `EigenvalueSink` added up in these bases; embeddings keep their diagonal."""
     examples = max(int(sums["examples"]), 1)
-    bases = [
-        basis
-        if basis.left is None
-        else basis._replace(values=(sums[str(number)] / examples).to(basis.values))
-        if str(number) in sums
-        else basis._replace(values=torch.zeros_like(basis.values))
-        for number, basis in enumerate(one.eigenbasis() for one in curvature.factors)
-    ]
+
+    def measured(number: int, basis: Eigenbasis) -> Eigenbasis:
+        if basis.left is None:
+            return basis
+        squares = sums.get(str(number), torch.zeros_like(basis.values))
+        return basis._replace(values=(squares / examples).to(basis.values))
+
+    bases = [measured(number, one.eigenbasis()) for number, one in enumerate(curvature.factors)]
     return KroneckerCurvature(curvature.blocks, tuple(bases))
 
 

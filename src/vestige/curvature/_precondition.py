@@ -20,11 +20,9 @@ from vestige.curvature._fisher import (
     FisherBlock,
     FisherBlocks,
     SavedPieces,
-    accumulate_fisher,
     add_pieces,
     fisher_sums,
     read_tensors,
-    write_tensors,
 )
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import CorruptFile, IndexMismatch, UserError
@@ -70,6 +68,8 @@ def fisher_of(
     settings: LaunchSettings | None = None,
     command: Sequence[str] | None = None,
     device: torch.device | None = None,
+    *,
+    whole: bool = False,
 ) -> FisherBlocks:
     """Return the Fisher blocks of all rows of `index`; read from `curvature/` when they belong to just these shards.
 
@@ -78,32 +78,34 @@ def fisher_of(
         settings: Where to compute the pieces. Not given: in this process.
         command: What a worker runs to come here, as for `run_pieces`.
         device: Where the products are taken. Not given: on the CPU.
+        whole: Return one matrix of all columns, between components too.
 
     Raises:
-        UserError: One matrix of all columns does not fit into memory.
+        UserError: One matrix of all columns and its factors, 28 bytes for each pair of columns, do not fit into memory.
     """
-    if len(index.spans) == 1:
+    spans, path = _blocks_of(index, whole)
+    if len(spans) == 1:
         _require_memory(index.width)
-    path = fisher_path(index)
     found = read_tensors(path) if broadcast_from_rank0(path.exists) else None
     if found is None:
-        plan = plan_fisher(index, device)
+        plan = plan_fisher(index, device, whole=whole)
         if len(plan.weights) > 1:
             found = plan.run(settings, command)
         else:
             with phase(plan.name, plan.unit) as done:
                 found = plan.run_in_memory()
                 done.append(index.rows)
-    blocks = tuple(FisherBlock(span.name, found[span.name]) for span in index.spans)
-    return FisherBlocks(blocks, tuple(span.columns for span in index.spans))
+    blocks = tuple(FisherBlock(span.name, found[span.name]) for span in spans)
+    return FisherBlocks(blocks, tuple(span.columns for span in spans))
 
 
-def plan_fisher(index: Index, device: torch.device | None = None) -> SavedPieces:
+def plan_fisher(index: Index, device: torch.device | None = None, *, whole: bool = False) -> SavedPieces:
     """Return the plan of the Fisher blocks: a piece leaves `sum_i g_i g_i^T` of its shards for every component."""
-    names, columns = [span.name for span in index.spans], [span.columns for span in index.spans]
+    spans, path = _blocks_of(index, whole)
+    columns = [span.columns for span in spans]
     # The sums of a piece are written and read once: an eighth of what the piece reads at most.
     matrices = 4 * sum((part.stop - part.start) ** 2 for part in columns)
-    groups, path = index.shard_groups(max(GROUP_BYTES, 8 * matrices)), fisher_path(index)
+    groups = index.shard_groups(max(GROUP_BYTES, 8 * matrices))
     # Sums that a card and a CPU computed, which differ by rounding, do not mix.
     place = "" if device is None or device.type == "cpu" else f" {device.type}"
     text = f"fisher {FISHER_FORMAT} {index.fingerprint} {groups}{place}"
@@ -114,17 +116,18 @@ def plan_fisher(index: Index, device: torch.device | None = None) -> SavedPieces
                 yield block.gradients
                 step_done(len(block.example))
 
-        return dict(zip(names, fisher_sums(columns, gradients())[0], strict=True))
+        return {span.name: total for span, total in zip(spans, fisher_sums(columns, gradients())[0], strict=True)}
 
     def combine(parts: Iterable[Tensors]) -> Tensors:
+        # The rows of examples that were left out hold zeros.
         counted = max(index.rows - len(index.skipped), 1)
         found = {name: total / counted for name, total in add_pieces(parts).items()}
         make_folder(path.parent)
-        check_disk(path.parent, index.manifest.curvature_bytes)
+        check_disk(path.parent, matrices)
         return found
 
     return SavedPieces(
-        "Curvature",
+        "Whole curvature" if whole else "Curvature",
         index.folder,
         PieceFiles(path.with_suffix(""), hashlib.sha256(text.encode()).hexdigest()),
         [index.rows_of(group) for group in groups],
@@ -134,37 +137,16 @@ def plan_fisher(index: Index, device: torch.device | None = None) -> SavedPieces
     )
 
 
-def fisher_path(index: Index) -> Path:
+def fisher_path(index: Index, *, whole: bool = False) -> Path:
     """Return the path of the blocks of just these shards."""
-    return index.folder / "curvature" / f"fisher-{index.fingerprint[:16]}.safetensors"
+    return index.folder / "curvature" / f"fisher-{'model-' if whole else ''}{index.fingerprint[:16]}.safetensors"
 
 
-def whole_fisher(index: Index, device: torch.device | None = None) -> FisherBlocks:
-    """Return one Fisher matrix of all columns of `index`, between components too; read from `curvature/` as above.
-
-    Products are taken on `device`, by default the CPU.
-
-    Raises:
-        UserError: The matrix and its factors, 28 bytes for each pair of columns, do not fit into memory.
-    """
-    if len(index.spans) == 1:
-        return fisher_of(index, device=device)
-    _require_memory(index.width)
-    columns = (slice(0, index.width),)
-    path = index.folder / "curvature" / f"fisher-model-{index.fingerprint[:16]}.safetensors"
-    found = read_tensors(path)
-    if found is None:
-        skipped = torch.tensor(index.skipped)
-        # The examples that were left out hold zeros.
-        rows = (
-            block.gradients[(~torch.isin(block.example, skipped)).to(block.gradients.device)]
-            if len(skipped)
-            else block.gradients
-            for block in index.blocks(device=device)
-        )
-        whole = accumulate_fisher([WHOLE_MODEL], columns, rows)
-        found = write_tensors(path, {WHOLE_MODEL: whole.blocks[0].matrix})
-    return FisherBlocks((FisherBlock(WHOLE_MODEL, found[WHOLE_MODEL]),), columns)
+def _blocks_of(index: Index, whole: bool) -> tuple[Sequence[Span], Path]:
+    """Return the columns of each block, and the file of the blocks; the only block of an index is the whole."""
+    if len(index.spans) == 1 or not whole:
+        return index.spans, fisher_path(index)
+    return [Span(WHOLE_MODEL, slice(0, index.width))], fisher_path(index, whole=True)
 
 
 def _require_memory(width: int) -> None:

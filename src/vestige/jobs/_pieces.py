@@ -7,7 +7,7 @@ marker on disk is the only truth about what is done.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from vestige.storage import make_folder, remove_durably, remove_strays, sha256_o
 if TYPE_CHECKING:
     from torch import Tensor
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 Compute = Callable[[int], None]
@@ -76,6 +77,18 @@ class Pieces(Generic[Result]):
 
 
 Tensors = dict[str, "Tensor"]
+
+
+def group_items(items: Iterable[Item], weigh: Callable[[Item], int], limit: int) -> list[list[Item]]:
+    """Return consecutive items in groups, a piece of work each, whose weights add up to `limit`, or a little more."""
+    groups, total = list[list[Item]]([[]]), 0
+    for item in items:
+        if total >= limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += weigh(item)
+    return groups
 
 
 class PieceMarker(NamedTuple):

@@ -7,9 +7,7 @@ from vestige.lazy import lazy_names
 if TYPE_CHECKING:
     from vestige.methods._activations import (
         ActivationDot as ActivationDot,
-        PooledOutputs as PooledOutputs,
         RepSim as RepSim,
-        Tap as Tap,
         backbone as backbone,
         pool_states as pool_states,
         pooling_weights as pooling_weights,
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
         Checkpoint as Checkpoint,
         find_checkpoints as find_checkpoints,
         learning_rates as learning_rates,
-        with_equal_sum as with_equal_sum,
     )
     from vestige.methods._ekfac_index import EkfacIndex as EkfacIndex
     from vestige.methods._grad_dot import GradCos as GradCos, GradDot as GradDot
@@ -38,12 +35,9 @@ if TYPE_CHECKING:
         prepare_queries as prepare_queries,
         unit_length as unit_length,
     )
+    from vestige.methods._indexed import IndexedGradients as IndexedGradients
     from vestige.methods._influence import Influence as Influence
-    from vestige.methods._iterative import (
-        Arnoldi as Arnoldi,
-        ConjugateGradient as ConjugateGradient,
-        Lissa as Lissa,
-    )
+    from vestige.methods._iterative import Arnoldi as Arnoldi, ConjugateGradient as ConjugateGradient, Lissa as Lissa
     from vestige.methods._job import (
         EXACT_SHARE as EXACT_SHARE,
         Live as Live,
@@ -58,10 +52,6 @@ if TYPE_CHECKING:
         read_queries as read_queries,
     )
     from vestige.methods._less import Less as Less
-    from vestige.methods._parts import (
-        split_over_components as split_over_components,
-        split_over_tokens as split_over_tokens,
-    )
     from vestige.methods._plan import digest as digest, settings_key as settings_key
     from vestige.methods._preconditioned import (
         DataInfMethod as DataInfMethod,
@@ -69,11 +59,9 @@ if TYPE_CHECKING:
         Kfac as Kfac,
         Preconditioned as Preconditioned,
         check_memory as check_memory,
-        curvature_work as curvature_work,
     )
     from vestige.methods._protocol import (
         METHODS as METHODS,
-        ComponentBlock as ComponentBlock,
         GradientStore as GradientStore,
         Job as Job,
         Method as Method,
@@ -87,9 +75,12 @@ if TYPE_CHECKING:
     )
     from vestige.methods._random import Random as Random
     from vestige.methods._randomise import check_randomised as check_randomised
+    from vestige.methods._record import (
+        split_over_components as split_over_components,
+        split_over_tokens as split_over_tokens,
+    )
     from vestige.methods._stores import (
         ExactGradients as ExactGradients,
-        IndexedGradients as IndexedGradients,
         open_store as open_store,
     )
     from vestige.methods._tracin import (
@@ -115,7 +106,6 @@ if TYPE_CHECKING:
         run_free_checks as run_free_checks,
     )
     from vestige.methods._untrac import (
-        CURVES_FILE as CURVES_FILE,
         TextInfluence as TextInfluence,
         UnTrac as UnTrac,
         UnTracConfig as UnTracConfig,

@@ -5,7 +5,7 @@ answer. Padding and prompts carry no weight, so no score depends on the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, Batch, TokenizedData
 from vestige.errors import ModelError, SpecError
-from vestige.indexes import batch_tokens
-from vestige.methods import ComponentBlock, Job, Method, method, read_batches
+from vestige.methods import Job, Method, method, read_batches
 from vestige.models import Component, acts_in_forward
 from vestige.runs import Meaning, ScoreBlock
 
 Pooling = Literal["mean", "sum", "last"]
+PoolingOption = Annotated[Pooling, "Over the positions that predict a target: their mean or sum, or the last one."]
 
 NO_CAUSAL_SIGN = "no causal reading: higher = more alike; a negative score is unlike, not harmful"
 
@@ -70,9 +70,7 @@ class RepSim(Method):
     """
 
     layer: Annotated[int | None, "Number of the hidden state to compare, 0 being the embedding; none: the last."] = None
-    pooling: Annotated[Pooling, "Over the positions that predict a target: their mean or sum, or the last one."] = (
-        "mean"
-    )
+    pooling: PoolingOption = "mean"
 
     needs_model = True
     works_sharded = True
@@ -104,7 +102,7 @@ class RepSim(Method):
     ) -> Iterator[tuple[Int[Tensor, "row"], Float[Tensor, "row width"]]]:
         """Yield pooled states of length one (zero for an example without a target)."""
         loaded = job.model_for(self.name)
-        for _, batch in read_batches(loaded.model, data, batch_tokens(job.settings, loaded), rows):
+        for _, batch in read_batches(loaded.model, data, job.token_budget, rows):
             with torch.no_grad():
                 states = _hidden_states(loaded.model, batch, self.layer)
                 vectors = pool_states(states, batch.labels, self.pooling)
@@ -139,9 +137,7 @@ class ActivationDot(Method):
     (long examples then score higher).
     """
 
-    pooling: Annotated[Pooling, "Over the positions that predict a target: their mean or sum, or the last one."] = (
-        "mean"
-    )
+    pooling: PoolingOption = "mean"
 
     needs_model = True
     splits_components = True
@@ -162,19 +158,17 @@ class ActivationDot(Method):
         for rows, products in self._products(job, queries, np.arange(len(job.train))):
             yield ScoreBlock(rows, products.sum(0))
 
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
         """Compute the scores of some pairs, split over components; where several are of a module, the first has all."""
-        names = [tap.component for tap in _taps(job)]
-        distinct, column = np.unique(queries.cpu().numpy(), return_inverse=True)
-        wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
-        outputs = self._query_outputs(job, distinct)
-        scores = torch.zeros(len(queries), len(names), dtype=torch.float64)
-        for found, products in self._products(job, outputs, wanted):
-            local = {int(row): number for number, row in enumerate(found)}
-            for pair, (query, row) in enumerate(zip(column, wanted[place], strict=True)):
-                if int(row) in local:
-                    scores[pair] = products[:, query, local[int(row)]].double()
-        return _merge(names, scores, [part.name for part in job.components])
+        numbers = {part.name: number for number, part in enumerate(job.components)}
+        owners = torch.tensor([numbers[tap.component] for tap in taps_of(job.components)])
+        distinct, column = torch.unique(queries, return_inverse=True)
+        outputs = self._query_outputs(job, distinct.numpy())
+        scores = torch.zeros(len(queries), len(numbers), dtype=torch.float64)
+        for found, products in self._products(job, outputs, rows.unique().numpy()):
+            pair, place = (rows[:, None] == found).nonzero(as_tuple=True)
+            scores[pair] = scores[pair].index_add_(1, owners, products[:, column[pair], place].T.double())
+        return scores
 
     def _query_outputs(self, job: Job, rows: Int[np.ndarray, "query"]) -> list[Float[Tensor, "query width"]]:
         """Return pooled outputs of each tapped module, the queries in the order of `rows`."""
@@ -193,10 +187,12 @@ class ActivationDot(Method):
     def _outputs(
         self, job: Job, data: TokenizedData, rows: Int[np.ndarray, "row"]
     ) -> Iterator[tuple[Int[Tensor, "row"], list[Float[Tensor, "row width"]]]]:
-        loaded, taps = job.model_for(self.name), _taps(job)
+        loaded, taps = job.model_for(self.name), taps_of(job.components)
+        if not taps:
+            raise SpecError("The method `activation-dot` has no modules to compare: no component is selected.")
         with tap_modules(loaded.model, taps, self.pooling) as outputs:
             run = _shortest_forward(loaded.model, taps)
-            for _, batch in read_batches(loaded.model, data, batch_tokens(job.settings, loaded), rows):
+            for _, batch in read_batches(loaded.model, data, job.token_budget, rows):
                 outputs.begin(batch)
                 with torch.no_grad():
                     run(input_ids=batch.input_ids, use_cache=False)
@@ -220,26 +216,17 @@ def taps_of(components: Sequence[Component]) -> list[Tap]:
     return [Tap(module, component) for module, component in owners.items()]
 
 
-def _taps(job: Job) -> list[Tap]:
-    taps = taps_of(job.components)
-    if not taps:
-        raise SpecError("The method `activation-dot` has no modules to compare: no component is selected.")
-    return taps
-
-
 class PooledOutputs:
     """Pools every tapped output the moment it is known, so that no activation outlives its layer."""
 
     def __init__(self, taps: Sequence[Tap], pooling: Pooling) -> None:
         self._taps = taps
         self._pooling: Pooling = pooling
-        self._labels = torch.empty(0, 0)
-        self._sums: list[Tensor | None] = []
+        self._labels, self._sums = torch.empty(0, 0), dict[int, Tensor]()
 
     def begin(self, batch: Batch) -> None:
         """Start a batch."""
-        self._labels = batch.labels
-        self._sums = [None] * len(self._taps)
+        self._labels, self._sums = batch.labels, {}
 
     def collect(self) -> list[Tensor]:
         """Return the pooled outputs of the batch, `[example, width]` for each tap.
@@ -247,13 +234,12 @@ class PooledOutputs:
         Raises:
             ModelError: a module did not run.
         """
-        missing = [tap.module for tap, found in zip(self._taps, self._sums, strict=True) if found is None]
-        if missing:
+        if missing := [tap.module for number, tap in enumerate(self._taps) if number not in self._sums]:
             raise ModelError(
                 f"The module {missing[0]} of a selected component did not run ({len(missing)} did not).\n"
                 "Leave it out with --components."
             )
-        return [found for found in self._sums if found is not None]
+        return [self._sums[number] for number in range(len(self._taps))]
 
     def hook(self, number: int) -> Callable[..., None]:
         """Return a forward hook that pools the output of one tap's module; it keeps no graph alive."""
@@ -261,9 +247,8 @@ class PooledOutputs:
         def add(_module: nn.Module, _arguments: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
             found = pool_states(_by_example(states.detach(), *self._labels.shape), self._labels, self._pooling)
-            known = self._sums[number]
             # A module that runs twice in one pass (shared layers) has the sum of its outputs.
-            self._sums[number] = found if known is None else known + found
+            self._sums[number] = self._sums[number] + found if number in self._sums else found
 
         return add
 
@@ -279,20 +264,10 @@ def _by_example(states: Tensor, examples: int, tokens: int) -> Float[Tensor, "ex
 def tap_modules(model: nn.Module, taps: Sequence[Tap], pooling: Pooling) -> Iterator[PooledOutputs]:
     """Pool the outputs of the taps while the context lasts."""
     outputs = PooledOutputs(taps, pooling)
-    handles = [
-        model.get_submodule(tap.module).register_forward_hook(outputs.hook(number)) for number, tap in enumerate(taps)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for number, tap in enumerate(taps):
+            hooks.enter_context(model.get_submodule(tap.module).register_forward_hook(outputs.hook(number)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _merge(names: Sequence[str], scores: Float[Tensor, "pair module"], components: list[str]) -> ComponentBlock:
-    """Add up the modules of each component: a tied weight has two, a bias none of its own."""
-    numbers = torch.tensor([components.index(name) for name in names])
-    return ComponentBlock(components, scores.new_zeros(len(scores), len(components)).index_add_(1, numbers, scores))
 
 
 def _shortest_forward(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:

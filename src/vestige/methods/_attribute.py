@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from vestige.distributed import broadcast_from_rank0, is_rank0
-from vestige.errors import IndexMismatch
 from vestige.jobs import PROFILE_FILE, follow, is_follower, profile, write_profile
 from vestige.methods import Job, Live, Method, OnAnswer, OnAnswers, open_job
-from vestige.methods._parts import StoredRun, requested_parts, split_over_components
 from vestige.methods._plan import Member, compute_self_scores, summarise
 from vestige.methods._record import (
+    StoredRun,
+    begin_run,
     digest_inputs,
     find_begun,
     find_method,
@@ -21,22 +21,12 @@ from vestige.methods._record import (
     make_record,
     make_tables,
     measure_query_losses,
+    split_over_components,
+    take_up,
 )
 from vestige.methods._trust import describe_memorized, find_memorized, run_free_checks
 from vestige.progress import announce
-from vestige.runs import (
-    RECORD_FILE,
-    Check,
-    RankedScore,
-    RunRecord,
-    Scores,
-    add_part,
-    is_complete,
-    read_ranked,
-    read_record,
-    read_run_table,
-    write_run,
-)
+from vestige.runs import RECORD_FILE, Check, RunRecord, Scores, add_part, is_complete, write_run
 from vestige.settings import AttributeSettings, with_settings
 from vestige.storage import partial_folder, remove_partial, sha256_of
 
@@ -107,54 +97,21 @@ def _begin(settings: AttributeSettings, job: Job, method: Method, started: float
     losses = measure_query_losses(main.job, main.method)
     if losses is not None and (certain := find_memorized(job.queries, losses, settings.loss)):
         announce(describe_memorized(certain, len(job.queries)))
-    tables = make_tables(main.job, main.summary.ranked, losses)
     others = [_write_beside(settings, member, losses, started) for member in members[1:]]
-    now = time.perf_counter()
-    record = make_record(
-        settings,
-        main,
-        checks,
-        now - started,
-        missing=requested_parts(settings, method),
-        inputs=digest_inputs(job),
-    )
 
     def move_others(run: Path) -> None:
         for folder in others:
             folder.rename(run / folder.name)
 
-    def write() -> RunRecord:
-        dense = tables._replace(dense=main.summary.dense)
-        return read_record(
-            write_run(settings.out, record, dense, overwrite=settings.overwrite, add=move_others), checked=False
-        )
-
-    return StoredRun(main.job, main.method, tables, broadcast_from_rank0(write), now)
+    return begin_run(settings, main, losses, started, move_others, checks=checks, inputs=digest_inputs(job))
 
 
 def _take_up(job: Job, method: Method, begun: RunRecord, started: float) -> StoredRun:
-    """Return a run that lacks parts, as it is on disk.
-
-    Raises:
-        IndexMismatch: What it was made from has changed.
-    """
-    if begun.inputs != digest_inputs(job):
-        raise IndexMismatch(
-            f"{job.settings.out} lacks parts, and the model, its answers, the data, the index or Vestige's version is "
-            "another than when it was begun; nothing was changed. Bring it back, give another --out, or type "
-            "--overwrite."
-        )
+    run = take_up(job, method, begun, started)
     if job.settings.swept:
         # Which of the dampings the run is at depends on those at which the curvature could be inverted.
-        job, method, _ = _score(job, method)[0][0]
-
-    def read() -> tuple[list[RankedScore], list[float] | None]:
-        losses = read_run_table(job.settings.out, "queries").sort_by("row")["loss"].to_pylist()
-        ids = [query.id for query in job.queries.examples]
-        return read_ranked(job.settings.out, ids), None if job.loaded is None else losses
-
-    announce(f"{job.settings.out} holds the ranking. Only what is missing is computed.")
-    return StoredRun(job, method, make_tables(job, *broadcast_from_rank0(read)), begun, started)
+        run.job, run.method, _ = _score(job, method)[0][0]
+    return run
 
 
 def _score(job: Job, method: Method) -> tuple[list[Member], list[Check]]:
@@ -164,7 +121,7 @@ def _score(job: Job, method: Method) -> tuple[list[Member], list[Check]]:
 
         members, check = sweep(job, method)
         return members, [check]
-    return [Member(job, method, summarise(job, method))], []
+    return [Member(job, method, summarise(job, method)[0])], []
 
 
 def _score_elsewhere(settings: AttributeSettings, method: Method) -> None:
@@ -189,5 +146,5 @@ def _write_beside(settings: AttributeSettings, member: Member, losses: list[floa
     tables = make_tables(job, summary.ranked, losses)._replace(
         components=split_over_components(job, method, pairs), dense=summary.dense
     )
-    record = make_record(settings.model_copy(update=own), member, checks, time.perf_counter() - started)
+    record = make_record(settings.model_copy(update=own), member, time.perf_counter() - started, checks)
     return broadcast_from_rank0(partial(write_run, partial_folder(settings.out) / name, record, tables, overwrite=True))

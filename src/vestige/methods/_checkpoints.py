@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -213,9 +212,3 @@ def _read_schedule(path: Path) -> tuple[float | None, float | None]:
         return float(state["_last_lr"][0]), float(state["base_lrs"][0])
     except (RuntimeError, UnpicklingError, EOFError, OSError, KeyError, IndexError, TypeError):
         return None, None
-
-
-def with_equal_sum(checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
-    """Return the same checkpoints with weights that add up to 1."""
-    total = sum(each.weight for each in checkpoints)
-    return tuple(replace(each, weight=each.weight / total) for each in checkpoints)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vestige.curvature import ekfac_of
 from vestige.errors import SpecError
 from vestige.methods import ExactGradients, GradientMethod, IndexedGradients, Job, Prepared, check_memory, method
-from vestige.methods._preconditioned import ESTIMATES, FISHER_BLOCKS, LabelsOption, fit_where, make_meaning
+from vestige.methods._preconditioned import ESTIMATES, FISHER_BLOCKS, LabelsOption, make_meaning, measure_factors
 
 
 @method("ekfac-index")
@@ -41,30 +41,23 @@ class EkfacIndex(GradientMethod):
         Raises:
             UserError: The whole gradients of the queries do not fit into memory.
         """
-        assert job.index is not None, "an index was made for a method that needs one"
         check_memory(job)
-        curvature, store, whole = (
-            ekfac_of(*fit_where(job, self.name, self.labels)),
-            self.store(job),
-            ExactGradients(job),
-        )
+        curvature, store, whole = measure_factors(job, self.labels, ekfac_of), self.store(job), ExactGradients(job)
         gradients = whole.of_queries(job.queries)
         store.query_losses = whole.query_losses
         return lambda damping: Prepared(job, store, store.compress(curvature.precondition(gradients, damping)))
 
     def store(self, job: Job) -> IndexedGradients:
         """Return the index."""
-        assert job.index is not None, "an index was made for a method that needs one"
-        return IndexedGradients(job, job.index)
+        return IndexedGradients(job)
 
-    @classmethod
-    def require_self_scores(cls) -> None:
+    def require_self_scores(self) -> None:
         """Refuse: what is stored of an example cannot be preconditioned.
 
         Raises:
             SpecError: Always.
         """
         raise SpecError(
-            f"{cls.name} preconditions the queries alone: of the examples their compressed gradients are known. Type "
+            f"{self.name} preconditions the queries alone: of the examples their compressed gradients are known. Type "
             "--method ekfac, or --method influence, for self-influence."
         )

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.methods._protocol import ComponentBlock, GradientStore, Job, Method, Vectors, watch
+from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
 from vestige.methods._stores import ExactGradients, open_store
 from vestige.runs import ScoreBlock
 
@@ -174,11 +174,11 @@ class GradientMethod(Method):
         """Yield the scores of all training examples."""
         return self.prepare(job).blocks()
 
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
         """Compute the scores of pairs, split over components."""
         distinct, positions = torch.unique(rows, return_inverse=True)
         scores = self.prepare(job).components(distinct.tolist())
-        return ComponentBlock([part.name for part in job.components], scores[:, queries, positions].T)
+        return scores[:, queries, positions].T
 
 
 def _divide(scores: Tensor, norms: Tensor | None) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import torch
 
-from vestige.curvature import FisherBlocks, Measure, fisher_of, whole_fisher
+from vestige.curvature import FisherBlocks, fisher_of
 from vestige.errors import SpecError
-from vestige.methods import HELPS, GradientMethod, IndexedGradients, Job, Prepared, Vectors, curvature_work, method
+from vestige.jobs import worker_command
+from vestige.methods import HELPS, GradientMethod, IndexedGradients, Job, Prepared, Vectors, method
 from vestige.runs import Meaning, ScoreBlock
 from vestige.timing import time_phase
 
@@ -90,7 +91,7 @@ class Influence(GradientMethod):
 
     def at_dampings(self, job: Job) -> Callable[[float], Prepared]:
         """Measure the Fisher matrices once; return the map from a damping to the vectors."""
-        fisher, plain = self._curvature(job), _open_index(job, None)
+        fisher, plain = self._curvature(job), IndexedGradients(job)
         gradients = plain.of_queries(job.queries)
         if plain.index.manifest.compression.scope == "model":
             # Components that were added up have no matrices of their own.
@@ -113,18 +114,22 @@ class Influence(GradientMethod):
 
     def store(self, job: Job) -> IndexedGradients:
         """Return the index; with relative scores, the curvature defines the length of gradients."""
-        fisher = None if self.relative == "none" else self._curvature(job)
-        return self._store(job, fisher, job.settings.damping)
+        if self.relative == "none":
+            return IndexedGradients(job)
+        return self._store(job, self._curvature(job), job.settings.damping)
 
-    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
-        """Return the map from a piece to `g^T (F + d I)^-1 g` of its training examples, divided as their scores are.
+    def require_self_scores(self) -> None:
+        """Refuse cosines, which are all 1.
 
         Raises:
-            SpecError: For cosines, which are all 1.
+            SpecError: They were requested.
         """
         if self.relative == "cosine":
             raise SpecError("Self-influence as a cosine is 1 for every example. Drop --option relative=cosine.")
-        fisher, damping, store = self._curvature(job), job.settings.damping, _open_index(job, None)
+
+    def self_blocks(self, job: Job) -> Callable[[int], Iterator[ScoreBlock]]:
+        """Return the map from a piece to `g^T (F + d I)^-1 g` of its training examples, divided as their scores are."""
+        fisher, damping, store = self._curvature(job), job.settings.damping, IndexedGradients(job)
         squared = fisher.measure(damping, 1).to(store.compute_device)
         divisor = fisher.measure(damping, 2).to(store.compute_device) if self.relative == "theta" else squared
 
@@ -139,20 +144,13 @@ class Influence(GradientMethod):
 
         return blocks
 
-    def _store(self, job: Job, fisher: FisherBlocks | None, damping: float) -> IndexedGradients:
-        if fisher is None or self.relative == "none":
-            return _open_index(job, None)
-        return _open_index(job, fisher.measure(damping, 2 if self.relative == "theta" else 1))
+    def _store(self, job: Job, fisher: FisherBlocks, damping: float) -> IndexedGradients:
+        if self.relative == "none":
+            return IndexedGradients(job)
+        return IndexedGradients(job, fisher.measure(damping, 2 if self.relative == "theta" else 1))
 
     def _curvature(self, job: Job) -> FisherBlocks:
-        store = _open_index(job, None)
-        if self.fisher == "component":
-            found = fisher_of(store.index, *curvature_work(job), device=store.compute_device)
-        else:
-            found = whole_fisher(store.index, store.compute_device)
+        store, command = IndexedGradients(job), worker_command(job.settings, "attribute")
+        whole = self.fisher == "model"
+        found = fisher_of(store.index, job.settings, command, store.compute_device, whole=whole)
         return found.in_unit_of_one() if self.damping_unit == "one" else found
-
-
-def _open_index(job: Job, measure: Measure | None) -> IndexedGradients:
-    assert job.index is not None, "an index was made for a method that needs one"
-    return IndexedGradients(job, job.index, measure)

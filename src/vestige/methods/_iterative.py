@@ -5,7 +5,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -19,60 +18,37 @@ from vestige.curvature import (
     lissa,
 )
 from vestige.errors import SpecError
-from vestige.indexes import batch_tokens
 from vestige.methods import ExactGradients, Job, Vectors, method
-from vestige.methods._preconditioned import ESTIMATES, Inverse, Preconditioned, leave_out_skipped, make_meaning
+from vestige.methods._preconditioned import (
+    ESTIMATES,
+    Inverse,
+    Preconditioned,
+    curvature_product,
+    leave_out_skipped,
+    make_meaning,
+)
+from vestige.methods._refine import POWER_STEPS
 from vestige.progress import announce
 
 GAUSS_NEWTON = "Gauss-Newton matrix of all selected parameters together"
-POWER_STEPS = 8
-"""Of the search for the largest eigenvalue."""
 
 # Options of several methods.
 KindOption = Annotated[CurvatureKind, "Which matrix of second derivatives."]
 ExamplesOption = Annotated[PositiveInt | None, "Measure the curvature on N training examples; none: on all."]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The curvature of the training data, the unit of its damping, and the layout of its vectors."""
+def open_curvature(job: Job, kind: CurvatureKind, examples: int | None) -> tuple[CurvatureProduct, float]:
+    """Return the curvature of all scored training data, or of `examples` of them, drawn with the job's seed; its unit.
 
-    product: CurvatureProduct
-    unit: float
-    """What a damping of 1 is."""
-
-    def join(self, vectors: Vectors) -> Float[Tensor, "query n"]:
-        """Return one flat vector for each query."""
-        return torch.cat(vectors, dim=1)
-
-    def split(self, vectors: Float[Tensor, "query n"]) -> Vectors:
-        """Undo `join`."""
-        return list(vectors.split([component.size for component in self.product.components], dim=1))
-
-    def random_vector(self, seed: int) -> Float[Tensor, "n"]:
-        """Draw normal numbers to start a search of eigenvectors from: on the CPU, the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        size = sum(component.size for component in self.product.components)
-        device = next(self.product.model.parameters()).device
-        return torch.randn(size, generator=generator).to(device)
-
-
-def problem(job: Job, method: str, kind: CurvatureKind, examples: int | None) -> Problem:
-    """Return the curvature of all scored training data, or of `examples` of them, drawn with the job's seed.
-
-    The damping is relative to the mean eigenvalue of the empirical Fisher matrix of the same examples, which is known
-    exactly: their mean squared gradient norm over the number of parameters.
+    A damping of 1 is the mean eigenvalue of the empirical Fisher matrix of the same examples, which is known exactly:
+    their mean squared gradient norm over the number of parameters.
     """
     data = leave_out_skipped(job)
     if examples is not None:
         data = data.subset(draw_rows(len(data), examples, job.settings.seed))
     measured = Job(data, job.queries, job.settings, job.loaded, job.selection)
-    loaded, size = job.model_for(method), sum(part.size for part in job.components)
     squared = sum(float(part.double().sum()) for _, part in ExactGradients(measured).compute_squared_norms())
-    product = CurvatureProduct(
-        loaded.model, job.components, data, batch_tokens(job.settings, loaded), job.settings.loss, kind
-    )
-    return Problem(product, squared / max(len(data), 1) / size)
+    return curvature_product(job, data, kind), squared / max(len(data), 1) / sum(part.size for part in job.components)
 
 
 def draw_rows(rows: int, count: int, seed: int) -> np.ndarray:
@@ -106,14 +82,14 @@ class ConjugateGradient(Preconditioned):
 
     def inverse(self, job: Job) -> Inverse:
         """Return the map that solves for each set of vectors separately."""
-        found = problem(job, self.name, self.kind, self.examples)
+        product, unit = open_curvature(job, self.kind, self.examples)
 
         def solve(vectors: Vectors, damping: float) -> Vectors:
-            absolute, limits = absolute_damping(damping, found.unit), {"steps": self.steps, "tolerance": self.tolerance}
-            solution = conjugate_gradient(found.product, found.join(vectors), absolute, **limits)
+            absolute, limits = absolute_damping(damping, unit), {"steps": self.steps, "tolerance": self.tolerance}
+            solution = conjugate_gradient(product, torch.cat(vectors, dim=1), absolute, **limits)
             worst = float(solution.residuals.max())
             announce(f"Conjugate gradients: {solution.steps} steps, relative residual at most {worst:.1e}.")
-            return found.split(solution.vectors)
+            return product.split(solution.vectors)
 
         return solve
 
@@ -142,20 +118,21 @@ class Lissa(Preconditioned):
 
     def inverse(self, job: Job) -> Inverse:
         """Measure the scale once; return the map that runs a series of its own for each set of vectors."""
-        found, seed = problem(job, self.name, self.kind, None), job.settings.seed
-        start = None if self.scale else found.random_vector(seed)[None]
-        largest = 0.0 if start is None else largest_eigenvalue(found.product, start, steps=POWER_STEPS)
+        product, unit = open_curvature(job, self.kind, None)
+        seed, largest = job.settings.seed, 0.0
+        if not self.scale:
+            largest = largest_eigenvalue(product, product.random_vector(seed)[None], steps=POWER_STEPS)
 
-        def product(step: int, vectors: Tensor) -> Tensor:
+        def multiply(step: int, vectors: Tensor) -> Tensor:
             if self.sample is None:
-                return found.product(vectors)
+                return product(vectors)
             rows = draw_rows(len(job.train), self.sample, seed + step)
-            return replace(found.product, data=job.train.subset(rows))(vectors)
+            return replace(product, data=job.train.subset(rows))(vectors)
 
         def solve(vectors: Vectors, damping: float) -> Vectors:
-            absolute = absolute_damping(damping, found.unit)
+            absolute = absolute_damping(damping, unit)
             scale = self.scale or (1.5 if self.sample is None else 4.0) * (largest + absolute)
-            return found.split(lissa(product, found.join(vectors), absolute, scale=scale, depth=self.depth))
+            return product.split(lissa(multiply, torch.cat(vectors, dim=1), absolute, scale=scale, depth=self.depth))
 
         return solve
 
@@ -182,9 +159,9 @@ class Arnoldi(Preconditioned):
 
     def inverse(self, job: Job) -> Inverse:
         """Find the eigenvectors once; return the map that projects every set of vectors on them."""
-        found = problem(job, self.name, self.kind, self.examples)
-        start = found.random_vector(job.settings.seed)
-        pairs = arnoldi(found.product, start, steps=self.steps, rank=self.rank)
-        return lambda vectors, damping: found.split(
-            pairs.precondition(found.join(vectors), absolute_damping(damping, found.unit))
+        product, unit = open_curvature(job, self.kind, self.examples)
+        start = product.random_vector(job.settings.seed)
+        pairs = arnoldi(product, start, steps=self.steps, rank=self.rank)
+        return lambda vectors, damping: product.split(
+            pairs.precondition(torch.cat(vectors, dim=1), absolute_damping(damping, unit))
         )

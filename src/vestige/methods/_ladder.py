@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,41 +12,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
+from vestige import runs
 from vestige.distributed import FSDP
 from vestige.errors import IndexMismatch, SpecError, UserError
-from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
 from vestige.lazy import torch
 from vestige.methods._job import OnAnswers, gradients_fit, open_job
-from vestige.methods._parts import StoredRun, requested_parts
-from vestige.methods._plan import Member, digest, digest_of, settings_key
+from vestige.methods._plan import Member, run_here, vectors_key
 from vestige.methods._protocol import METHODS, Job, Method, get_method
 from vestige.methods._record import (
+    StoredRun,
+    begin_run,
     digest_inputs,
     find_begun,
     find_method,
-    make_record,
-    make_tables,
     measure_query_losses,
+    take_up,
 )
+from vestige.methods._trust import find_lexical_tops
 from vestige.progress import announce
 from vestige.registry import import_object
-from vestige.runs import (
-    FIRST_RUNG,
-    LadderRecord,
-    RungRecord,
-    RunRecord,
-    ScoreBlock,
-    ScoreCollector,
-    Scores,
-    TopK,
-    is_complete,
-    is_run,
-    read_ranked,
-    read_record,
-    read_run_table,
-    write_run,
-)
-from vestige.settings import AttributeSettings, LaunchSettings
+from vestige.settings import AttributeSettings
 from vestige.storage import partial_folder, remove_partial
 
 if TYPE_CHECKING:
@@ -55,19 +39,21 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 256
 """Candidates of one piece of work."""
+_ASKED = ("queries", "answer", "rerank", "rerank_method", "bank")
+"""Settings that the second rung has its own of while it is opened."""
 _JUDGE = "vestige.evaluate:judge_ladder"
 """Evaluations stand above methods, and are found by name, as commands find their functions."""
 
 
-OnRanking = Callable[[Scores], None]
+OnRanking = Callable[[runs.Scores], None]
 
 
 def climb(
     settings: AttributeSettings,
-    rank: Callable[..., Scores],
+    rank: Callable[..., runs.Scores],
     on_answers: OnAnswers | None,
     on_ranking: OnRanking | None,
-) -> Scores:
+) -> runs.Scores:
     """Rank all rows by the settings' method, score those it puts first exactly, and return the run of those.
 
     Its folder holds the run of the first rung as well, which is shown as soon as it is there. Interrupted, the same
@@ -88,19 +74,13 @@ def climb(
     if begun is None:
         first = _rank_all(settings, partial(rank, on_answers=on_answers, on_ranking=on_ranking), on_ranking)
     else:
-        first = Scores.open(settings.out / FIRST_RUNG)
+        first = runs.Scores.open(settings.out / runs.FIRST_RUNG)
     started = time.perf_counter()
-    own = {"method": settings.rerank_method, "options": {}}
-    default = AttributeSettings.model_fields["rerank_method"].default
-    asked = {"rerank": None, "rerank_method": default, "bank": None, "queries": str(first.folder), "answer": "auto"}
-    second = settings.model_copy(update=own | asked)
-    if exact.needs_training:
-        second = AttributeSettings(**_of_a_training(second))
-    with open_job(second, exact) as opened:
+    with open_job(_second_settings(settings, exact, first), exact) as opened:
         # Whatever is kept of the work follows from what was typed, and not from where the first rung lies.
         job = replace(
             _without_index(opened, exact),
-            settings=opened.settings.model_copy(update={name: getattr(settings, name) for name in asked}),
+            settings=opened.settings.model_copy(update={name: getattr(settings, name) for name in _ASKED}),
             asked=first.run.asked,
             generated=tuple(first.query(name).generated for name in first.queries),
         )
@@ -108,15 +88,15 @@ def climb(
         if begun is None:
             run = _Ladder(job, exact, first, started).write(settings)
         else:
-            run = _take_up(job, exact, begun, started)
+            run = take_up(job, exact, begun, started)
         if on_ranking is not None:
-            on_ranking(Scores.open(settings.out))
+            on_ranking(runs.Scores.open(settings.out))
         if settings.bank is not None:
             import_object(_JUDGE)(settings.out, settings.bank, seed=settings.seed)
-            run.record = read_record(settings.out, checked=False)
+            run.record = runs.read_record(settings.out, checked=False)
         run.add_missing()
     remove_partial(settings.out)
-    return Scores.open(settings.out)
+    return runs.Scores.open(settings.out)
 
 
 def _find_exact(settings: AttributeSettings) -> Method:
@@ -146,30 +126,37 @@ def _is_exact(found: type[Method]) -> bool:
 
 def _first_settings(settings: AttributeSettings) -> AttributeSettings:
     assert settings.rerank is not None
-    return settings.model_copy(
-        update={
-            "rerank": None,
-            "rerank_method": AttributeSettings.model_fields["rerank_method"].default,
-            "bank": None,
-            "training": None,
-            "out": partial_folder(settings.out) / FIRST_RUNG,
-            "k": max(settings.k, settings.rerank),
-            "dense": settings.dense or settings.bank is not None,
-            "trust": False,
-            "tokens": False,
-            "self_influence": False,
-            "verbatim": False,
-            "verbatim_tokens": AttributeSettings.model_fields["verbatim_tokens"].default,
-            "overwrite": False,
-        }
-    )
+    changed = {
+        "out": partial_folder(settings.out) / runs.FIRST_RUNG,
+        "k": max(settings.k, settings.rerank),
+        "dense": settings.dense or settings.bank is not None,
+        "trust": False,
+    }
+    changed |= _defaults("rerank", "rerank_method", "bank", "training", "tokens", "self_influence", "overwrite")
+    return settings.model_copy(update=changed | _defaults("verbatim", "verbatim_tokens"))
 
 
-def _rank_all(settings: AttributeSettings, rank: Callable[..., Scores], on_ranking: OnRanking | None) -> Scores:
+def _second_settings(settings: AttributeSettings, exact: Method, first: runs.Scores) -> AttributeSettings:
+    asked = {"queries": str(first.folder), **_defaults("rerank", "rerank_method", "bank", "answer")}
+    second = settings.model_copy(update={"method": settings.rerank_method, "options": {}, **asked})
+    if not exact.needs_training:
+        return second
+    # A recorded training brings its model and its data.
+    brought = _defaults("index", "data", "model", "components", "skip_bad", "limit", "where", "query_rank")
+    return AttributeSettings(**(second.arguments() | brought | _defaults("max_length", "precision")))
+
+
+def _defaults(*names: str) -> dict[str, Any]:
+    return {name: AttributeSettings.model_fields[name].default for name in names}
+
+
+def _rank_all(
+    settings: AttributeSettings, rank: Callable[..., runs.Scores], on_ranking: OnRanking | None
+) -> runs.Scores:
     """Return the run of the first rung: the one that an interrupted command left, or a new one."""
     first = _first_settings(settings)
-    if is_complete(first.out) and read_record(first.out).config == first.record():
-        found = Scores.open(first.out)
+    if runs.is_complete(first.out) and runs.read_record(first.out).config == first.record():
+        found = runs.Scores.open(first.out)
         if on_ranking is not None:
             on_ranking(found)
         return found
@@ -177,16 +164,9 @@ def _rank_all(settings: AttributeSettings, rank: Callable[..., Scores], on_ranki
         return rank(first)
     except IndexMismatch:
         # What a run with other settings left when it was killed.
-        if not is_run(first.out):
+        if not runs.is_run(first.out):
             raise
         return rank(first.model_copy(update={"overwrite": True}))
-
-
-def _of_a_training(settings: AttributeSettings) -> dict[str, Any]:
-    """Return the arguments of a run on a recorded training, which brings its model and its data."""
-    fields = AttributeSettings.model_fields
-    names = ("index", "data", "model", "components", "skip_bad", "limit", "where", "query_rank")
-    return settings.arguments() | {name: fields[name].default for name in (*names, "max_length", "precision")}
 
 
 def _without_index(job: Job, exact: Method) -> Job:
@@ -198,7 +178,7 @@ def _without_index(job: Job, exact: Method) -> Job:
     return replace(job, index=None, left_out=job.skipped)
 
 
-def _require_same(job: Job, first: Scores) -> None:
+def _require_same(job: Job, first: runs.Scores) -> None:
     """Raise unless the second rung reads what the first one did."""
     ids = [example.id for example in job.queries.examples]
     model = first.run.model
@@ -222,7 +202,7 @@ class _Ladder:
 
     job: Job
     exact: Method
-    first: Scores
+    first: runs.Scores
     started: float
 
     @property
@@ -239,42 +219,34 @@ class _Ladder:
         began = time.perf_counter()
         announce(f"{len(candidates):,} of {len(job.train):,} examples are scored by {self.exact.name}.")
         scores = self._score(candidates)
-        rungs.append(RungRecord(name=self.exact.name, seconds=time.perf_counter() - began, rows=len(candidates)))
+        rungs.append(runs.RungRecord(name=self.exact.name, seconds=time.perf_counter() - began, rows=len(candidates)))
         skipped = np.setdiff1d(np.arange(len(job.train)), candidates).tolist()
         dense = settings.dense or settings.bank is not None
-        collector = ScoreCollector(len(job.queries), len(job.train), k=settings.k, dense=dense, skipped=skipped)
-        collector.add(ScoreBlock(torch.from_numpy(candidates), scores))
+        collector = runs.ScoreCollector(len(job.queries), len(job.train), k=settings.k, dense=dense, skipped=skipped)
+        collector.add(runs.ScoreBlock(torch.from_numpy(candidates), scores))
         summary = collector.finish()
         # A share of all examples is not known where a few have scores.
         summary = summary._replace(ranked=[one._replace(percentile=None) for one in summary.ranked])
-        losses = measure_query_losses(job, self.exact)
-        tables = make_tables(job, summary.ranked, losses)._replace(dense=summary.dense)
-        now = time.perf_counter()
-        record = make_record(
-            settings,
-            Member(job, self.exact, summary),
-            [],
-            self.first.run.seconds + now - self.started,
-            missing=requested_parts(settings, self.exact),
-            inputs=digest_inputs(job),
-            ladder=LadderRecord(
-                first=self.taken,
-                rungs=rungs,
-                candidates=candidates.tolist(),
-                stood=self._find_standing(tops, summary.ranked),
-            ),
+        ladder = runs.LadderRecord(
+            first=self.taken,
+            rungs=rungs,
+            candidates=candidates.tolist(),
+            stood=self._find_standing(tops, summary.ranked),
         )
 
         def move_first(run: Path) -> None:
-            self.first.folder.rename(run / FIRST_RUNG)
+            self.first.folder.rename(run / runs.FIRST_RUNG)
 
-        written = write_run(settings.out, record, tables, overwrite=settings.overwrite, add=move_first)
-        return StoredRun(job, self.exact, tables, read_record(written, checked=False), now)
+        member, losses = Member(job, self.exact, summary), measure_query_losses(job, self.exact)
+        since = self.started - self.first.run.seconds
+        return begin_run(settings, member, losses, since, move_first, inputs=digest_inputs(job), ladder=ladder)
 
-    def _search(self) -> tuple[list[RungRecord], list[list[list[int]]]]:
+    def _search(self) -> tuple[list[runs.RungRecord], list[list[list[int]]]]:
         """Return the rungs below the last one, and the first rows of each, by query."""
         found = self.first.run
-        rungs = [RungRecord(name=found.method, seconds=found.seconds, rows=found.data.examples - len(found.left_out))]
+        rungs = [
+            runs.RungRecord(name=found.method, seconds=found.seconds, rows=found.data.examples - len(found.left_out))
+        ]
         tops = [
             [[row.row for row in self.first.listed(name, "proponent")][: self.taken] for name in self.first.queries]
         ]
@@ -282,21 +254,11 @@ class _Ladder:
         for each in METHODS:
             if each.searches_words and each.name != found.method:
                 began = time.perf_counter()
-                tops.append(self._search_words(each(), asked))
-                rungs.append(RungRecord(name=each.name, seconds=time.perf_counter() - began, rows=len(self.job.train)))
+                tops.append([rows.tolist() for rows in find_lexical_tops(asked, self.taken, each())])
+                rungs.append(
+                    runs.RungRecord(name=each.name, seconds=time.perf_counter() - began, rows=len(self.job.train))
+                )
         return rungs, tops
-
-    def _search_words(self, method: Method, job: Job) -> list[list[int]]:
-        top = TopK(len(job.queries), self.taken)
-        if any(example.display for example in job.train.examples):
-            for block in method.blocks(job):
-                rows, scores = block.arrays()
-                kept = ~np.isin(rows, job.skipped)
-                top.add(rows[kept], scores[:, kept])
-        return [
-            top.rows(query, "proponent")[top.scores(query, "proponent") > 0].tolist()
-            for query in range(len(job.queries))
-        ]
 
     def _unite(self, tops: Sequence[Sequence[Sequence[int]]]) -> Int[np.ndarray, "candidate"]:
         """Return the rows that are scored exactly, for all queries: the first of every rung, and the first's last."""
@@ -323,12 +285,8 @@ class _Ladder:
         def collect(found: Iterator[dict[str, Tensor]]) -> Tensor:
             return torch.cat([each["scores"] for each in found], dim=1)
 
-        key = digest(settings_key(self.job), prepared.store.identity, digest_of(prepared.vectors), parts)
-        files = PieceFiles(partial_folder(self.job.settings.out) / "re-scoring", key)
-        files.forget_damaged(range(len(parts)))
-        weights = [len(part) for part in parts]
-        pieces = tensor_pieces("Re-scoring", files, weights, partial(nullcontext, compute), collect, unit="examples")
-        return run_pieces(pieces, LaunchSettings.model_validate({}), None)
+        key, weights = vectors_key(prepared, parts), [len(part) for part in parts]
+        return run_here(self.job, "Re-scoring", key, weights, compute, collect, "examples")
 
     def _find_standing(
         self, tops: Sequence[Sequence[Sequence[int]]], ranked: Sequence[Any]
@@ -350,22 +308,3 @@ def _with_other_answers(job: Job) -> list[Any]:
         answer = f"{example.answer}\n{other}"
         found.append(example if other is None else example.without_answer().with_answer(answer))
     return found
-
-
-def _take_up(job: Job, exact: Method, begun: RunRecord, started: float) -> StoredRun:
-    """Return a run that lacks parts, as it is on disk.
-
-    Raises:
-        IndexMismatch: What it was made from has changed.
-    """
-    folder = job.settings.out
-    if begun.inputs != digest_inputs(job):
-        raise IndexMismatch(
-            f"{folder} lacks parts, and the model, the data or Vestige's version is another than when it was begun; "
-            "nothing was changed. Bring it back, give another --out, or type --overwrite."
-        )
-    losses = read_run_table(folder, "queries").sort_by("row")["loss"].to_pylist()
-    ranked = read_ranked(folder, [query.id for query in job.queries.examples])
-    tables = make_tables(job, ranked, None if job.loaded is None else losses)
-    announce(f"{folder} holds the ranking. Only what is missing is computed.")
-    return StoredRun(job, exact, tables, begun, started)

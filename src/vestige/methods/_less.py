@@ -5,16 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vestige.curvature import Moments, adam_direction, component_moments, read_adam
-from vestige.data import TokenizedData, make_batch, plan_batches
+from vestige.data import TokenizedData
 from vestige.errors import ModelError, SpecError
-from vestige.gradients import CausalLoss, GradientPass, GradientSink
-from vestige.indexes import batch_tokens
 from vestige.methods import (
     HELPS,
     Checkpoint,
@@ -28,13 +25,8 @@ from vestige.methods import (
     method,
     unit_length,
     watch,
-    with_equal_sum,
 )
-from vestige.models import batch_sharing
-from vestige.runs import Meaning, ScoreBlock
-
-WHOLE_NUMBERS = 2**26
-"""Most numbers of whole training gradients alive at once."""
+from vestige.runs import Meaning
 
 
 @method("less")
@@ -60,6 +52,8 @@ class Less(CheckpointMethod):
         limits="Says nothing about how far the step goes. Each step contains Adam's momentum, which all examples share "
         "and which lifts or lowers all scores of a query alike: compare examples, not signs, where it dominates.",
     )
+    # Scores stay cosines.
+    averages = True
     subtasks: Annotated[
         bool,
         "Average the gradients of queries of one `source`; an example's score, the same for all queries, is that for "
@@ -69,10 +63,6 @@ class Less(CheckpointMethod):
     def lines(self, job: Job) -> int:
         """Return the number of queries, or of subtasks."""
         return len(self._groups(job))
-
-    def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
-        """Return shares that add up to 1, so that scores stay cosines."""
-        return [each.weight for each in with_equal_sum(checkpoints)]
 
     def key(self, job: Job) -> dict[str, Any]:
         """Return which queries belong together, and the optimizers."""
@@ -102,7 +92,7 @@ class Less(CheckpointMethod):
         means = [torch.stack([vector[group].mean(0) for group in groups]) for vector in gradients]
         return LessTerm(job, moments, unit_length(means))
 
-    def self_scores(self, job: Job) -> Iterator[ScoreBlock]:  # noqa: ARG002
+    def require_self_scores(self) -> None:
         """Refuse: preconditioned on one side and divided by both lengths, it ranks no example above another.
 
         Raises:
@@ -160,37 +150,22 @@ class LessTerm(Term):
         """Yield cosines, split over components, a few examples at a time: whole gradients are large."""
         device = self.vectors[0].device
         targets = torch.as_tensor(data.target_counts > 0, device=device)
-        for batch, gradients in _whole_gradients(self.job, data):
-            parts, squared = [], torch.zeros(len(batch), device=device)
+        for rows, _, gradients in ExactGradients(self.job).stream_gradients(data):
+            parts, squared = [], torch.zeros(len(rows), device=device)
             for gradient, moments, vector in zip(gradients, self.moments, self.vectors, strict=True):
                 step = adam_direction(gradient, moments).flatten(1)
                 parts.append(vector @ step.T)
                 squared += step.square().sum(1)
             # Momentum alone is no influence of an example that has nothing to learn.
-            shares = torch.where(squared > 0, squared.rsqrt(), 0.0) * targets[torch.as_tensor(batch)]
-            yield torch.as_tensor(batch), (torch.stack(parts) * shares).cpu()
-
-
-def _whole_gradients(
-    job: Job, data: TokenizedData
-) -> Iterator[tuple[Int[np.ndarray, "row"], Sequence[Float[Tensor, "row out in"]]]]:
-    """Yield gradients of mean losses, one matrix for each component and example, a few examples at a time."""
-    components, loaded = job.components, job.model_for("less")
-    device = next(loaded.model.parameters()).device
-    most, sink = max(1, WHOLE_NUMBERS // sum(part.size for part in components)), GradientSink(components)
-    with GradientPass(loaded.model, components, CausalLoss("mean")) as gradient_pass:
-        budget, sharing = batch_tokens(job.settings, loaded), batch_sharing(loaded.model)
-        for batch in plan_batches(data.lengths, budget, most, sharing=sharing):
-            sink.begin(len(batch), device)
-            gradient_pass.run(make_batch(data, batch).to(device), sink)
-            yield batch, sink.gradients
+            shares = torch.where(squared > 0, squared.rsqrt(), 0.0) * targets[rows]
+            yield rows, (torch.stack(parts) * shares).cpu()
 
 
 def _measure_moments(job: Job, read: Sequence[Moments]) -> list[Moments]:
     """Return the mean gradient and mean squares at the model as it is, each as large as the moment that was read."""
     first = [torch.zeros_like(moments.first) for moments in read]
     second = [torch.zeros_like(moments.second) for moments in read]
-    for _, gradients in _whole_gradients(job, job.train):
+    for _, _, gradients in ExactGradients(job).stream_gradients(job.train):
         for gradient, mean, squares in zip(gradients, first, second, strict=True):
             mean += gradient.sum(0)
             squares += gradient.square().sum(0)

@@ -12,26 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from vestige import methods, models
+from vestige import jobs, methods, models
 from vestige.data import Example, StoredExamples
 from vestige.distributed import broadcast_from_rank0
 from vestige.errors import NonFinite
-from vestige.jobs import (
-    PieceFiles,
-    Tensors,
-    phase,
-    run_pieces,
-    run_with_rate,
-    step_done,
-    tensor_pieces,
-    worker_command,
-)
 from vestige.lazy import torch
-from vestige.methods._protocol import GradientStore, Job, Method, Vectors, watch
+from vestige.methods._protocol import GradientStore, Job, Method, watch
 from vestige.runs import ScoreBlock, ScoreCollector, ScoreSummary
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
@@ -56,20 +47,15 @@ class Member(NamedTuple):
     summary: ScoreSummary
 
 
-def summarise(job: Job, method: Method) -> ScoreSummary:
-    """Stream the scores of every training example into the lists, the distribution and the groups."""
-    return summarise_sets(job, method, 1)[0]
-
-
-def summarise_sets(
-    job: Job, method: Method, sets: int, watch: Callable[[ScoreBlock], None] | None = None
+def summarise(
+    job: Job, method: Method, sets: int = 1, watch: Callable[[ScoreBlock], None] | None = None
 ) -> list[ScoreSummary]:
-    """Summarise lines of scores that hold all queries `sets` times, one set after another.
+    """Stream the scores of every training example into the lists, the distribution and the groups of each set.
 
     Args:
         job: The question.
         method: Whose blocks have `sets * queries` lines.
-        sets: How often the queries come.
+        sets: How often the queries come, one set of lines after another.
         watch: Also gets every block.
     """
 
@@ -90,9 +76,8 @@ def summarise_sets(
     if not method.works_in_pieces:
         return collect(method.blocks(job))
     store = method.store(job)
-    prepared = _share_queries(job, method, store)
-    key = digest(settings_key(job), store.identity, digest_of(prepared.vectors))
-    lines = sets * len(job.queries)
+    prepared, lines = _share_queries(job, method, store), sets * len(job.queries)
+    key = vectors_key(prepared)
     return _run(job, "Scoring", "train x query pairs", store, lines, lambda: prepared.piece_blocks, collect, key)
 
 
@@ -160,34 +145,31 @@ def _run(
     A single piece leaves nothing on disk here; several continue where they were killed.
     """
     rows = [store.piece_rows(piece) for piece in range(store.pieces)]
-
-    def begin() -> AbstractContextManager[Callable[[int], Tensors]]:
-        blocks = open_blocks()
-
-        def compute(piece: int) -> Tensors:
-            found = []
-            for block in blocks(piece):
-                found.append(block)
-                step_done(len(block.rows) * lines)
-            return {
-                "rows": torch.cat([each.rows for each in found]),
-                "scores": torch.cat([each.scores for each in found], dim=1),
-            }
-
-        return nullcontext(compute)
-
     weights = [count * lines for count in rows]
     if len(rows) == 1 and job.settings.engine == "local":
-        with phase(name, unit) as done:
+        with jobs.phase(name, unit) as done:
             done.append(weights[0])
             return collect(watch(open_blocks()(0), rows[0], name))
-    files = PieceFiles(partial_folder(job.settings.out) / name.lower(), digest(key, rows, lines))
-    files.forget_damaged(range(len(rows)))
-    pieces = tensor_pieces(
+
+    def begin() -> AbstractContextManager[Callable[[int], jobs.Tensors]]:
+        return nullcontext(partial(compute, open_blocks()))
+
+    def compute(blocks: Blocks, piece: int) -> jobs.Tensors:
+        found = []
+        for block in blocks(piece):
+            found.append(block)
+            jobs.step_done(len(block.rows) * lines)
+        return {
+            "rows": torch.cat([each.rows for each in found]),
+            "scores": torch.cat([each.scores for each in found], dim=1),
+        }
+
+    files = open_files(job.settings.out, name, digest(key, rows, lines), len(rows))
+    pieces = jobs.tensor_pieces(
         name, files, weights, begin, lambda found: collect(ScoreBlock(**each) for each in found), unit=unit
     )
     with nullcontext() if job.loaded is None else models.leave_card(job.loaded.model, job.settings):
-        return run_with_rate(pieces, job.settings, worker_command(job.settings, "attribute"))
+        return jobs.run_with_rate(pieces, job.settings, jobs.worker_command(job.settings, "attribute"))
 
 
 def _share_queries(job: Job, method: Method, store: GradientStore) -> methods.Prepared:
@@ -199,25 +181,53 @@ def _share_queries(job: Job, method: Method, store: GradientStore) -> methods.Pr
     if store.pieces == 1:
         return method.prepare(job)
 
-    def compute(_: int) -> Tensors:
+    def compute(_: int) -> jobs.Tensors:
         prepared = method.prepare(job)
         vectors = {str(number): vector for number, vector in enumerate(prepared.vectors)}
         return {"cosine": torch.tensor(prepared.cosine), **vectors}
 
-    def collect(pieces: Iterator[Tensors]) -> methods.Prepared:
+    def collect(pieces: Iterator[jobs.Tensors]) -> methods.Prepared:
         kept = next(pieces)
         cosine = bool(kept.pop("cosine"))
         vectors = [kept[str(number)].to(store.device) for number in range(len(kept))]
         return methods.Prepared(job, store, vectors, cosine=cosine)
 
-    folder, key = partial_folder(job.settings.out), digest(settings_key(job), store.identity)
-    files = PieceFiles(folder / "vectors", key)
-    files.forget_damaged([0])
+    key = digest(settings_key(job), store.identity)
+    files = open_files(job.settings.out, "Queries", key, 1)
     if not broadcast_from_rank0(lambda: files.is_done(0)):
         # Before, because the curvature is a job of its own, in which this process may be a worker.
         method.prepare(job)
-    pieces = tensor_pieces("Queries", files, [len(job.queries)], lambda: nullcontext(compute), collect, unit="queries")
-    return run_pieces(pieces, LaunchSettings.model_validate({}), None)
+    return run_here(job, "Queries", key, [len(job.queries)], compute, collect, "queries")
+
+
+def run_here(
+    job: Job,
+    name: str,
+    key: str,
+    weights: Sequence[int],
+    compute: Callable[[int], jobs.Tensors],
+    collect: Callable[[Iterator[jobs.Tensors]], Result],
+    unit: str,
+) -> Result:
+    """Return what pieces are collected to that this process computes, each kept beside the run until it is written."""
+    files = open_files(job.settings.out, name, key, len(weights))
+    pieces = jobs.tensor_pieces(name, files, weights, lambda: nullcontext(compute), collect, unit=unit)
+    return jobs.run_pieces(pieces, LaunchSettings.model_validate({}), None)
+
+
+def open_files(out: Path, name: str, key: str, pieces: int) -> jobs.PieceFiles:
+    """Return the files of some pieces beside the run at `out`, of which none is damaged."""
+    files = jobs.PieceFiles(partial_folder(out) / name.lower().replace(" ", "-"), key)
+    files.forget_damaged(range(pieces))
+    return files
+
+
+def vectors_key(prepared: methods.Prepared, *more: Any) -> str:
+    """Return a digest of what scores are made from, the query vectors to the byte; `more` is what else they are of."""
+    whole = hashlib.sha256()
+    for vector in prepared.vectors:
+        whole.update(vector.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest(settings_key(prepared.job), prepared.store.identity, whole.hexdigest(), *more)
 
 
 def settings_key(job: Job) -> str:
@@ -230,11 +240,3 @@ def settings_key(job: Job) -> str:
 def digest(*parts: Any) -> str:
     """Return the sha256 of anything that JSON can express."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def digest_of(vectors: Vectors) -> str:
-    """Return the sha256 of the bytes of the query vectors."""
-    whole = hashlib.sha256()
-    for vector in vectors:
-        whole.update(vector.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return whole.hexdigest()

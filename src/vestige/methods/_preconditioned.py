@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -12,8 +11,10 @@ from pydantic import StringConstraints
 
 from vestige.curvature import (
     CurvatureData,
+    CurvatureKind,
     CurvatureProduct,
     DataInf,
+    KroneckerCurvature,
     Labels,
     ekfac_of,
     kfac_of,
@@ -22,13 +23,11 @@ from vestige.curvature import (
 from vestige.data import TokenizedData
 from vestige.distributed import FSDP
 from vestige.errors import SpecError, UserError
-from vestige.indexes import batch_tokens
 from vestige.jobs import worker_command
 from vestige.methods import HELPS, ExactGradients, GradientMethod, Job, Prepared, Vectors, method
 from vestige.methods._refine import PATTERN, Refinement, Residuals
 from vestige.progress import announce, format_bytes
 from vestige.runs import Check, Meaning
-from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
 
 UNIT = "nats of query loss, times the number of training examples, up to the damping's scale"
@@ -105,11 +104,16 @@ def check_memory(job: Job) -> None:
         )
 
 
-def curvature_data(job: Job, method: str, labels: Labels) -> CurvatureData:
+def curvature_data(job: Job, labels: Labels) -> CurvatureData:
     """Return the training data as a curvature is measured on it: without the examples that an index leaves out."""
-    loaded, settings = job.model_for(method), job.settings
-    budget, data = batch_tokens(settings, loaded), leave_out_skipped(job)
-    return CurvatureData(loaded.model, job.components, data, budget, settings.loss, labels, settings.seed)
+    model, settings, data = job.model_for(job.settings.method).model, job.settings, leave_out_skipped(job)
+    return CurvatureData(model, job.components, data, job.token_budget, settings.loss, labels, settings.seed)
+
+
+def curvature_product(job: Job, data: TokenizedData, kind: CurvatureKind = "gauss-newton") -> CurvatureProduct:
+    """Return products with the curvature of the job's model over the data."""
+    model, settings = job.model_for(job.settings.method).model, job.settings
+    return CurvatureProduct(model, job.components, data, job.token_budget, settings.loss, kind)
 
 
 def leave_out_skipped(job: Job) -> TokenizedData:
@@ -119,24 +123,18 @@ def leave_out_skipped(job: Job) -> TokenizedData:
     return job.train.subset(np.setdiff1d(np.arange(len(job.train)), job.skipped))
 
 
-def fit_where(
-    job: Job, method: str, labels: Labels
-) -> tuple[CurvatureData, str, Path | None, LaunchSettings, list[str] | None]:
-    """Return what `ekfac_of` and `kfac_of` take: data, the model's fingerprint, where factors are kept, how to launch.
+def measure_factors(job: Job, labels: Labels, measure: Callable[..., KroneckerCurvature]) -> KroneckerCurvature:
+    """Return the curvature that `ekfac_of` or `kfac_of` measures, or reads where it was kept.
 
-    They are kept beside the index, else beside the run until that is written. Where the training data is a single piece
+    It is kept beside the index, else beside the run until that is written. Where the training data is a single piece
     of work without an index, nothing is kept.
     """
     if job.index is not None:
         folder = job.index.folder / "curvature"
     else:
         folder = partial_folder(job.settings.out) / "curvature" if ExactGradients(job).pieces > 1 else None
-    return curvature_data(job, method, labels), job.model_for(method).fingerprint, folder, *curvature_work(job)
-
-
-def curvature_work(job: Job) -> tuple[LaunchSettings, list[str] | None]:
-    """Return where the passes for the curvature run: like everything else of the run."""
-    return job.settings, worker_command(job.settings, "attribute")
+    fingerprint, command = job.model_for(job.settings.method).fingerprint, worker_command(job.settings, "attribute")
+    return measure(curvature_data(job, labels), fingerprint, folder, job.settings, command)
 
 
 @method("ekfac")
@@ -187,14 +185,11 @@ class Ekfac(Preconditioned):
         """
         if self.refine is not None and job.settings.device == FSDP:
             raise SpecError(f"A model under --device {FSDP} has no second derivatives. Drop --option refine.")
-        curvature = ekfac_of(*fit_where(job, self.name, self.labels))
+        curvature = measure_factors(job, self.labels, ekfac_of)
         if self.refine is None:
             return curvature.precondition
-        loaded, data = job.model_for(self.name), leave_out_skipped(job)
-        product = CurvatureProduct(
-            loaded.model, job.components, data, batch_tokens(job.settings, loaded), job.settings.loss
-        )
-        refinement = Refinement.parse(self.refine, product, curvature, job.settings.seed)
+        product = curvature_product(job, leave_out_skipped(job))
+        refinement = Refinement(product, curvature, self.refine, job.settings.seed)
 
         def solve(vectors: Vectors, damping: float) -> Vectors:
             solved, found = refinement.solve(vectors, damping)
@@ -244,7 +239,7 @@ class Kfac(Preconditioned):
 
     def inverse(self, job: Job) -> Inverse:
         """Measure the factors in one pass, or read what an index keeps; return the preconditioner."""
-        factors = kfac_of(*fit_where(job, self.name, self.labels))
+        factors = measure_factors(job, self.labels, kfac_of)
         return factors.precondition_split if self.split == "factors" else factors.eigenbases().precondition
 
 
@@ -269,6 +264,6 @@ class DataInfMethod(Preconditioned):
 
     def inverse(self, job: Job) -> Inverse:
         """Measure the damping in one pass; return the preconditioner, which needs one more for each set of vectors."""
-        measured = curvature_data(job, self.name, "data")
+        measured = curvature_data(job, "data")
         units = mean_eigenvalues(measured)
         return lambda vectors, damping: DataInf.with_damping(measured, units, damping).precondition(vectors)

@@ -8,16 +8,7 @@ from dataclasses import dataclass
 from inspect import cleandoc
 from itertools import chain
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    Self,
-    TypeAlias,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -105,14 +96,10 @@ class Job:
             raise UserError(f"The method `{method}` runs the model, and none was given. Add --model MODEL.")
         return self.loaded
 
-
-class ComponentBlock(NamedTuple):
-    """Scores of some pairs, split over components."""
-
-    names: list[str]
-    """Components, by parameter name."""
-    scores: Float[Tensor, "pair component"]
-    """Each line adds up to the pair's score."""
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one pass of the model."""
+        return indexes.batch_tokens(self.settings, self.model_for(self.settings.method))
 
 
 class Method(ABC):
@@ -198,8 +185,8 @@ class Method(ABC):
     def blocks(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the scores of all rows, each row once, in any order; memory must not grow with the training data."""
 
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
-        """Compute the scores of the pairs `(queries[i], rows[i])`, split over components."""
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
+        """Compute the scores `[pair, component]` of `(queries[i], rows[i])`, split over the job's components."""
         raise NotImplementedError(f"{self.name} does not split scores over components")
 
     def token_scores(self, job: Job, query: int, rows: Sequence[int]) -> list[np.ndarray] | None:  # noqa: ARG002
@@ -237,20 +224,19 @@ class Method(ABC):
         """Return the method for a job whose vectors are there already, with a note on the normalisation of scores."""
         raise NotImplementedError(f"{self.name} has no vectors")
 
-    @classmethod
-    def require_self_scores(cls) -> None:
+    def require_self_scores(self) -> None:
         """Raise unless self-influence is defined and differs between examples.
 
         Raises:
             SpecError: It is not.
         """
-        if not cls.scores_itself:
+        if not self.scores_itself:
             raise SpecError(
-                f"Self-influence is defined for gradient methods, and {cls.name} is none. Type --method influence."
+                f"Self-influence is defined for gradient methods, and {self.name} is none. Type --method influence."
             )
-        if cls.constant_self_score is not None:
+        if self.constant_self_score is not None:
             raise SpecError(
-                f"Self-influence with {cls.name} is {cls.constant_self_score}. It would rank nothing. Type --method "
+                f"Self-influence with {self.name} is {self.constant_self_score}. It would rank nothing. Type --method "
                 "influence or --method grad-dot."
             )
 
@@ -372,9 +358,8 @@ def get_method(name: str, **options: Any) -> Method:
     found = METHODS.find(name)
     known = {one.name: one for one in options_of(found)}
     if unknown := [key for key in options if key not in known]:
-        lines = ["Its options, with their defaults:", *(one.line for one in known.values())]
-        listed = "\n".join(lines) if known else "It has none."
-        raise SpecError(f"The method {name} has no option {unknown[0]!r}. {listed}")
+        listed = "\n".join(["Its options, with their defaults:", *(one.line for one in known.values())])
+        raise SpecError(f"The method {name} has no option {unknown[0]!r}. {listed if known else 'It has none.'}")
     return found(**{key: known[key].parse(value) for key, value in options.items()})
 
 

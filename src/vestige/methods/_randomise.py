@@ -20,6 +20,7 @@ from vestige.errors import NonFinite
 from vestige.jobs import run_pieces
 from vestige.lazy import torch
 from vestige.methods import Job, Method, digest, get_method
+from vestige.methods._indexed import open_compressed
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.progress import progress, quiet
 from vestige.runs import Check, RankedScore, sample_rows
@@ -83,15 +84,15 @@ def run_checks(job: Job, method: Method, ranked: Sequence[RankedScore], losses: 
 
 def _measure_knowledge(job: Job, rows: Int[np.ndarray, "row"]) -> gradients.Knowledge | None:
     """Return what the model knows of some training rows, from the losses that an index stores where there is one."""
-    loaded, data = job.model_for(job.settings.method), job.train.subset(rows)
+    model, data = job.model_for(job.settings.method).model, job.train.subset(rows)
     index = job.index or (job.checkpoints[-1].index if job.checkpoints else None)
     # Of an imported one no losses were published.
     if index is None or index.manifest.imported is not None:
-        return gradients.measure_knowledge(loaded.model, data, indexes.batch_tokens(job.settings, loaded))
+        return gradients.measure_knowledge(model, data, job.token_budget)
     losses = index.losses_and_norms()[0].double().numpy()[rows]
     if job.settings.loss == "mean":
         losses = losses * data.target_counts
-    return gradients.measure_knowledge(loaded.model, data, indexes.batch_tokens(job.settings, loaded), losses=losses)
+    return gradients.measure_knowledge(model, data, job.token_budget, losses=losses)
 
 
 def check_randomised(
@@ -204,8 +205,7 @@ def _index_sample(job: Job, like: indexes.Index, rows: Int[np.ndarray, "row"], f
     """
     if not (job.randomised and broadcast_from_rank0(lambda: os.access(like.folder, os.W_OK))):
         return _build_index(job, like, folder)
-    settings, loaded = job.settings, job.model_for(job.settings.method)
-    parts = version("vestige"), like.fingerprint, rows.tolist(), settings.seed, indexes.batch_tokens(settings, loaded)
+    parts = version("vestige"), like.fingerprint, rows.tolist(), job.settings.seed, job.token_budget
     kept = _build_index(job, like, like.folder / CHECKS / digest(*parts))
     broadcast_from_rank0(lambda: copytree(kept.folder, folder))
     return indexes.Index.open(folder)
@@ -213,8 +213,8 @@ def _index_sample(job: Job, like: indexes.Index, rows: Int[np.ndarray, "row"], f
 
 def _build_index(job: Job, like: indexes.Index, folder: Path) -> indexes.Index:
     """Return an index of the job's training data, compressed as `like` is; one that is there already is opened."""
-    data, loaded, old = job.train, job.model_for(job.settings.method), like.manifest
-    draft = old.model_copy(
+    data = job.train
+    draft = like.manifest.model_copy(
         update={
             "data": indexes.DataIdentity(name=data.name, fingerprint=data.fingerprint, examples=len(data)),
             "plan": indexes.PlanRecord(fewest_shards=1),
@@ -230,16 +230,7 @@ def _build_index(job: Job, like: indexes.Index, folder: Path) -> indexes.Index:
 
     @contextmanager
     def compute() -> Iterator:
-        gradients = indexes.CompressedGradients(
-            loaded,
-            job.components,
-            manifest.components,
-            like.spec,
-            manifest.seed,
-            manifest.loss,
-            manifest.compression.scope,
-        )
-        with gradients:
+        with open_compressed(job, like, manifest.components) as gradients:
             yield lambda batches: gradients.parts(data, batches)
 
     work = indexes.IndexWork(folder, manifest, plan, data.examples, compute)

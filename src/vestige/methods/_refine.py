@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,15 +35,9 @@ class Refinement:
     product: CurvatureProduct
     """`G x`, as the mean over the training data."""
     curvature: KroneckerCurvature
-    kind: Literal["cg", "neumann"]
-    steps: int
+    steps: str
+    """What to do, of `PATTERN`, such as cg:10."""
     seed: int
-
-    @classmethod
-    def parse(cls, text: str, product: CurvatureProduct, curvature: KroneckerCurvature, seed: int) -> "Refinement":
-        """Return the refinement that a text of `PATTERN` stands for, such as cg:10."""
-        kind, _, steps = text.partition(":")
-        return cls(product, curvature, "cg" if kind == "cg" else "neumann", int(steps), seed)
 
     def solve(self, vectors: Vectors, damping: float) -> tuple[Vectors, Residuals]:
         """Return the refined solutions.
@@ -51,33 +45,33 @@ class Refinement:
         Raises:
             NonFinite: The Neumann steps led away from the solution.
         """
-        sizes, whole = [part.size for part in self.product.components], torch.cat(vectors, dim=1)
-        added = torch.cat(
-            [
-                whole.new_full((size,), one)
-                for size, one in zip(sizes, self.curvature.absolute_dampings(damping), strict=True)
-            ]
-        )
+        whole, dampings = torch.cat(vectors, dim=1), self.curvature.absolute_dampings(damping)
+        added = torch.cat([whole.new_full(part.shape[1:], one) for part, one in zip(vectors, dampings, strict=True)])
 
         def precondition(flat: Float[Tensor, "query n"]) -> Float[Tensor, "query n"]:
-            return torch.cat(self.curvature.precondition(list(flat.split(sizes, dim=1)), damping), dim=1)
+            return torch.cat(self.curvature.precondition(self.product.split(flat), damping), dim=1)
 
-        if self.kind == "cg":
-            limits = {"steps": self.steps, "tolerance": TOLERANCE}
+        kind, _, steps = self.steps.partition(":")
+        if kind == "cg":
+            limits = {"steps": int(steps), "tolerance": TOLERANCE}
             found = conjugate_gradient(self.product, whole, added, precondition=precondition, **limits)
             solved, residuals = found.vectors, Residuals(float(found.begun.max()), float(found.residuals.max()))
         else:
-            solved, residuals = self._sum_series(whole, added, precondition)
-        return list(solved.split(sizes, dim=1)), residuals
+            solved, residuals = self._sum_series(whole, added, precondition, int(steps))
+        return self.product.split(solved), residuals
 
     def _sum_series(
-        self, vectors: Float[Tensor, "query n"], added: Float[Tensor, "n"], precondition: Callable[[Tensor], Tensor]
+        self,
+        vectors: Float[Tensor, "query n"],
+        added: Float[Tensor, "n"],
+        precondition: Callable[[Tensor], Tensor],
+        steps: int,
     ) -> tuple[Float[Tensor, "query n"], Residuals]:
         """Take each step on another part of the data, so that all steps together read it once."""
         data, random = self.product.data, np.random.default_rng(self.seed)
-        parts = np.array_split(random.permutation(len(data)), min(self.steps, len(data)))
+        parts = np.array_split(random.permutation(len(data)), min(steps, len(data)))
         products = [replace(self.product, data=data.subset(np.sort(part))) for part in parts]
-        start = torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(self.seed)).to(vectors)
+        start = self.product.random_vector(self.seed).to(vectors)
         # Parts have larger eigenvalues than the whole, and it is a part that each step multiplies with.
         scale = largest_eigenvalue(
             lambda one: precondition(products[0](one) + added * one), start[None], steps=POWER_STEPS

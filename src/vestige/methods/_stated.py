@@ -36,8 +36,8 @@ def find_stated(job: Job) -> list[dict[str, Any]]:
     found = [entry for query in range(len(job.queries)) for entry in _find_spans(job, loaded, search, query)]
     wanted = [entry for entry in found if entry.pop("measured")]
     places = [(entry["row"], entry["position"], entry["tokens"]) for entry in wanted]
-    budget = indexes.batch_tokens(job.settings, loaded)
-    measured = import_object(_MEASURE)(loaded.model, job.train, places, bank=job.settings.bank, token_budget=budget)
+    options: dict[str, Any] = {"bank": job.settings.bank, "token_budget": job.token_budget}
+    measured = import_object(_MEASURE)(loaded.model, job.train, places, **options)
     for entry, values in zip(wanted, measured, strict=True):
         entry.update(values)
     return found

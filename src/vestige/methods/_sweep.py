@@ -15,7 +15,7 @@ from vestige import curvature
 from vestige.errors import NonFinite
 from vestige.lazy import torch
 from vestige.methods import GradientMethod, GradientStore, Job, Method, Prepared
-from vestige.methods._plan import Member, summarise_sets
+from vestige.methods._plan import Member, summarise
 from vestige.methods._trust import CHANCE_HIDES, find_proponents
 from vestige.progress import announce
 from vestige.runs import Check, ScoreBlock, ScoreSummary, sample_rows
@@ -92,7 +92,7 @@ def sweep(job: Job, method: Method) -> tuple[list[Member], Check]:
         kept = np.isin(numbers, rows)
         sample[:, np.searchsorted(rows, numbers[kept])] = block.scores.cpu().numpy()[:, kept]
 
-    summaries = summarise_sets(job, found, len(members), add)
+    summaries = summarise(job, found, len(members), add)
     length = min(COMPARED, job.settings.k)
     dampings = [member.job.settings.damping for member in members]
     neighbours = compare(dampings, summaries, sample.reshape(len(members), queries, -1), length)

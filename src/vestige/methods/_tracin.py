@@ -4,15 +4,12 @@ One checkpoint's model is in memory beside the last one's, which the queries are
 adds is a file beside the run, so an interrupted run continues with the next one, and the sum is read back row by row.
 """
 
-import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +20,6 @@ from vestige.errors import IndexMismatch, ModelError, NonFinite, SpecError
 from vestige.methods import (
     HELPS,
     Checkpoint,
-    ComponentBlock,
     ExactGradients,
     GradientStore,
     IndexedGradients,
@@ -31,6 +27,7 @@ from vestige.methods import (
     Method,
     Prepared,
     build_temporary_index,
+    digest,
     gradients_fit,
     method,
     prepare_queries,
@@ -71,6 +68,8 @@ class CheckpointMethod(Method):
     needs_gradients = True
     needs_exact = True
     weighting = "learning rate"
+    averages: ClassVar[bool] = False
+    """True where the weights of the checkpoints are made to add up to 1, so that the sum is a mean."""
     splits_components = True
     scores_itself = True
     reads_focus = ("instead", "span", "weights")
@@ -86,7 +85,8 @@ class CheckpointMethod(Method):
 
     def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
         """Return the factor of each checkpoint's numbers in the sum over checkpoints."""
-        return [each.weight for each in checkpoints]
+        total = sum(each.weight for each in checkpoints) if self.averages else 1.0
+        return [each.weight / total for each in checkpoints]
 
     def combine(self, job: Job, sums: Float[Tensor, "line row"], parts: Tensor) -> Tensor:  # noqa: ARG002
         """Return scores `[..., query, row]` from `parts` `[..., line, row]` of which `sums` are the totals."""
@@ -101,28 +101,26 @@ class CheckpointMethod(Method):
         for rows, sums in self._sums(job, "scores", self.lines(job)):
             yield ScoreBlock(rows, self.combine(job, sums, sums))
 
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
         """Compute the scores of pairs, split over components.
 
         Each checkpoint is opened once more, for these rows alone.
         """
         distinct, place = torch.unique(rows, return_inverse=True)
-        total: Tensor | None = None
-        for number, weight in enumerate(self.weights(job.checkpoints)):
-            if weight == 0:
-                continue
-            part = weight * self._term(job, number).parts(distinct.tolist()).double().cpu()
-            total = part if total is None else total + part
-        assert total is not None
+        weighted = (
+            weight * self._term(job, number).parts(distinct.tolist()).double().cpu()
+            for number, weight in enumerate(self.weights(job.checkpoints))
+            if weight > 0
+        )
+        total = torch.as_tensor(sum(weighted))
         _, sums = next(self._sums(job, "scores", self.lines(job), distinct.numpy()))
-        scores = self.combine(job, sums, total)
-        return ComponentBlock([part.name for part in job.components], scores[:, queries, place].T)
+        return self.combine(job, sums, total)[:, queries, place].T
 
     def self_scores(self, job: Job) -> Iterator[ScoreBlock]:
         """Yield the score of every training example for itself, as one query."""
-        extra = self.lines(job) - len(job.queries)
-        for rows, sums in self._sums(job, "self_scores", 1 + extra):
-            yield ScoreBlock(rows, self.combine(job, sums, sums))
+        self.require_self_scores()
+        found = self._sums(job, "self_scores", 1 + self.lines(job) - len(job.queries))
+        return (ScoreBlock(rows, self.combine(job, sums, sums)) for rows, sums in found)
 
     def _sums(self, job: Job, what: str, lines: int, rows: Int[np.ndarray, "row"] | None = None) -> Lines:
         """Yield weighted sums over the checkpoints, in float64; a part of the rows in one piece, or all of them."""
@@ -143,7 +141,7 @@ class CheckpointMethod(Method):
             checkpoint = job.checkpoints[number]
             announce(f"Checkpoint {number + 1} of {len(job.checkpoints)}: {checkpoint.name}")
             term = self._term(job, number)
-            _write(path, shape, partial(_zero_skipped, job.skipped, getattr(term, what)), checkpoint)
+            _write(path, shape, getattr(term, what), job.skipped, checkpoint)
         return np.load(path, mmap_mode="r")
 
     def _term(self, job: Job, number: int) -> Term:
@@ -158,14 +156,13 @@ class CheckpointMethod(Method):
 
     def _digest(self, job: Job, number: int, what: str) -> str:
         settings = job.settings
-        described = {
-            "what": [self.name, what, number, self.key(job)],
-            "source": _identity(job.checkpoints[number], job),
-            "data": [job.train.fingerprint, job.queries.fingerprint, len(job.queries)],
-            "components": [part.name for part in job.components],
-            "settings": [getattr(settings, name) for name in ("loss", "seed", "precision")],
-        }
-        return hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()[:24]
+        return digest(
+            [self.name, what, number, self.key(job)],
+            _identity(job.checkpoints[number], job),
+            [job.train.fingerprint, job.queries.fingerprint, len(job.queries)],
+            [part.name for part in job.components],
+            [settings.loss, settings.seed, settings.precision],
+        )[:24]
 
 
 def checkpoint_job(job: Job, number: int) -> Job:
@@ -209,7 +206,7 @@ def open_checkpoint_store(job: Job, *, stored: bool = False) -> GradientStore:
         return ExactGradients(job)
     loaded = job.model_for(job.settings.method)
     index = job.index or build_temporary_index(job, f"index-{loaded.fingerprint[:16]}", loaded.name)
-    return IndexedGradients(replace(job, index=index), index)
+    return IndexedGradients(replace(job, index=index))
 
 
 def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:
@@ -225,15 +222,10 @@ def _identity(checkpoint: Checkpoint, job: Job) -> list[Any]:
     return [str(checkpoint.source), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
 
 
-def _zero_skipped(skipped: tuple[int, ...], produce: Callable[[], Lines]) -> Lines:
-    """Yield the numbers with zeros for the examples that are left out."""
-    for rows, scores in produce():
-        kept = torch.as_tensor(~np.isin(rows.cpu().numpy(), skipped), device=scores.device)
-        yield rows, torch.where(kept, scores, 0.0)
-
-
-def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], checkpoint: Checkpoint) -> None:
-    """Write one file that is whole or absent."""
+def _write(
+    path: Path, shape: tuple[int, int], produce: Callable[[], Lines], skipped: Sequence[int], checkpoint: Checkpoint
+) -> None:
+    """Write one file that is whole or absent, with zeros for the examples that are left out."""
     make_folder(path.parent)
     check_disk(path.parent, 4 * shape[0] * shape[1])
     temporary = temporary_path(path)
@@ -241,9 +233,10 @@ def _write(path: Path, shape: tuple[int, int], produce: Callable[[], Lines], che
         numbers = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         scored = 0
         for rows, scores in produce():
-            numbers[:, rows.cpu().numpy()] = scores.detach().float().cpu().numpy()
-            scored += len(rows)
-            if not torch.isfinite(scores).all():
+            places, found = rows.cpu().numpy(), scores.detach().float().cpu().numpy()
+            numbers[:, places] = found = np.where(np.isin(places, skipped), 0.0, found)
+            scored += len(places)
+            if not np.isfinite(found).all():
                 raise NonFinite(f"The scores of {checkpoint.name} are not finite. Leave this checkpoint out.")
         assert scored == shape[1], "every training example is scored once"
         numbers.flush()

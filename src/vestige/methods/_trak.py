@@ -8,14 +8,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vestige.compress import Compressor, adjoint_gradient, compress_gradient, parse_spec
-from vestige.curvature import absolute_damping
+from vestige.curvature import absolute_damping, read_tensors, write_tensors
 from vestige.errors import NonFinite
-from vestige.indexes import batch_tokens
 from vestige.methods import (
     Checkpoint,
     CheckpointMethod,
@@ -27,10 +24,8 @@ from vestige.methods import (
     method,
     open_checkpoint_store,
     watch,
-    with_equal_sum,
 )
 from vestige.runs import Meaning
-from vestige.storage import make_folder, write_durably
 
 FEATURES = 4096
 """Most features: the matrix of their inner products has one row and one column for each, and is inverted."""
@@ -68,15 +63,12 @@ class Trak(CheckpointMethod):
         "of one random projection are noisy; the damping sets the scale, so compare within a run.",
     )
     weighting = "equal"
+    averages = True
     reads_focus = ("span",)
 
     def lines(self, job: Job) -> int:
         """Return the number of queries, and one more for 1 - p."""
         return len(job.queries) + 1
-
-    def weights(self, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
-        """Return the weights of a mean."""
-        return [each.weight for each in with_equal_sum(checkpoints)]
 
     def key(self, job: Job) -> dict[str, Any]:
         """Return the damping, which is inside the mean."""
@@ -127,8 +119,8 @@ class TrakTerm(Term):
     @cached_property
     def _vectors(self) -> Float[Tensor, "query column"]:
         """The queries' features, preconditioned, and brought back to stored numbers by the transposed projection."""
-        job, queries, loaded = self.job, self.job.queries, self.job.model_for(self.job.settings.method)
-        losses = compute_losses(loaded.model, queries, "mean", batch_tokens(job.settings, loaded))
+        job, queries = self.job, self.job.queries
+        losses = compute_losses(job.model_for(job.settings.method).model, queries, "mean", job.token_budget)
         scale = self._per_token(queries.target_counts) / doubt(torch.from_numpy(losses).float())
         features = self._project(torch.cat(self.store.of_queries(queries), dim=1).cpu()) * scale[:, None]
         solved = torch.cholesky_solve(features.double().T, self._factor).T.float()
@@ -172,15 +164,11 @@ class TrakTerm(Term):
         """Return `Phi^T Phi` in float64, read from beside the index or measured and kept there."""
         index, size = self.store.index, min(self.store.index.width, FEATURES)
         path = index.folder / "curvature" / f"trak-{index.fingerprint[:16]}-{size}.safetensors"
-        try:
-            return load_file(path)["kernel"].double()
-        except (FileNotFoundError, SafetensorError, KeyError):
-            pass  # Damaged or not there: it is cheap to measure.
+        if (found := read_tensors(path)) is not None:
+            return found["kernel"].double()
         total = torch.zeros(size, size, dtype=torch.float64)
         for _, gradients, factors, _ in watch(self._blocks(), index.rows, "Kernel"):
             scaled = self._project(gradients) * factors[:, None]
             # Blocks are small; float32 products added in float64 lose nothing to the number of rows.
             total += (scaled.T @ scaled).double()
-        make_folder(path.parent)
-        write_durably(path, [save({"kernel": total.float()})])
-        return total.float().double()
+        return write_tensors(path, {"kernel": total.float()})["kernel"].double()

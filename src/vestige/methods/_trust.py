@@ -79,11 +79,11 @@ def make_check(name: str, value: float | None, reading: str, verdict: Verdict = 
     return Check(name=name, value=value, reading=reading, verdict=verdict)
 
 
-def find_lexical_tops(job: Job, k: int = 10) -> list[Int[np.ndarray, "rank"]]:
-    """Return the rows of the `k` best hits of a word search per query; fewer where fewer examples share a word."""
+def find_lexical_tops(job: Job, k: int = 10, search: Method | None = None) -> list[Int[np.ndarray, "rank"]]:
+    """Return the rows of the `k` best hits of a word search (BM25 if none is given) for each query."""
     top = TopK(len(job.queries), k)
     if any(example_words(example) for example in job.train.examples):
-        for block in Bm25().blocks(job):
+        for block in (search or Bm25()).blocks(job):
             rows, scores = block.arrays()
             kept = ~np.isin(rows, job.skipped)
             top.add(rows[kept], scores[:, kept])

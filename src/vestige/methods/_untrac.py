@@ -1,51 +1,31 @@
 """`vestige untrac`: unlearn one side, measure the other, and write the measurements as a run."""
 
-import io
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 
+from vestige import runs
 from vestige.data import Example, TokenizedData, load_examples, tokenize
 from vestige.errors import SpecError
 from vestige.indexes import tokens_at_most
 from vestige.jobs import is_worker
 from vestige.methods import Job, Method, loss_weights, method
 from vestige.methods._untrac_ascent import NO_SOURCE, ExampleSet, Side, find_overlaps, set_means
-from vestige.methods._untrac_job import (
-    STOP_SHARE,
-    Unlearning,
-    UntracJob,
-    make_job,
-    open_untrac_job,
-)
+from vestige.methods._untrac_job import STOP_SHARE, Unlearning, UntracJob, make_job, open_untrac_job
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce, format_seconds
-from vestige.runs import (
-    Check,
-    CoverageRecord,
-    Meaning,
-    RunRecord,
-    RunTables,
-    ScoreBlock,
-    ScoreCollector,
-    Scores,
-    ScoreSummary,
-    check_target,
-    describe_model,
-    make_run_record,
-    write_run,
-)
 from vestige.settings import AscentOptimizer, Reduction, UntracSettings, with_settings
-from vestige.storage import remove_partial, write_durably
+from vestige.storage import remove_partial
+from vestige.tables import write_table
 
 SIGN = "positive: training on it lowers the test set's loss"
 LIMITS = "A local change of this model; copies of a source each score as if they were alone. Compare ranks."
@@ -75,7 +55,7 @@ _SHOWN = 3
 
 
 @with_settings(UntracSettings)
-def untrac(settings: UntracSettings) -> Scores:
+def untrac(settings: UntracSettings) -> runs.Scores:
     """Find the training sources, or examples, behind a model's behaviour on test sets, by unlearning.
 
     UnTrac and UnTrac-Inv (Isonuma and Titov 2024, arXiv:2401.15241). The run holds the scores, their groups by source,
@@ -85,22 +65,22 @@ def untrac(settings: UntracSettings) -> Scores:
         UserError: Something about the model, the data, the settings or the disk needs the caller.
     """
     started = time.perf_counter()
-    check_target(settings.out, overwrite=settings.overwrite or is_worker())
+    runs.check_target(settings.out, overwrite=settings.overwrite or is_worker())
     job = open_untrac_job(settings)
     found = Unlearning(job)
     by_source, examples = settings.level == "source", job.train.data.examples
-    collector = ScoreCollector(
+    collector = runs.ScoreCollector(
         len(job.tests.sets),
         len(job.train.sets),
         k=settings.k,
         sources=[each.name for each in job.train.sets] if by_source else [each.source for each in examples],
         dense=settings.dense or by_source,
     )
-    collector.add(ScoreBlock(torch.arange(len(job.train.sets)), torch.from_numpy(found.scores)))
+    collector.add(runs.ScoreBlock(torch.arange(len(job.train.sets)), torch.from_numpy(found.scores)))
     summary, tests = collector.finish(), _show_sets(job.tests)
     # Where the test sets were measured, their losses before anything moved are known.
     before = job.table(np.stack([found.done.before]))[:, 0].tolist() if settings.direction == "untrac" else None
-    tables = RunTables(
+    tables = runs.RunTables(
         train=_show_sets(job.train) if by_source else job.train.data,
         queries=tests,
         ranked=summary.ranked,
@@ -110,18 +90,18 @@ def untrac(settings: UntracSettings) -> Scores:
         dense=summary.dense,
     )
     record = _make_record(found, summary, [example.id for example in tests.examples], time.perf_counter() - started)
-    write_run(settings.out, record, tables, overwrite=settings.overwrite, add=lambda run: write_curves(run, found))
+    runs.write_run(settings.out, record, tables, overwrite=settings.overwrite, add=lambda run: write_curves(run, found))
     remove_partial(settings.out)
     announce(f"{len(found.done.after)} ascents in {format_seconds(record.seconds)}; the weights are as they were.")
-    return Scores.open(settings.out)
+    return runs.Scores.open(settings.out)
 
 
-def _make_record(found: Unlearning, summary: ScoreSummary, tests: list[str], seconds: float) -> RunRecord:
+def _make_record(found: Unlearning, summary: runs.ScoreSummary, tests: list[str], seconds: float) -> runs.RunRecord:
     job, settings, recipe, moved = found.job, found.job.settings, found.recipe, found.done.moved
-    model = describe_model(job.loaded)
+    model = runs.describe_model(job.loaded)
     everything = model.parameters + (moved if settings.lora_rank is not None else 0)
     chosen = {"learning_rate": recipe.learning_rate, "steps": recipe.steps, "batch_size": recipe.batch_size}
-    return make_run_record(
+    return runs.make_run_record(
         command=settings.command_line("untrac"),
         config=settings.record() | chosen,
         method=NAMES[settings.direction],
@@ -132,18 +112,18 @@ def _make_record(found: Unlearning, summary: ScoreSummary, tests: list[str], sec
         summary=summary,
         seconds=seconds,
         model=model,
-        coverage=CoverageRecord(selected=moved, total=everything, fraction=moved / everything),
+        coverage=runs.CoverageRecord(selected=moved, total=everything, fraction=moved / everything),
         checks=check_unlearning(found),
         asked=job.asked,
     )
 
 
-def _describe(found: Unlearning) -> Meaning:
+def _describe(found: Unlearning) -> runs.Meaning:
     settings, recipe = found.job.settings, found.recipe
     read = recipe.looks[found.stop.point]
     one_by_one = settings.level == "example" and settings.direction == "inverse"
     per = "example" if settings.loss == "mean" or one_by_one else "token"
-    return Meaning(
+    return runs.Meaning(
         sign=SIGN,
         unit=f"nats of loss per {per}, after {read} steps of {recipe.optimizer} at {recipe.learning_rate:g}",
         target="this model",
@@ -182,20 +162,20 @@ def _show_set(data: TokenizedData, group: ExampleSet, number: int) -> Example:
     return Example(group.name, number, text=text, source=group.name)
 
 
-def check_unlearning(found: Unlearning) -> list[Check]:
+def check_unlearning(found: Unlearning) -> list[runs.Check]:
     """Return the checks of a run: the self-test, slope against curvature, and sources with the same content."""
     return [_check_identity(found), _check_curvature(found), *_check_sources(found.job)]
 
 
-def _check_identity(found: Unlearning) -> Check:
+def _check_identity(found: Unlearning) -> runs.Check:
     worst = max(each.error for each in found.done.identities)
     reading = f"A small step changes losses as their gradients say, with the right sign, to within {worst:.1%}"
     verdict = "good" if worst <= IDENTITY_WARNS else "warn"
     more = "." if verdict == "good" else ": more than rounding explains. Try --precision float32."
-    return Check(name="first-order self-test", value=worst, reading=reading + more, verdict=verdict)
+    return runs.Check(name="first-order self-test", value=worst, reading=reading + more, verdict=verdict)
 
 
-def _check_curvature(found: Unlearning) -> Check:
+def _check_curvature(found: Unlearning) -> runs.Check:
     share, recipe = found.stop.curvature_share, found.recipe
     step = recipe.looks[found.stop.point]
     reading = f"Scores are read after step {step} of {recipe.steps} at {recipe.learning_rate:g}"
@@ -208,23 +188,23 @@ def _check_curvature(found: Unlearning) -> Check:
             f", and even there curvature is {share:.0%} of slope. Lower --learning-rate, or leave it out.",
             "warn",
         )
-    return Check(name="curvature against slope", value=share, reading=reading + more, verdict=verdict)
+    return runs.Check(name="curvature against slope", value=share, reading=reading + more, verdict=verdict)
 
 
-def _check_sources(job: UntracJob) -> list[Check]:
+def _check_sources(job: UntracJob) -> list[runs.Check]:
     name = "redundant sources"
     if job.settings.level != "source":
         return []
     found = find_overlaps(job.train.data, job.train.sets)
     if not found:
-        return [Check(name=name, value=0.0, reading="No source is half contained in another.", verdict="good")]
+        return [runs.Check(name=name, value=0.0, reading="No source is half contained in another.", verdict="good")]
     pairs = "; ".join(f"{each.one} and {each.other} ({each.share:.0%})" for each in found[:_SHOWN])
     more = f" and {len(found) - _SHOWN} more pairs" if len(found) > _SHOWN else ""
     reading = (
         f"Sources share text: {pairs}{more}. Each scores as if it were alone, while leaving one of them out of "
         "training would change little."
     )
-    return [Check(name=name, value=found[0].share, reading=reading, verdict="warn")]
+    return [runs.Check(name=name, value=found[0].share, reading=reading, verdict="warn")]
 
 
 def write_curves(folder: Path, found: Unlearning) -> None:
@@ -234,9 +214,8 @@ def write_curves(folder: Path, found: Unlearning) -> None:
     `mirrored` is the loss on the other side of the start, null where it was not measured. A batch's loss is the one
     before its step.
     """
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(_curves(found), schema=CURVES_SCHEMA), sink, compression="zstd")
-    write_durably(folder / CURVES_FILE, [sink.getvalue()])
+    table = pa.Table.from_pylist(_curves(found), schema=CURVES_SCHEMA)
+    write_table(folder / CURVES_FILE, table, compression="zstd")
 
 
 def _curves(found: Unlearning) -> list[dict[str, object]]:
@@ -319,7 +298,7 @@ class UnTrac(Method):
 
     command = "untrac"
     needs_model = True
-    meaning = Meaning(
+    meaning = runs.Meaning(
         sign=SIGN,
         unit="nats of loss per token, or per example, after the steps of the ascent",
         target="this model",
@@ -332,29 +311,22 @@ class UnTrac(Method):
 
     def __init__(self, config: UnTracConfig | None = None) -> None:
         self.config = config or UnTracConfig()
-        self._loaded: LoadedModel | None = None
 
-    @property
+    @cached_property
     def loaded(self) -> LoadedModel:
         """The model, loaded when it is first needed."""
-        if self._loaded is None:
-            config = self.config
-            self._loaded = load_model(
-                config.model_name,
-                tokenizer=config.tokenizer,
-                precision=config.precision,  # type: ignore[arg-type]
-                device=config.device,
-                quantize=config.quantize,
-            )
-        return self._loaded
+        same: dict[str, Any] = {
+            name: getattr(self.config, name) for name in ("tokenizer", "precision", "device", "quantize")
+        }
+        return load_model(self.config.model_name, **same)
 
-    def blocks(self, job: Job) -> Iterator[ScoreBlock]:
+    def blocks(self, job: Job) -> Iterator[runs.ScoreBlock]:
         """Yield the scores of all rows by UnTrac-Inv, each query a test set of its own."""
         alone = [replace(example, source=None) for example in job.queries.examples]
         settings = self._settings(job.settings.out, loss=job.settings.loss, seed=job.settings.seed)
         queries = replace(job.queries, examples=alone)
         found = Unlearning(make_job(settings, job.model_for(self.name), job.train, queries))
-        yield ScoreBlock(torch.arange(len(job.train)), torch.from_numpy(found.scores))
+        yield runs.ScoreBlock(torch.arange(len(job.train)), torch.from_numpy(found.scores))
 
     def compute_influence_scores(self, test: str | list[str], train_texts: list[str]) -> Float[np.ndarray, "text"]:
         """Return the rise of each training text's loss in nats when the test texts are unlearnt; positive: it helps.

@@ -1,7 +1,7 @@
 """Sets of examples, and one ascent: steps up the loss of a set, and what that does to the losses of others."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import NamedTuple
@@ -223,10 +223,9 @@ class Retained:
         if step == 0:
             return
         climbed = weights.take_gradients()
-        rows = self._draw(recipe.seed, step)
-        here = weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
+        here = self._slope(weights, step, recipe)
         with weights.at(weights.start):
-            there = weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
+            there = self._slope(weights, step, recipe)
         strength = self.pull / recipe.learning_rate
         for name, parameter in weights.parameters.items():
             if name in climbed or name in here:
@@ -234,10 +233,11 @@ class Retained:
                 pulled = here.get(name, nothing) - there.get(name, nothing)
                 parameter.grad = climbed.get(name, nothing) - strength * pulled
 
-    def _draw(self, *seed: int) -> Rows:
-        return np.sort(
-            np.random.default_rng(list(seed)).choice(self.rows, min(self.size, len(self.rows)), replace=False)
-        )
+    def _slope(self, weights: Weights, step: int, recipe: AscentRecipe) -> Vector:
+        """Return the gradient of the loss of the examples that are drawn for a step."""
+        drawn = np.random.default_rng([recipe.seed, step])
+        rows = np.sort(drawn.choice(self.rows, min(self.size, len(self.rows)), replace=False))
+        return weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
 
     @classmethod
     def measure(cls, weights: Weights, data: TokenizedData, recipe: AscentRecipe) -> "Retained":
@@ -255,11 +255,11 @@ class Retained:
         }
         found = 0.0
         for number in range(_POWER_STEPS):
-            scale, rows = reach / _product(direction, direction) ** 0.5, self._draw(recipe.seed, number)
+            scale = reach / _product(direction, direction) ** 0.5
             with weights.at(weights.step(direction, scale)):
-                above = weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
+                above = self._slope(weights, number, recipe)
             with weights.at(weights.step(direction, -scale)):
-                below = weights.gradient(self.data, rows, recipe.reduction, recipe.token_budget)
+                below = self._slope(weights, number, recipe)
             direction = {name: (above[name] - below[name]) / (2 * reach) for name in above}
             found = _product(direction, direction) ** 0.5
         return found
@@ -364,12 +364,8 @@ def first_order_identity(
     squared = _product(slope, slope)
     if squared == 0:
         raise ModelError("The gradient of what is to be unlearnt is zero, so nothing would move. Is the model trained?")
-    step = replace(
-        AscentRecipe(_RISE / squared, 1, len(own[1]), "sgd"),
-        reduction=recipe.reduction,
-        token_budget=recipe.token_budget,
-        seed=recipe.seed,
-    )
+    same = {name: getattr(recipe, name) for name in ("reduction", "token_budget", "seed")}
+    step = AscentRecipe(_RISE / squared, 1, len(own[1]), "sgd", **same)
 
     def climb(data: TokenizedData, rows: Rows) -> float:
         """Return the change of the rows' loss per unit of step; even powers of the step cancel."""

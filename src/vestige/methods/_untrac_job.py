@@ -13,8 +13,9 @@ from jaxtyping import Float
 from vestige.data import TokenizedData, load_queries
 from vestige.errors import NonFinite, SpecError
 from vestige.indexes import batch_tokens, read_data
-from vestige.jobs import PieceFiles, Tensors, run_pieces, tensor_pieces, worker_command
+from vestige.jobs import Tensors, run_pieces, tensor_pieces, worker_command
 from vestige.methods import Weights, borrow_weights, compute_losses, digest, loss_weights, read_queries
+from vestige.methods._plan import open_files
 from vestige.methods._untrac_ascent import (
     NO_SOURCE,
     TESTED_EXAMPLES,
@@ -34,7 +35,6 @@ from vestige.methods._untrac_ascent import (
 from vestige.models import LoadedModel, load_model
 from vestige.progress import announce
 from vestige.settings import LaunchSettings, UntracSettings
-from vestige.storage import partial_folder
 
 INVERSE_STEPS, INVERSE_BATCH = 5, 256
 """Isonuma and Titov (2024): UnTrac-Inv has its answer after a few full batches, and fails with single examples."""
@@ -42,7 +42,9 @@ RETAINED_STEPS = 40
 """Of UnTrac-Inv where training data hold it back: directions of little curvature take some steps to show as such."""
 FORMAT = 1
 """Raised when a piece of the same settings changes its meaning."""
-_OF_THE_OUTPUT = frozenset({"out", "k", "dense", "overwrite", "learning_rate", "points", "stop", "weigh_by_size"})
+_IGNORED = {"out", "k", "dense", "overwrite", "learning_rate", "points", "stop", "weigh_by_size"}.union(
+    LaunchSettings.model_fields
+)
 """Settings that decide no ascent by themselves; the recipe has what it needs of them."""
 SELF_TESTED = 4
 """Ascents before which the first-order identity is tried: it holds for the code and the model, not for the data."""
@@ -109,19 +111,17 @@ class UntracJob:
     def recipe(self, learning_rate: float, *, steps: int | None = None, points: int | None = None) -> AscentRecipe:
         """Return the recipe of the ascents at this rate."""
         settings = self.settings
+        same = {name: getattr(settings, name) for name in ("optimizer", "momentum", "seed", "accelerate")}
         return AscentRecipe(
             learning_rate,
             steps or self.steps,
             self.batch_size,
-            settings.optimizer,
-            settings.momentum,
-            settings.loss,
-            points or settings.points,
-            settings.stop == "auto" or points is not None,
-            settings.seed,
-            self.token_budget,
-            settings.retain or 0,
-            settings.accelerate,
+            reduction=settings.loss,
+            points=points or settings.points,
+            mirror=settings.stop == "auto" or points is not None,
+            token_budget=self.token_budget,
+            retain=settings.retain or 0,
+            **same,
         )
 
     def table(self, rises: Float[np.ndarray, "ascent measured"]) -> Float[np.ndarray, "test column"]:
@@ -266,16 +266,13 @@ def run_ascents(name: str, job: UntracJob, recipe: AscentRecipe, tested: int = S
         moved = int(read[0]["moved"])
         return Ascents(before=read[0]["before"].numpy(), identities=identities, moved=moved, **stacked)
 
-    ignored = _OF_THE_OUTPUT | set(LaunchSettings.model_fields)
-    recorded = {name: value for name, value in settings.record().items() if name not in ignored}
+    recorded = {name: value for name, value in settings.record().items() if name not in _IGNORED}
     sides = [
         (one.data.fingerprint, [(each.name, each.rows.tolist()) for each in one.sets]) for one in (ascended, measured)
     ]
     key = digest(FORMAT, version("vestige"), recorded, job.loaded.fingerprint, sides, asdict(recipe))
     weights = [weigh(piece) for piece in range(len(ascended.sets))]
-    files = PieceFiles(partial_folder(settings.out) / name.lower().replace(" ", "-"), key)
-    files.forget_damaged(range(len(weights)))
-    pieces = tensor_pieces(name, files, weights, begin, collect)
+    pieces = tensor_pieces(name, open_files(settings.out, name, key, len(weights)), weights, begin, collect)
     return run_pieces(pieces, settings, worker_command(settings, "untrac"))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from vestige.data import TokenizedData
 from vestige.errors import IndexMismatch, NonFinite, SpecError
 from vestige.jobs import PieceFiles, Tensors, note_kept, run_pieces, step_done, tensor_pieces, worker_command
-from vestige.methods import EXACT_SHARE, HELPS, ComponentBlock, Job, Method, digest, method, settings_key
+from vestige.methods import EXACT_SHARE, HELPS, Job, Method, digest, method, settings_key
 from vestige.models import LoadedModel
 from vestige.progress import announce, quiet
 from vestige.runs import Check, Meaning, ScoreBlock
@@ -134,10 +134,9 @@ class TrainingReplay(Method):
         """Yield the scores of all rows; an example that the training did not draw scores 0."""
         yield ScoreBlock(torch.arange(len(job.train)), self._walk_all(job)[0]["scores"])
 
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
         """Return what was added up by component on the way."""
-        found = self._walk_all(job)[0]["components"]
-        return ComponentBlock([part.name for part in job.components], found[queries, rows])
+        return self._walk_all(job)[0]["components"][queries, rows]
 
     def token_scores(self, job: Job, query: int, rows: Sequence[int]) -> list[np.ndarray] | None:
         """Return what was added up by token on the way."""

@@ -19,7 +19,6 @@ from vestige.methods import (
     HELPS,
     Checkpoint,
     CheckpointMethod,
-    ComponentBlock,
     ExactGradients,
     GradientTerm,
     Job,
@@ -180,7 +179,7 @@ class Source(CheckpointMethod):
         self._unroll(job)
         yield from super().blocks(job)
 
-    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> ComponentBlock:
+    def components(self, job: Job, queries: Int[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> Tensor:
         """Compute the scores of pairs, split over components."""
         self._unroll(job)
         return super().components(job, queries, rows)

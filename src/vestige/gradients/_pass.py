@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import DataError, ModelError
+from vestige.gradients._cards import deterministic, lacks_kernel
 from vestige.gradients._cross import FormingBudget, Gradients, HeldGradients, numbers
-from vestige.gradients._determinism import deterministic, lacks_kernel
 from vestige.gradients._factors import Factor, FactorSink, Side
 from vestige.gradients._functions import FunctionUses, UncoveredUse, table_of
 from vestige.gradients._objective import Objective, example_count

@@ -21,7 +21,6 @@ from vestige.gradients import (
     card_memory,
     describe_device,
 )
-from vestige.indexes._examples import fingerprint_rows
 from vestige.indexes._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
 from vestige.indexes._manifest import (
     BYTES_PER_NUMBER,
@@ -33,7 +32,7 @@ from vestige.indexes._manifest import (
     lay_out,
     read_manifest,
 )
-from vestige.indexes._plan import PlannedShard, plan_index
+from vestige.indexes._plan import PlannedShard, fingerprint_rows, plan_index
 from vestige.indexes._shards import ShardContent, parts_of
 from vestige.indexes._store import Index
 from vestige.indexes._trained import train_spec

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 
 from vestige.data import StoredExamples, send
 from vestige.errors import CorruptFile, UserError
-from vestige.indexes._examples import examples_paths, read_lengths
 from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest, require_index
+from vestige.indexes._plan import examples_paths, read_lengths
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
 from vestige.jobs import ranges
 from vestige.lazy import torch

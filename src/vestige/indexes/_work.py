@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 
 from vestige.data import Example, TokenizedData
 from vestige.distributed import is_rank0
-from vestige.indexes._examples import fingerprint_rows, write_examples
 from vestige.indexes._manifest import (
     Expectation,
     Manifest,
@@ -29,7 +28,7 @@ from vestige.indexes._manifest import (
     read_manifest,
     require_same,
 )
-from vestige.indexes._plan import Plan, PlannedShard, plan_index
+from vestige.indexes._plan import Plan, PlannedShard, fingerprint_rows, plan_index, write_examples
 from vestige.indexes._shards import (
     ShardContent,
     ShardFile,

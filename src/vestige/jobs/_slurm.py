@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import final
 
 from vestige.errors import PieceFailed, SpecError, UserError, WorkElsewhere
-from vestige.jobs._command import require_command, worker_environment
 from vestige.jobs._engine import Engine, Work, Worker, raise_failures, watch_markers
 from vestige.jobs._record import JobFolder, ranges
 from vestige.jobs._steps import is_kept, stop_signal
-from vestige.jobs._worker import Role
+from vestige.jobs._worker import Role, require_command, worker_environment
 from vestige.progress import announce
 from vestige.storage import make_folder, write_durably
 

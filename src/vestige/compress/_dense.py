@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ DEFAULT_MINIMUM = 8  # of each side, when a total rank is divided
 _draws: dict[Init, Callable[[Stream, Tensor], Tensor]] = {"gaussian": gaussians, "rademacher": signs}
 
 
-class Dense:
+class Dense(LinearMap):
     """Multiplies by a stored matrix `[out, in]`."""
 
     def __init__(self, matrix: Float[Tensor, "out in"]) -> None:
@@ -76,12 +76,12 @@ class Dense:
         """Compute one product with the transposed matrix."""
         return images @ self._in(images.dtype)
 
-    def to(self, device: torch.device) -> "Dense":
+    def to(self, device: torch.device) -> Self:
         """Return the same matrix on `device`."""
-        return Dense(self.matrix.to(device))
+        return type(self)(self.matrix.to(device))
 
 
-class StreamedDense:
+class StreamedDense(LinearMap):
     """Multiplies by a matrix that is generated in blocks of columns and never held as a whole.
 
     Exactly the matrix that `Dense` would hold, at the cost of hashing all of it at each use; made for the
@@ -126,9 +126,9 @@ class StreamedDense:
         parts = [flat.to(wide) @ self._block(start, stop, wide).t() for start, stop in self._blocks()]
         return torch.cat(parts, dim=1).to(images.dtype).view(*images.shape[:-1], self.in_size)
 
-    def to(self, device: torch.device) -> "StreamedDense":
+    def to(self, device: torch.device) -> Self:
         """Return the same matrix, generated on `device`."""
-        return StreamedDense(self.in_size, self.out_size, self.stream, self.init, device)
+        return type(self)(self.in_size, self.out_size, self.stream, self.init, device)
 
 
 def random_columns(

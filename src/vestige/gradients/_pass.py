@@ -182,7 +182,8 @@ class GradientPass:
             # The second run calls the block's forward without its hooks, but its children with theirs.
             self._handles += [handle for child in block.children() for handle in uses.around(child)]  # type: ignore[union-attr]
         if _checkpoint_blocks(self._model):
-            self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
+            first: Any = self._model.get_input_embeddings()  # type: ignore[operator]
+            self._handles.append(first.register_forward_hook(_begin_graph))
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -263,10 +264,6 @@ def _checkpoint_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks whose forward runs again during the backward pass."""
     blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     return [block for block in blocks if block.training] if hasattr(model, "get_input_embeddings") else []
-
-
-def _first_layer(model: nn.Module) -> nn.Module:
-    return model.get_input_embeddings()  # type: ignore[operator]
 
 
 def _begin_graph(module: nn.Module, inputs: Any, output: Tensor) -> None:  # noqa: ARG001

@@ -4,7 +4,7 @@ Convolutions are put into the canonical layout: a position is a token, an unfold
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -17,6 +17,7 @@ from vestige.gradients._rules import (
     Handle,
     Kept,
     MatrixUse,
+    OutputTap,
     Receive,
     Replacement,
     Weight,
@@ -75,7 +76,8 @@ class Geometry(NamedTuple):
         return cls(kernel, stride, dilation, flat, "constant", groups, transposed)
 
 
-class ConvolutionTap:
+@final
+class ConvolutionTap(OutputTap):
     """Convolutions of any rank, stride, padding and dilation; transposed ones with the two sides exchanged.
 
     The weight `[row, column, *kernel]` is read as `[row, column * kernel]`. Plain: rows are output channels, left =
@@ -86,23 +88,15 @@ class ConvolutionTap:
     embedding are: `left` is one-hot.
     """
 
-    def __init__(self, module: _ConvNd, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
-        self._module, self._receive = module, receive
-        self._owners = {role: owner_of(number, "convolution", role) for role, number in components.items()}
-
-    def attach(self) -> Sequence[Handle]:
-        """Place one forward hook, before any other; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward, prepend=True)]
-
-    def _forward(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if not torch.is_grad_enabled():  # the first of two passes of a checkpointed block
-            return
+    def _watch(self, receive: Receive, activation: Tensor, named: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+        module: Any = self._module
         weight, bias = (
-            Weight.of_parameter(module.get_parameter(role), (self._owners[role],)) if role in self._owners else None
-            for role in ("weight", "bias")
+            None
+            if number is None
+            else Weight.of_parameter(module.get_parameter(role), (owner_of(number, "convolution", role),))
+            for role, number in (("weight", self._weight), ("bias", self._bias))
         )
-        geometry = Geometry.of_module(self._module)
-        watch_convolution(self._receive(), weight, bias, geometry, inputs[0].detach(), output, type(module).__name__)
+        watch_convolution(receive, weight, bias, Geometry.of_module(module), activation, output, type(module).__name__)
 
 
 def watch_convolution(

@@ -46,6 +46,11 @@ class Failure(NamedTuple):
     """File with everything that the last worker printed; empty if it printed to the terminal."""
     host: str
 
+    @property
+    def tries(self) -> str:
+        """Return the number of attempts for reading."""
+        return "once" if self.attempts == 1 else f"{self.attempts} times"
+
 
 class Entry(NamedTuple):
     """A finished piece, or the opening of a model."""
@@ -285,8 +290,7 @@ def make_failure_error(name: str, pieces: int, failures: Sequence[Failure]) -> U
 
 
 def _describe(failure: Failure) -> str:
-    times = "once" if failure.attempts == 1 else f"{failure.attempts} times"
-    head = f"  piece {failure.piece}, {times}, on {failure.host}: {failure.kind}: {failure.error}"
+    head = f"  piece {failure.piece}, {failure.tries}, on {failure.host}: {failure.kind}: {failure.error}"
     if failure.log:
         head += f"\n    log: {failure.log}"
     lines = failure.traceback.rstrip().splitlines() or tail(failure.log)

@@ -88,7 +88,7 @@ class ConvolutionTap(OutputTap):
     embedding are: `left` is one-hot.
     """
 
-    def _watch(self, receive: Receive, activation: Tensor, named: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+    def _watch(self, receive: Receive, inputs: Any, named: dict[str, Any], output: Any) -> None:  # noqa: ARG002
         module: Any = self._module
         weight, bias = (
             None
@@ -96,7 +96,8 @@ class ConvolutionTap(OutputTap):
             else Weight.of_parameter(module.get_parameter(role), (owner_of(number, "convolution", role),))
             for role, number in (("weight", self._weight), ("bias", self._bias))
         )
-        watch_convolution(receive, weight, bias, Geometry.of_module(module), activation, output, type(module).__name__)
+        geometry = Geometry.of_module(module)
+        watch_convolution(receive, weight, bias, geometry, inputs[0].detach(), output, type(module).__name__)
 
 
 def watch_convolution(

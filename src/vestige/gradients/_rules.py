@@ -140,10 +140,10 @@ class OutputTap(ABC):
 
     def _forward(self, module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:  # noqa: ARG002
         if torch.is_grad_enabled():  # not in the first of two passes of a checkpointed block
-            self._watch(self._receive(), inputs[0].detach(), named, output)
+            self._watch(self._receive(), inputs, named, output)
 
     @abstractmethod
-    def _watch(self, receive: Receive, activation: Tensor, named: dict[str, Any], output: Any) -> None:
+    def _watch(self, receive: Receive, inputs: Any, named: dict[str, Any], output: Any) -> None:
         """Keep what the gradient needs of the input, and watch the output."""
 
 
@@ -151,11 +151,11 @@ class OutputTap(ABC):
 class LinearTap(OutputTap):
     """Linear and GPT-2's Conv1D: left = output gradient, right = input activation."""
 
-    def _watch(self, receive: Receive, activation: Tensor, named: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+    def _watch(self, receive: Receive, inputs: Any, named: dict[str, Any], output: Any) -> None:  # noqa: ARG002
         kept: Kept | None = None
         # A call on what is no batch, as DoRA's on an identity matrix, is refused once a gradient comes back from it.
-        if self._weight is not None and activation.shape[0] % receive.examples == 0:
-            activation = per_token(activation, receive.examples)
+        if self._weight is not None and inputs[0].shape[0] % receive.examples == 0:
+            activation = per_token(inputs[0].detach(), receive.examples)
             kept = keep(receive.sink.reduce(self._weight, "right", activation), activation)
         watch(output, lambda gradient: self._backward(receive, kept, gradient))
 
@@ -174,7 +174,8 @@ class LinearTap(OutputTap):
 class NormTap(OutputTap):
     """LayerNorm, RMSNorm, GroupNorm, DoRA's magnitude: a scale's gradient is the output's times what it multiplies."""
 
-    def _watch(self, receive: Receive, activation: Tensor, named: dict[str, Any], output: Any) -> None:
+    def _watch(self, receive: Receive, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        activation = inputs[0].detach()
         kept = keep(activation, activation)
         watch(output, lambda gradient: self._backward(receive, kept, named, gradient))
 

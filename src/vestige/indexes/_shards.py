@@ -23,7 +23,7 @@ from vestige.data import send
 from vestige.errors import CorruptFile, NonFinite
 from vestige.indexes._manifest import SCALED_TYPES, Expectation, StoredType
 from vestige.lazy import torch
-from vestige.parsing import as_record, parse_object
+from vestige.parsing import read_record
 from vestige.storage import NewFile, remove_durably, sha256_of, sha256_once
 from vestige.timing import count_bytes, time_phase
 
@@ -338,10 +338,7 @@ def _wait(steps: list[Future[None]]) -> None:
 
 def read_marker(folder: Path, number: int) -> Marker | None:
     """Return the marker of a shard, None if there is none or it does not read."""
-    try:
-        return as_record(Marker, parse_object(marker_path(folder, number).read_bytes()))
-    except (OSError, ValueError):
-        return None
+    return read_record(Marker, marker_path(folder, number))
 
 
 def shard_fault(folder: Path, number: int, expected: Expectation, *, contents: bool) -> str | None:

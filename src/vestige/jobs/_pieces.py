@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import CorruptFile
-from vestige.parsing import as_record, parse_object
+from vestige.parsing import read_record
 from vestige.storage import make_folder, remove_durably, remove_strays, sha256_of, write_durably
 
 if TYPE_CHECKING:
@@ -179,11 +179,7 @@ class PieceFiles:
         return self.folder / f"{piece:05d}.json"
 
     def _marker(self, piece: int) -> PieceMarker | None:
-        """Return the marker, None if there is none or it does not read."""
-        try:
-            return as_record(PieceMarker, parse_object(self._marker_path(piece).read_bytes()))
-        except (OSError, ValueError):
-            return None
+        return read_record(PieceMarker, self._marker_path(piece))
 
 
 def tensor_pieces(

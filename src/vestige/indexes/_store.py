@@ -17,7 +17,7 @@ from vestige.errors import CorruptFile, UserError
 from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest, require_index
 from vestige.indexes._plan import examples_paths, read_lengths
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
-from vestige.jobs import ranges
+from vestige.jobs import cut_ranges, ranges
 from vestige.lazy import torch
 from vestige.storage import local_result
 from vestige.timing import count_bytes, time_phase
@@ -172,14 +172,7 @@ class Index:
 
         The pieces of work on an index: they follow from the index alone, never from the processes that work on them.
         """
-        groups, size = [range(0)], 0
-        for shard, rows in enumerate(self.manifest.shard_rows):
-            size += rows * self.manifest.row_bytes
-            if groups[-1] and size > max_bytes:
-                groups.append(range(shard, shard))
-                size = rows * self.manifest.row_bytes
-            groups[-1] = range(groups[-1].start, shard + 1)
-        return groups
+        return cut_ranges([rows * self.manifest.row_bytes for rows in self.manifest.shard_rows], max_bytes)
 
     def rows_of(self, shards: range) -> int:
         """Return the number of rows in these shards."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         PieceFiles as PieceFiles,
         Pieces as Pieces,
         Tensors as Tensors,
+        cut_ranges as cut_ranges,
         tensor_pieces as tensor_pieces,
     )
     from vestige.jobs._record import JOB_FILES as JOB_FILES, JobFolder as JobFolder, ranges as ranges

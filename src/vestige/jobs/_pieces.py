@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
@@ -221,3 +222,14 @@ def tensor_pieces(
         open=open_files,
         reduce=lambda: collect(map(files.read, numbers)),
     )
+
+
+def cut_ranges(sizes: Sequence[int], most: int) -> list[range]:
+    """Return ranges of consecutive numbers whose sizes add up to at most `most`, or of one that alone is larger."""
+    borders, total = [0], 0
+    for number, size in enumerate(sizes):
+        if total and total + size > most:
+            borders.append(number)
+            total = 0
+        total += size
+    return [range(first, last) for first, last in pairwise([*borders, len(sizes)]) if first < last]

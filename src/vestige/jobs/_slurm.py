@@ -54,13 +54,8 @@ class SlurmEngine(Engine):
                 f"{name}: submitted as {', '.join(_jobs(job))}. See how far it is with `vestige status {folder}`, end "
                 f"it with `vestige cancel {folder}`; logs are in {job.logs}."
             )
-
-        def require_jobs() -> bool:
-            _require_jobs(work)
-            return True
-
         try:
-            watch_markers(work, require_jobs, _queue_seconds())
+            watch_markers(work, lambda: _require_jobs(work), _queue_seconds())
             self.cancel(job)
         except KeyboardInterrupt:
             announce(
@@ -131,8 +126,8 @@ def _active(job: JobFolder) -> list[str]:
     return [line[0] for line in listed if len(line) == 2 and line[0].split("_")[0] in jobs and line[1] not in _OVER]
 
 
-def _require_jobs(work: Work) -> None:
-    """Raise unless a batch job works on the missing pieces, or waits to, or the scheduler does not answer.
+def _require_jobs(work: Work) -> bool:
+    """Return True: a batch job works on the missing pieces, or waits to, or the scheduler does not answer.
 
     Raises:
         PieceFailed: The job after the array has given up, or was ended itself.
@@ -140,14 +135,14 @@ def _require_jobs(work: Work) -> None:
     job, jobs = work.job, _jobs(work.job)
     try:
         if _active(job) or _jobs(job) != jobs:
-            return
+            return True
     except SchedulerSilent as error:
         announce(f"{work.pieces.name}: {error}")
-        return
+        return True
     # Before the question about the jobs, the last of the pieces may not have been done.
     missing = [piece for piece in work.missing if not work.is_over(piece)]
     if not missing:
-        return
+        return True
     record = job.read_job()
     what = "was cancelled" if record.get("cancelled") else f"was submitted {record.get('attempt', 1)} times"
     raise PieceFailed(

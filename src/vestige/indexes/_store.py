@@ -295,13 +295,7 @@ def _is_card(device: torch.device | None) -> bool:
 def find_places(folder: Path, manifest: Manifest, *, checked: bool = True) -> np.ndarray:
     """Return one more than where each example's row lies among all stored rows, int32 or int64 [example].
 
-    Args:
-        folder: The index.
-        manifest: Its manifest.
-        checked: As for `map_shard`.
-
-    Raises:
-        CorruptFile: The shards do not hold each example once; the message lists what is wrong.
+    CorruptFile if the shards do not hold each example once. `checked` is as for `map_shard`.
     """
     ends = np.cumsum(manifest.shard_rows)
     total, first, faults = int(ends[-1]), 0, list[str]()

@@ -46,12 +46,7 @@ def train_spec(
 ) -> CompressionSpec:
     """Train the stage of the spec that has to be trained, and return the spec with the file of it.
 
-    Args:
-        settings: Folder, seed, loss, and where the work runs.
-        inputs: The model, the data that examples are drawn from, the components.
-        spec: As requested.
-        begun: The spec of the index that is there already: what was trained for that is used again.
-        command: Words of a command that comes to the same call, as for `run_pieces`.
+    What was trained for the spec of an index that is there already, `begun`, is used again.
 
     Raises:
         DataError: There are too few examples, or a component has no gradient to choose from.
@@ -165,8 +160,7 @@ class _Training:
 def _group(parts: Sequence[Component], examples: int) -> list[range]:
     """Return places of components, group by group, whose gradients of the examples are held at once.
 
-    Raises:
-        UserError: Those of one component, and as much again to train on, do not fit into memory.
+    UserError if those of one component, and as much again to train on, do not fit into memory.
     """
     free = psutil.virtual_memory().available
     for part in parts:

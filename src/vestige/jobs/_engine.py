@@ -235,11 +235,7 @@ def watch_markers(work: Work, tick: Callable[[], bool], every: float = 0.0) -> N
 
 @contextmanager
 def ending_well(pieces: Pieces[Any]) -> Iterator[None]:
-    """Let the block end between two batches when the process receives a stop signal, and print how to go on.
-
-    Raises:
-        SystemExit: It did.
-    """
+    """Let the block end between two batches, by SystemExit, after a stop signal, and print how to go on."""
     try:
         with stopping_at_steps():
             yield
@@ -254,15 +250,9 @@ def ending_well(pieces: Pieces[Any]) -> Iterator[None]:
 
 
 def raise_failures(work: Work, cause: BaseException | None = None, own: Mapping[int, Failure] = {}) -> None:
-    """Raise if some of the pieces failed for good.
+    """Raise UserError if some of the pieces failed for good.
 
-    Args:
-        work: What was to be done.
-        cause: The last error of this process.
-        own: Failures in this process, which the disk may not have taken.
-
-    Raises:
-        UserError: They did.
+    `cause` is the last error of this process, and `own` are its failures, which the disk may not have taken.
     """
     among, pieces = set(work.missing), work.pieces
     noted = {**own, **{each.piece: each for each in work.job.failures()}}

@@ -91,8 +91,7 @@ def _drive(
 def _begin(work: Work, missing: Sequence[int]) -> Work:
     """Write what is to be done into the job's record; what failed in an earlier run may be tried again.
 
-    Returns:
-        The work, from its end where another command is doing the same: the two meet in the middle.
+    Return the work, from its end where another command is doing the same: the two meet in the middle.
     """
     pieces, job = work.pieces, work.job
     job.make()

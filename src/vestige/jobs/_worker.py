@@ -252,11 +252,7 @@ def worker_command(settings: LaunchSettings, command: str) -> list[str] | None:
 
 
 def require_command(command: Sequence[str] | None) -> list[str]:
-    """Return the command, for work that leaves this process.
-
-    Raises:
-        UserError: There is none.
-    """
+    """Return the command, for work that leaves this process; raise UserError where there is none."""
     if command is None:
         raise UserError(
             "Workers in other processes read the model and the data from disk, and one of them was given as a live "
@@ -290,8 +286,7 @@ def start_worker(
 ) -> "subprocess.Popen[bytes]":
     """Start a worker's command in a folder, with these variables beside those of this process; it prints into the log.
 
-    Raises:
-        OSError: The folder or that of the log is not here.
+    OSError if the folder, or that of the log, is not here.
     """
     with log.open("ab") as file:
         return subprocess.Popen(

@@ -140,18 +140,8 @@ _TAPS: dict[LayerKind, Callable[..., Any]] = {
     "router": FunctionTap,
     "experts": ExpertsTap,
 }
-_PLAIN = {
-    layer.forward
-    for layer in (
-        nn.Linear,
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-    )
-}
+_CONVOLUTIONS = [getattr(nn, f"Conv{kind}{rank}d") for kind in ("", "Transpose") for rank in (1, 2, 3)]
+_PLAIN = {layer.forward for layer in (nn.Linear, *_CONVOLUTIONS)}
 
 
 class ModuleUse(NamedTuple):

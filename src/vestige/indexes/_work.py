@@ -22,7 +22,6 @@ from vestige.indexes._manifest import (
     Expectation,
     Manifest,
     expect_shards,
-    extends,
     manifest_path,
     publish_manifest,
     read_manifest,
@@ -195,7 +194,7 @@ def prepare_index(work: IndexWork) -> list[int]:
     old = read_manifest(folder)
     if old is None:
         require_no_others(folder, BEGUN)
-    elif not extends(old, manifest):
+    else:
         require_same(folder, old, manifest)
     missing = [number for number in range(len(work.plan)) if work.fault(number, contents=True)]
     check_disk(folder, sum(expected[number].rows for number in missing) * manifest.row_bytes)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -76,9 +76,9 @@ class Dense(LinearMap):
         """Compute one product with the transposed matrix."""
         return images @ self._in(images.dtype)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Dense":
         """Return the same matrix on `device`."""
-        return type(self)(self.matrix.to(device))
+        return Dense(self.matrix.to(device))
 
 
 class StreamedDense(LinearMap):
@@ -126,9 +126,9 @@ class StreamedDense(LinearMap):
         parts = [flat.to(wide) @ self._block(start, stop, wide).t() for start, stop in self._blocks()]
         return torch.cat(parts, dim=1).to(images.dtype).view(*images.shape[:-1], self.in_size)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "StreamedDense":
         """Return the same matrix, generated on `device`."""
-        return type(self)(self.in_size, self.out_size, self.stream, self.init, device)
+        return StreamedDense(self.in_size, self.out_size, self.stream, self.init, device)
 
 
 def random_columns(

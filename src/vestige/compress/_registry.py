@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self, get_args, get_type_hints, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, get_type_hints, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,7 @@ class LinearMap(Protocol):
         """Return the image under the transposed map: `apply(x) @ y` equals `x @ (this of y)` for all x and y."""
         ...
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "LinearMap":
         """Return the same map, with what it stores on `device`: unless overridden, its tensors."""
         moved = copy(self)
         for name, value in vars(self).items():
@@ -229,9 +229,9 @@ class Composed(LinearMap):
             images = one.adjoint(images)
         return images
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Composed":
         """Return every map on `device`."""
-        return type(self)([one.to(device) for one in self.maps])
+        return Composed([one.to(device) for one in self.maps])
 
 
 def chain(size: int, maps: Sequence[LinearMap]) -> LinearMap:

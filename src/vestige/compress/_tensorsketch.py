@@ -10,8 +10,6 @@ longer than K. And one side keeps its order while the other is permuted, which i
 in different rows and columns to meet with probability `1 / (K - 1)`. Unbiasedness needs only the random signs.
 """
 
-from typing import Self
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -76,9 +74,9 @@ class Fold(LinearMap):
         place = self.order[torch.arange(self.in_size, device=self.order.device) % self.out_size]
         return images[..., place] * self.sign.to(images.dtype)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Fold":
         """Return the same map with its signs on `device`."""
-        return type(self)(self.in_size, self.sign.to(device), self.order.to(device))
+        return Fold(self.in_size, self.sign.to(device), self.order.to(device))
 
 
 class Wrap(LinearMap):

@@ -4,12 +4,11 @@ Convolutions are put into the canonical layout: a position is a token, an unfold
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from vestige.gradients._factors import OneHot
@@ -17,7 +16,6 @@ from vestige.gradients._rules import (
     Handle,
     Kept,
     MatrixUse,
-    OutputTap,
     Receive,
     Replacement,
     Weight,
@@ -25,7 +23,6 @@ from vestige.gradients._rules import (
     deliver_vector,
     keep,
     locate,
-    owner_of,
     per_token,
     watch,
 )
@@ -39,17 +36,8 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
     """As `torch.nn.functional.pad` takes it: last axis first, both sides."""
-    padding_mode: str
     groups: int
     transposed: bool
-
-    @classmethod
-    def of_module(cls, module: _ConvNd) -> "Geometry":
-        """Return the geometry of a module of PyTorch."""
-        padding = tuple(int(amount) for amount in module._reversed_padding_repeated_twice)
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        transposed = isinstance(module, _ConvTransposeNd)
-        return cls(module.kernel_size, module.stride, module.dilation, padding, mode, module.groups, transposed)
 
     @classmethod
     def of_call(
@@ -73,31 +61,7 @@ class Geometry(NamedTuple):
         else:
             sides = [(amount, amount) for amount in _each(padding, rank)]
         flat = tuple(amount for side in reversed(sides) for amount in side)
-        return cls(kernel, stride, dilation, flat, "constant", groups, transposed)
-
-
-@final
-class ConvolutionTap(OutputTap):
-    """Convolutions of any rank, stride, padding and dilation; transposed ones with the two sides exchanged.
-
-    The weight `[row, column, *kernel]` is read as `[row, column * kernel]`. Plain: rows are output channels, left =
-    output gradient, right = unfolded input. Transposed: rows are input channels, left = input, right = unfolded output
-    gradient (a transposed convolution is the adjoint of a plain one).
-
-    With groups the gradient is a small block per group, so it is formed and handed over row by row, as the rows of an
-    embedding are: `left` is one-hot.
-    """
-
-    def _watch(self, receive: Receive, inputs: Any, named: dict[str, Any], output: Any) -> None:  # noqa: ARG002
-        module: Any = self._module
-        weight, bias = (
-            None
-            if number is None
-            else Weight.of_parameter(module.get_parameter(role), (owner_of(number, "convolution", role),))
-            for role, number in (("weight", self._weight), ("bias", self._bias))
-        )
-        geometry = Geometry.of_module(module)
-        watch_convolution(receive, weight, bias, geometry, inputs[0].detach(), output, type(module).__name__)
+        return cls(kernel, stride, dilation, flat, groups, transposed)
 
 
 def watch_convolution(
@@ -107,9 +71,16 @@ def watch_convolution(
     geometry: Geometry,
     images: Float[Tensor, "image channel *space"],
     output: Tensor,
-    name: str,
 ) -> None:
-    """Deliver the gradients of a convolution that has just been computed."""
+    """Deliver the gradients of a convolution that has just been computed, of any rank, stride, padding and dilation.
+
+    The weight `[row, column, *kernel]` is read as `[row, column * kernel]`. Plain: rows are output channels, left =
+    output gradient, right = unfolded input. Transposed: rows are input channels, left = input, right = unfolded output
+    gradient (a transposed convolution is the adjoint of a plain one).
+
+    With groups the gradient is a small block per group, so it is formed and handed over row by row, as the rows of an
+    embedding are: `left` is one-hot.
+    """
     grouped_rows, use, positions = geometry.groups > 1, None, images.shape[2:]
     kept = keep(None, images)
     if weight is not None:
@@ -121,7 +92,7 @@ def watch_convolution(
 
     def backward(gradient: Tensor) -> None:
         if weight is not None and use is not None:
-            first = kept.get(name)
+            first = kept.get("a convolution")
             second = patches(geometry, gradient, positions) if geometry.transposed else channels_last(gradient)
             second = second.reshape(receive.examples, -1, second.shape[-1])
             if grouped_rows:
@@ -146,8 +117,7 @@ def patches(
     geometry: Geometry, images: Float[Tensor, "image channel *space"], positions: torch.Size | None = None
 ) -> Float[Tensor, "image position patch"]:
     """Return the input under the kernel at each of the first `positions` along each axis, channels first."""
-    padding, mode = list(geometry.padding), geometry.padding_mode
-    windows = torch.nn.functional.pad(images, padding, mode=mode) if any(padding) else images
+    windows = torch.nn.functional.pad(images, list(geometry.padding)) if any(geometry.padding) else images
     for axis, (size, stride, dilation) in enumerate(
         zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True), start=2
     ):

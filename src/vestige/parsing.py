@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -64,6 +65,14 @@ def as_record(kind: type[Record], fields: Any) -> Record:
         return _adapter(kind).validate_json(json.dumps(fields))
     except ValidationError as error:
         raise ValueError(first_problem(error)) from None
+
+
+def read_record(kind: type[Record], path: Path) -> Record | None:
+    """Return what a JSON file says, as `as_record` does; None if there is none, or it does not read as one."""
+    try:
+        return as_record(kind, parse_object(path.read_bytes()))
+    except (OSError, ValueError):
+        return None
 
 
 def parse_finite_json(content: str | bytes) -> Any:

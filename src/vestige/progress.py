@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
 
 from vestige.terminal import say
 
@@ -16,8 +15,8 @@ SECONDS_BETWEEN_LINES = 10.0
 """Plain lines come at most this often: a log of an hour's work stays readable."""
 
 
-class Progress(Protocol):
-    """Counts finished units of work."""
+class Progress:
+    """Counts finished units of work; this one shows nothing."""
 
     def advance(self, n: int = 1) -> None:
         """Note that `n` more units are done."""
@@ -79,7 +78,7 @@ def progress(
         clock: Seconds, for plain lines.
     """
     if _quiet():
-        yield _Silent()
+        yield Progress()
     elif sys.stderr.isatty():
         with _bar(total, label, unit) as bar:
             yield bar
@@ -139,15 +138,7 @@ def _quiet() -> bool:
     return os.environ.get("VESTIGE_QUIET", "") not in ("", "0")
 
 
-class _Silent:
-    def advance(self, n: int = 1) -> None:
-        """Count nothing."""
-
-    def note(self, text: str) -> None:
-        """Show nothing."""
-
-
-class _PlainLines:
+class _PlainLines(Progress):
     """Progress for logs and pipes."""
 
     def __init__(self, total: int, label: str, unit: str, clock: Callable[[], float]) -> None:
@@ -197,7 +188,7 @@ def _bar(total: int, label: str, unit: str) -> Iterator[Progress]:
     with rich.Progress(*columns, console=Console(file=sys.stderr)) as display:
         task = display.add_task(label, total=total, rate="", note="")
 
-        class Bar:
+        class Bar(Progress):
             def advance(self, n: int = 1) -> None:
                 speed = display.tasks[0].speed
                 display.update(task, advance=n, rate=f"{speed:,.1f} {unit}/s" if speed else "")

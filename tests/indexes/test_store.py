@@ -10,7 +10,7 @@ import torch
 from tests.indexes.synthetic import WIDTH, build, examples_of, gradient_rows, lengths_of
 from vestige.data import TokenizedData
 from vestige.errors import CorruptFile, UserError
-from vestige.indexes import Index, _examples, fingerprint_rows, index_status, marker_path, remove_index, shard_path
+from vestige.indexes import Index, _plan, fingerprint_rows, index_status, marker_path, remove_index, shard_path
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_damaged_examples_are_named_and_written_again(small):
 
 
 def test_many_examples_lie_in_several_files_and_only_a_damaged_one_is_written_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(_examples, "_FILE_ROWS", 25)
+    monkeypatch.setattr(_plan, "_FILE_ROWS", 25)
     folder = tmp_path / "index"
     build(folder)
     paths = sorted((folder / "examples").iterdir())

@@ -51,7 +51,7 @@ DEFAULT_MINIMUM = 8  # of each side, when a total rank is divided
 _draws: dict[Init, Callable[[Stream, Tensor], Tensor]] = {"gaussian": gaussians, "rademacher": signs}
 
 
-class Dense:
+class Dense(LinearMap):
     """Multiplies by a stored matrix `[out, in]`."""
 
     def __init__(self, matrix: Float[Tensor, "out in"]) -> None:
@@ -81,7 +81,7 @@ class Dense:
         return Dense(self.matrix.to(device))
 
 
-class StreamedDense:
+class StreamedDense(LinearMap):
     """Multiplies by a matrix that is generated in blocks of columns and never held as a whole.
 
     Exactly the matrix that `Dense` would hold, at the cost of hashing all of it at each use; made for the

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._registry import Stream, Work, compressor, permutation_head, signs
+from vestige.compress._registry import LinearMap, Stream, Work, compressor, permutation_head, signs
 
 
-class Hadamard:
+class Hadamard(LinearMap):
     """Keeps the coordinates `row` of the Walsh-Hadamard transform of `sign * x`, divided by `sqrt(k)`.
 
     The transform adds and subtracts in an order that depends on nothing but its size, so an example's image is the
@@ -64,10 +64,6 @@ class Hadamard:
             vectors[start : start + step] = walsh_hadamard(spread)[:, : self.in_size]
         vectors *= self.sign.to(wide)
         return vectors.to(images.dtype).view(*images.shape[:-1], self.in_size)
-
-    def to(self, device: torch.device) -> "Hadamard":
-        """Return the same signs and rows on `device`."""
-        return Hadamard(self.sign.to(device), self.row.to(device))
 
 
 def walsh_hadamard(vectors: Float[Tensor, "batch size"]) -> Float[Tensor, "batch size"]:

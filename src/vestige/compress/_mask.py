@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vestige.compress._registry import Stream, Work, compressor, permutation_head
+from vestige.compress._registry import LinearMap, Stream, Work, compressor, permutation_head
 from vestige.errors import SpecError
 from vestige.parsing import parse_json
 from vestige.storage import make_folder, write_durably
 
 
-class Coordinates:
+class Coordinates(LinearMap):
     """Keeps the coordinates `index`, times `scale`."""
 
     def __init__(self, in_size: int, index: Int[Tensor, " out"], scale: float) -> None:
@@ -54,10 +54,6 @@ class Coordinates:
         place = torch.searchsorted(self.index, ids).clamp_(max=self.out_size - 1)
         kept = (self.index[place] == ids) * self.scale
         return values.new_zeros(len(values), self.out_size).scatter_add_(1, place, values * kept.to(values.dtype))
-
-    def to(self, device: torch.device) -> "Coordinates":
-        """Return the same coordinates, listed on `device`."""
-        return Coordinates(self.in_size, self.index.to(device), self.scale)
 
 
 @compressor(

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -141,8 +142,12 @@ class LinearMap(Protocol):
         ...
 
     def to(self, device: torch.device) -> "LinearMap":
-        """Return the same map, with what it stores on `device`."""
-        ...
+        """Return the same map, with what it stores on `device`: unless overridden, its tensors."""
+        moved = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
+        return moved
 
 
 Product = Literal["outer", "entrywise", "circular"]
@@ -171,7 +176,7 @@ class Compressor:
         return self.tail.out_size
 
 
-class Identity:
+class Identity(LinearMap):
     """Keeps every number."""
 
     def __init__(self, size: int) -> None:
@@ -196,12 +201,8 @@ class Identity:
         """Return dense vectors from some coordinates and their values; a repeated coordinate adds up."""
         return values.new_zeros(len(values), self.out_size).scatter_add_(1, ids, values)
 
-    def to(self, device: torch.device) -> "Identity":  # noqa: ARG002
-        """Return itself: nothing is stored."""
-        return self
 
-
-class Composed:
+class Composed(LinearMap):
     """Several maps, the first one applied first."""
 
     def __init__(self, maps: Sequence[LinearMap]) -> None:

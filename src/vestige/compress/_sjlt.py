@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._registry import Stream, Work, compressor, integers, signs
+from vestige.compress._registry import LinearMap, Stream, Work, compressor, integers, signs
 from vestige.errors import SpecError
 
 
-class Sjlt:
+class Sjlt(LinearMap):
     """Every column holds `s` entries `±1 / sqrt(s)`: the a-th in a random row of the a-th of `s` parts.
 
     With one part this is the count sketch of the published GraSS. With more, keeping the entries of a column
@@ -79,15 +79,6 @@ class Sjlt:
         flat = images.reshape(-1, self.out_size).to(wide)
         parts = [flat.index_select(1, rows[:, part]) * values[:, part] for part in range(self.entries)]
         return sum(parts[1:], start=parts[0]).to(images.dtype).reshape(*images.shape[:-1], self.in_size)
-
-    def to(self, device: torch.device) -> "Sjlt":
-        """Return the same map, its sorted entries on `device`."""
-        moved = object.__new__(Sjlt)
-        moved.__dict__.update(self.__dict__)
-        moved._source = self._source.to(device)
-        moved._value = self._value.to(device)
-        moved._offset = self._offset.to(device)
-        return moved
 
 
 def _check(size: tuple[int, ...], options: Mapping[str, Any]) -> None:

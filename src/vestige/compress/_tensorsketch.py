@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vestige.compress._registry import Stream, compressor, permutation, signs
+from vestige.compress._registry import LinearMap, Stream, compressor, permutation, signs
 
 
-class Fold:
+class Fold(LinearMap):
     """Adds coordinate j, times a random sign, to position `order[j mod K]` of K."""
 
     def __init__(self, in_size: int, sign: Float[Tensor, " in"], order: Int[Tensor, " out"]) -> None:
@@ -79,7 +79,7 @@ class Fold:
         return Fold(self.in_size, self.sign.to(device), self.order.to(device))
 
 
-class Wrap:
+class Wrap(LinearMap):
     """Sums the entries (a, b) of a K by K matrix with equal `a + b mod K`: convolution as a map of the product."""
 
     def __init__(self, size: int) -> None:
@@ -109,10 +109,6 @@ class Wrap:
     def adjoint(self, images: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
         """Read, for every entry, the sum of its antidiagonal."""
         return images[..., self._place(images.device).flatten()]
-
-    def to(self, device: torch.device) -> "Wrap":  # noqa: ARG002
-        """Return itself: nothing is stored."""
-        return self
 
 
 @compressor("tensorsketch", forms=("K",), example="tensorsketch:256", product="circular")

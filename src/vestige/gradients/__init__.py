@@ -5,6 +5,16 @@ from typing import TYPE_CHECKING
 from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from vestige.gradients._cards import (
+        FEWEST_TOKENS as FEWEST_TOKENS,
+        BatchMemory as BatchMemory,
+        CardMemory as CardMemory,
+        FittingBatches as FittingBatches,
+        card_memory as card_memory,
+        describe_device as describe_device,
+        deterministic as deterministic,
+        measure_batch_memory as measure_batch_memory,
+    )
     from vestige.gradients._cross import (
         FormingBudget as FormingBudget,
         Gradients as Gradients,
@@ -19,7 +29,6 @@ if TYPE_CHECKING:
         products as products,
         square_norms as square_norms,
     )
-    from vestige.gradients._determinism import describe_device as describe_device, deterministic as deterministic
     from vestige.gradients._factors import (
         BlockSizes as BlockSizes,
         Extent as Extent,
@@ -34,24 +43,12 @@ if TYPE_CHECKING:
         materialise as materialise,
         multiply_wide as multiply_wide,
     )
-    from vestige.gradients._independence import (
-        longest_and_shortest as longest_and_shortest,
-        require_independence as require_independence,
-    )
     from vestige.gradients._losses import (
         Knowledge as Knowledge,
         Second as Second,
         measure_knowledge as measure_knowledge,
         second_derivatives as second_derivatives,
         token_derivatives as token_derivatives,
-    )
-    from vestige.gradients._memory import (
-        FEWEST_TOKENS as FEWEST_TOKENS,
-        BatchMemory as BatchMemory,
-        CardMemory as CardMemory,
-        FittingBatches as FittingBatches,
-        card_memory as card_memory,
-        measure_batch_memory as measure_batch_memory,
     )
     from vestige.gradients._objective import (
         CausalLoss as CausalLoss,
@@ -64,6 +61,8 @@ if TYPE_CHECKING:
         evaluating as evaluating,
         example_count as example_count,
         logit_bytes_on as logit_bytes_on,
+        longest_and_shortest as longest_and_shortest,
+        require_independence as require_independence,
         token_losses as token_losses,
     )
     from vestige.gradients._pass import GradientPass as GradientPass, pairwise_products as pairwise_products

@@ -103,9 +103,7 @@ def _convolution(uses: "FunctionUses", func: Any, args: tuple, kwargs: dict) -> 
         return NotImplemented
     output = func(images, uses.read(weight), uses.read(bias), **named)
     geometry = Geometry.of_call(tuple(weight.shape[2:]), transposed, **named)
-    watch_convolution(
-        uses.receive(), uses.weight(weight), uses.weight(bias), geometry, images.detach(), output, "a convolution"
-    )
+    watch_convolution(uses.receive(), uses.weight(weight), uses.weight(bias), geometry, images.detach(), output)
     return output
 
 
@@ -189,8 +187,8 @@ def with_batch_axis(ids: Tensor, examples: int) -> Tensor:
 
 
 _CONVOLUTIONS = [getattr(functional, f"conv{kind}{rank}d") for kind in ("", "_transpose") for rank in (1, 2, 3)]
-PRODUCTS = frozenset((functional.linear, torch.addmm, *_CONVOLUTIONS))
-"""What the forward of a linear layer or a convolution calls once."""
+PRODUCTS = frozenset((functional.linear, torch.addmm))
+"""What the forward of a linear layer calls once."""
 
 RULES: dict[Any, Rule] = (
     {functional.linear: _linear, functional.embedding: _embedding, torch.addmm: _addmm}

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from vestige.data import Batch, TokenizedData, make_batch, plan_batches
-from vestige.gradients._memory import FittingBatches
+from vestige.gradients._cards import FittingBatches
 from vestige.gradients._objective import CausalLoss, token_losses
 from vestige.models import batch_sharing
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vestige.errors import DataError, ModelError
+from vestige.gradients._cards import deterministic, lacks_kernel
 from vestige.gradients._cross import FormingBudget, Gradients, HeldGradients, numbers
-from vestige.gradients._determinism import deterministic, lacks_kernel
 from vestige.gradients._factors import Factor, FactorSink, Side
 from vestige.gradients._functions import FunctionUses, UncoveredUse, table_of
 from vestige.gradients._objective import Objective, example_count
@@ -182,7 +182,8 @@ class GradientPass:
             # The second run calls the block's forward without its hooks, but its children with theirs.
             self._handles += [handle for child in block.children() for handle in uses.around(child)]  # type: ignore[union-attr]
         if _checkpoint_blocks(self._model):
-            self._handles.append(_first_layer(self._model).register_forward_hook(_begin_graph))
+            first: Any = self._model.get_input_embeddings()  # type: ignore[operator]
+            self._handles.append(first.register_forward_hook(_begin_graph))
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -263,10 +264,6 @@ def _checkpoint_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks whose forward runs again during the backward pass."""
     blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     return [block for block in blocks if block.training] if hasattr(model, "get_input_embeddings") else []
-
-
-def _first_layer(model: nn.Module) -> nn.Module:
-    return model.get_input_embeddings()  # type: ignore[operator]
 
 
 def _begin_graph(module: nn.Module, inputs: Any, output: Tensor) -> None:  # noqa: ARG001

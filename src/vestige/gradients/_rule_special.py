@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from vestige.gradients._factors import OneHot
@@ -24,7 +23,6 @@ from vestige.gradients._rules import (
     deliver_vector,
     keep,
     locate,
-    owner_of,
     per_token,
     watch,
 )
@@ -38,17 +36,8 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
     """As `torch.nn.functional.pad` takes it: last axis first, both sides."""
-    padding_mode: str
     groups: int
     transposed: bool
-
-    @classmethod
-    def of_module(cls, module: _ConvNd) -> "Geometry":
-        """Return the geometry of a module of PyTorch."""
-        padding = tuple(int(amount) for amount in module._reversed_padding_repeated_twice)
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        transposed = isinstance(module, _ConvTransposeNd)
-        return cls(module.kernel_size, module.stride, module.dilation, padding, mode, module.groups, transposed)
 
     @classmethod
     def of_call(
@@ -72,37 +61,7 @@ class Geometry(NamedTuple):
         else:
             sides = [(amount, amount) for amount in _each(padding, rank)]
         flat = tuple(amount for side in reversed(sides) for amount in side)
-        return cls(kernel, stride, dilation, flat, "constant", groups, transposed)
-
-
-class ConvolutionTap:
-    """Convolutions of any rank, stride, padding and dilation; transposed ones with the two sides exchanged.
-
-    The weight `[row, column, *kernel]` is read as `[row, column * kernel]`. Plain: rows are output channels, left =
-    output gradient, right = unfolded input. Transposed: rows are input channels, left = input, right = unfolded output
-    gradient (a transposed convolution is the adjoint of a plain one).
-
-    With groups the gradient is a small block per group, so it is formed and handed over row by row, as the rows of an
-    embedding are: `left` is one-hot.
-    """
-
-    def __init__(self, module: _ConvNd, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
-        self._module, self._receive = module, receive
-        self._owners = {role: owner_of(number, "convolution", role) for role, number in components.items()}
-
-    def attach(self) -> Sequence[Handle]:
-        """Place one forward hook, before any other; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward, prepend=True)]
-
-    def _forward(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if not torch.is_grad_enabled():  # the first of two passes of a checkpointed block
-            return
-        weight, bias = (
-            Weight.of_parameter(module.get_parameter(role), (self._owners[role],)) if role in self._owners else None
-            for role in ("weight", "bias")
-        )
-        geometry = Geometry.of_module(self._module)
-        watch_convolution(self._receive(), weight, bias, geometry, inputs[0].detach(), output, type(module).__name__)
+        return cls(kernel, stride, dilation, flat, groups, transposed)
 
 
 def watch_convolution(
@@ -112,9 +71,16 @@ def watch_convolution(
     geometry: Geometry,
     images: Float[Tensor, "image channel *space"],
     output: Tensor,
-    name: str,
 ) -> None:
-    """Deliver the gradients of a convolution that has just been computed."""
+    """Deliver the gradients of a convolution that has just been computed, of any rank, stride, padding and dilation.
+
+    The weight `[row, column, *kernel]` is read as `[row, column * kernel]`. Plain: rows are output channels, left =
+    output gradient, right = unfolded input. Transposed: rows are input channels, left = input, right = unfolded output
+    gradient (a transposed convolution is the adjoint of a plain one).
+
+    With groups the gradient is a small block per group, so it is formed and handed over row by row, as the rows of an
+    embedding are: `left` is one-hot.
+    """
     grouped_rows, use, positions = geometry.groups > 1, None, images.shape[2:]
     kept = keep(None, images)
     if weight is not None:
@@ -126,7 +92,7 @@ def watch_convolution(
 
     def backward(gradient: Tensor) -> None:
         if weight is not None and use is not None:
-            first = kept.get(name)
+            first = kept.get("a convolution")
             second = patches(geometry, gradient, positions) if geometry.transposed else channels_last(gradient)
             second = second.reshape(receive.examples, -1, second.shape[-1])
             if grouped_rows:
@@ -151,8 +117,7 @@ def patches(
     geometry: Geometry, images: Float[Tensor, "image channel *space"], positions: torch.Size | None = None
 ) -> Float[Tensor, "image position patch"]:
     """Return the input under the kernel at each of the first `positions` along each axis, channels first."""
-    padding, mode = list(geometry.padding), geometry.padding_mode
-    windows = torch.nn.functional.pad(images, padding, mode=mode) if any(padding) else images
+    windows = torch.nn.functional.pad(images, list(geometry.padding)) if any(geometry.padding) else images
     for axis, (size, stride, dilation) in enumerate(
         zip(geometry.kernel_size, geometry.stride, geometry.dilation, strict=True), start=2
     ):

@@ -1,8 +1,9 @@
 """Layer rules: how each kind of module brings its activations and output gradients into the canonical factors."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -126,8 +127,8 @@ def deliver_vector(receive: Receive, component: int, gradient: Float[Tensor, "ex
     deliver(receive.sink, component, slice(0, receive.examples), total, torch.ones_like(total[:, :, :1]))
 
 
-class LinearTap:
-    """Linear and GPT-2's Conv1D: left = output gradient, right = input activation."""
+class OutputTap(ABC):
+    """Watches a module from its output on, which it does not change."""
 
     def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
         self._module, self._receive = module, receive
@@ -135,12 +136,22 @@ class LinearTap:
 
     def attach(self) -> Sequence[Handle]:
         """Place one forward hook, before any other; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward, prepend=True)]
+        return [self._module.register_forward_hook(self._forward, prepend=True, with_kwargs=True)]
 
-    def _forward(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
-        if not torch.is_grad_enabled():  # the first of two passes of a checkpointed block
-            return
-        receive = self._receive()
+    def _forward(self, module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+        if torch.is_grad_enabled():  # not in the first of two passes of a checkpointed block
+            self._watch(self._receive(), inputs, named, output)
+
+    @abstractmethod
+    def _watch(self, receive: Receive, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        """Keep what the gradient needs of the input, and watch the output."""
+
+
+@final
+class LinearTap(OutputTap):
+    """Linear and GPT-2's Conv1D: left = output gradient, right = input activation."""
+
+    def _watch(self, receive: Receive, inputs: Any, named: dict[str, Any], output: Any) -> None:  # noqa: ARG002
         kept: Kept | None = None
         # A call on what is no batch, as DoRA's on an identity matrix, is refused once a gradient comes back from it.
         if self._weight is not None and inputs[0].shape[0] % receive.examples == 0:
@@ -159,27 +170,17 @@ class LinearTap:
             deliver_vector(receive, self._bias, gradient)
 
 
-class NormTap:
+@final
+class NormTap(OutputTap):
     """LayerNorm, RMSNorm, GroupNorm, DoRA's magnitude: a scale's gradient is the output's times what it multiplies."""
 
-    def __init__(self, module: nn.Module, components: Mapping[str, int], receive: Callable[[], Receive]) -> None:
-        self._module, self._receive = module, receive
-        self._weight, self._bias = components.get("weight"), components.get("bias")
-
-    def attach(self) -> Sequence[Handle]:
-        """Place one forward hook, before any other; the backward one hangs on the output."""
-        return [self._module.register_forward_hook(self._forward, prepend=True, with_kwargs=True)]
-
-    def _forward(self, module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        receive, activation = self._receive(), inputs[0].detach()
+    def _watch(self, receive: Receive, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        activation = inputs[0].detach()
         kept = keep(activation, activation)
-        watch(output, lambda gradient: self._backward(receive, module, kept, named, gradient))
+        watch(output, lambda gradient: self._backward(receive, kept, named, gradient))
 
-    def _backward(
-        self, receive: Receive, module: nn.Module, kept: Kept, named: dict[str, Any], gradient: Tensor
-    ) -> None:
+    def _backward(self, receive: Receive, kept: Kept, named: dict[str, Any], gradient: Tensor) -> None:
+        module = self._module
         if self._weight is not None:
             scaled = gradient * _normalise(module, kept.get(type(module).__name__), named)
             deliver_vector(receive, self._weight, per_token(_features_last(module, scaled), receive.examples))

@@ -44,13 +44,12 @@ class DotSink(FactorSink):
     """
 
     def __init__(self, vectors: Sequence[Float[Tensor, "query _out _in"] | Gradients], batches: int = 1) -> None:
-        self._like = next((_like(one) for one in vectors if not _is_zero(one)), torch.zeros(()))
-        self._queries = len(vectors[0]) if isinstance(vectors[0], Tensor) else vectors[0].examples
-        self._shapes = [one.shape if isinstance(one, Gradients) else (one.shape[1], one.shape[2]) for one in vectors]
         given = [
-            one if isinstance(one, Gradients) else Gradients(len(one), shape, matrices=one)
-            for one, shape in zip(vectors, self._shapes, strict=True)
+            one if isinstance(one, Gradients) else Gradients(len(one), (one.shape[1], one.shape[2]), matrices=one)
+            for one in vectors
         ]
+        self._like = next((one.like() for one in given if not one.zero), torch.zeros(()))
+        self._queries, self._shapes = given[0].examples, [one.shape for one in given]
         budget = FormingBudget()
         self._held = [HeldGradients(one, budget, batches) for one in given]
         self.scores = torch.zeros(0)
@@ -109,16 +108,6 @@ class NormSink(KeepingSink):
         like = next((one.like() for one in gradients if not one.zero), torch.zeros(()))
         self.squared = torch.stack([square_norms(one).to(like) for one in gradients])
         return self.squared
-
-
-def _is_zero(vectors: Tensor | Gradients) -> bool:
-    return isinstance(vectors, Gradients) and vectors.zero
-
-
-def _like(vectors: Tensor | Gradients) -> Tensor:
-    if isinstance(vectors, Gradients):
-        return vectors.like()
-    return vectors.new_zeros((), dtype=torch.promote_types(vectors.dtype, torch.float32))
 
 
 class BothSinks(FactorSink):

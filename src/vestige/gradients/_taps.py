@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vestige.errors import ModelError
 from vestige.gradients._functions import Forward, FunctionUses, Table, Takes, table_of
-from vestige.gradients._rule_special import ConvolutionTap, ExpertsTap, RelativeBiasTap
+from vestige.gradients._rule_special import ExpertsTap, RelativeBiasTap
 from vestige.gradients._rules import Handle, LinearTap, NormTap, Receive, Replacement, owner_of
 from vestige.models import Component, LayerKind, layer_kind
 
@@ -96,9 +96,9 @@ def observe(
 
 
 class FunctionTap:
-    """A module whose product or look-up is intercepted where its own forward calls it: embeddings, routers, subclasses.
+    """Intercepts a module's product or look-up where its own forward calls it: embeddings, convolutions, routers.
 
-    Subclasses of Linear return something else (routers), of Embedding shift ids (OPT) or scale the rows (Gemma), of
+    Subclasses of Linear return something else (routers), of Embedding shift ids (OPT) or scale the rows (Gemma),
     convolutions cut or pad: whatever they do around it, the function that reads the weight has a rule.
     """
 
@@ -135,22 +135,10 @@ _TAPS: dict[LayerKind, Callable[..., Any]] = {
     "conv1d": LinearTap,
     "embedding": FunctionTap,
     "norm": NormTap,
-    "convolution": ConvolutionTap,
+    "convolution": FunctionTap,
     "relative_bias": RelativeBiasTap,
     "router": FunctionTap,
     "experts": ExpertsTap,
-}
-_PLAIN = {
-    layer.forward
-    for layer in (
-        nn.Linear,
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-    )
 }
 
 
@@ -165,14 +153,14 @@ class ModuleUse(NamedTuple):
     def tap(self, receive: Callable[[], Receive]) -> Any:
         """Return the tap that watches this module; None for parameters that only functions read."""
         found = _TAPS.get(self.kind)
-        if found in (LinearTap, ConvolutionTap) and not self._is_plain():
+        if found is LinearTap and not self._is_plain():
             found = FunctionTap
         return None if found is None else found(self.module, self.numbers, receive)
 
     def follow(self, uses: FunctionUses, tap: Any) -> list[Handle]:
         """Place hooks that mark in `uses` when the module's forward runs."""
         takes: Takes = "function" if isinstance(tap, FunctionTap) else "module"
-        if isinstance(tap, LinearTap | ConvolutionTap):
+        if isinstance(tap, LinearTap):
             takes = "product"
         holder = self.module.relative_attention_bias if self.kind == "relative_bias" else self.module
         own = Forward(frozenset(map(id, holder.parameters(recurse=False))), takes)
@@ -193,7 +181,7 @@ class ModuleUse(NamedTuple):
         own = vars(self.module)
         if "forward" in own and "_old_forward" not in own:  # replaced, and not by accelerate to move the inputs
             return False
-        return self.kind == "conv1d" or type(self.module).forward in _PLAIN
+        return self.kind == "conv1d" or type(self.module).forward is nn.Linear.forward
 
 
 def attach_all(

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
         draft_manifest as draft_manifest,
         index as index,
     )
-    from vestige.indexes._examples import fingerprint_rows as fingerprint_rows
     from vestige.indexes._export import export as export, export_index as export_index
     from vestige.indexes._inputs import (
         Inputs as Inputs,
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
         read_manifest as read_manifest,
         require_index as require_index,
     )
-    from vestige.indexes._plan import Plan as Plan, plan_index as plan_index
+    from vestige.indexes._plan import Plan as Plan, fingerprint_rows as fingerprint_rows, plan_index as plan_index
     from vestige.indexes._shards import (
         PART_BYTES as PART_BYTES,
         Expectation as Expectation,

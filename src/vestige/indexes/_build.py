@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vestige.compress import FEWEST, CompressingSink, CompressionSpec, choose_compressor, list_candidates, parse_spec
+from vestige import compress
+from vestige.compress import CompressingSink, CompressionSpec, parse_spec
 from vestige.data import TokenizedData, forget_tokens, make_batch
 from vestige.distributed import broadcast_from_rank0, exchange_rows, is_rank0, round_robin, this_rank
 from vestige.errors import DiskSpaceError, SpecError, WorkElsewhere
@@ -21,7 +22,6 @@ from vestige.gradients import (
     card_memory,
     describe_device,
 )
-from vestige.indexes._examples import fingerprint_rows
 from vestige.indexes._inputs import Inputs, batch_tokens, read_inputs, tokens_at_most
 from vestige.indexes._manifest import (
     BYTES_PER_NUMBER,
@@ -33,11 +33,9 @@ from vestige.indexes._manifest import (
     lay_out,
     read_manifest,
 )
-from vestige.indexes._plan import PlannedShard, plan_index
+from vestige.indexes._plan import PlannedShard, fingerprint_rows, plan_index
 from vestige.indexes._shards import ShardContent, parts_of
 from vestige.indexes._store import Index
-from vestige.indexes._trained import train_spec
-from vestige.indexes._verbatim import VERBATIM, open_search
 from vestige.indexes._work import TOKENS, IndexWork, ShardCompute, prepare_index, remove_index
 from vestige.jobs import is_worker, phase, profile, refuse_overwrite_by_ranks, run_pieces, worker_command, write_profile
 from vestige.models import Component, LoadedModel, batch_sharing, leave_card, quantized_bits
@@ -76,7 +74,7 @@ def choose_spec(
     budget = settings.disk_bytes if settings.disk_bytes is not None else ROW_BYTES * examples
     number_bytes = BYTES_PER_NUMBER[settings.dtype] * examples
     shared = settings.compress_scope == "model"
-    parts, fewest = (1, FEWEST_SHARED) if shared else (len(selection.components), FEWEST)
+    parts, fewest = (1, FEWEST_SHARED) if shared else (len(selection.components), compress.FEWEST)
     width = min(MOST, budget // (number_bytes * parts))
     if width < fewest:
         of_what = "the whole model" if shared else f"each of {parts} components"
@@ -98,12 +96,13 @@ def _choose_for(inputs: Inputs, width: int, earlier: CompressionSpec | None) -> 
     """Return the compressor for a model on its device and examples as long as these are on average, and the reason."""
     components = inputs.selection.components
     shapes = [component.shape for component in components]
-    fitting = [one for one in list_candidates(width) if sum(map(one.spec.size_for, shapes)) <= width * len(shapes)]
+    most = width * len(shapes)
+    fitting = [one for one in compress.list_candidates(width) if sum(map(one.spec.size_for, shapes)) <= most]
     if earlier is not None and earlier in [one.spec for one in fitting]:
         return earlier, "The index was begun with it."
     device = next(inputs.loaded.model.parameters()).device.type
     linear = [component.shape for component in components if _is_linear(component)]
-    choice = choose_compressor(fitting, linear, round(float(np.mean(inputs.data.lengths))), device)
+    choice = compress.choose_compressor(fitting, linear, round(float(np.mean(inputs.data.lengths))), device)
     return choice.taken.spec, choice.reason
 
 
@@ -230,6 +229,8 @@ def index(settings: IndexSettings) -> Index:
         inputs = read_inputs(settings, settings.model, settings.data, settings.components, tokens=tokens)
         built = build_index(settings, inputs, worker_command(settings, "index"))
         if settings.verbatim and not built.missing_shards():
+            from vestige.indexes._verbatim import VERBATIM, open_search
+
             open_search(settings.out / VERBATIM, inputs.data, inputs.loaded.vocabulary)
     write_profile(measured, settings.out)
     return built
@@ -244,6 +245,8 @@ def build_index(settings: IndexSettings, inputs: Inputs, command: Sequence[str] 
         refuse_overwrite_by_ranks()
         broadcast_from_rank0(lambda: remove_index(settings.out))
     if any(stage.is_untrained for stage in spec.stages):
+        from vestige.indexes._trained import train_spec
+
         spec = train_spec(settings, inputs, spec, earlier, command)
     draft = draft_manifest(settings, inputs, spec)
     if begun and settings.token_budget is None and card_memory(inputs.loaded.model) is not None:

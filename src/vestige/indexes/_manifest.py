@@ -319,8 +319,8 @@ def extends(old: Manifest, new: Manifest) -> bool:
 
 
 def require_same(folder: Path, old: Manifest, new: Manifest) -> None:
-    """Raise unless both manifests give the same index."""
-    if differences := difference(old, new):
+    """Raise unless both manifests give the same index, but for stages that `new` adds behind."""
+    if not extends(old, new) and (differences := difference(old, new)):
         raise IndexMismatch(mismatch_message(f"The index in {folder}", differences))
 
 
@@ -339,10 +339,9 @@ def publish_manifest(folder: Path, manifest: Manifest) -> None:
             old = read_manifest(folder)
     if old is None or old == manifest:
         return
+    require_same(folder, old, manifest)
     if extends(old, manifest):
         write_durably(manifest_path(folder), [manifest.to_json()])
-    else:
-        require_same(folder, old, manifest)
 
 
 def _describe(field: str, value: Any, manifest: Manifest) -> str:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from vestige.data import send
 from vestige.errors import CorruptFile, NonFinite
 from vestige.indexes._manifest import SCALED_TYPES, Expectation, StoredType
 from vestige.lazy import torch
-from vestige.parsing import as_record, parse_object
+from vestige.parsing import read_record
 from vestige.storage import NewFile, remove_durably, sha256_of, sha256_once
 from vestige.timing import count_bytes, time_phase
 
@@ -210,43 +211,31 @@ def marker_path(folder: Path, number: int) -> Path:
 
 
 @final
+@dataclass
 class ShardFile:
     """One shard in the making: use it as a context, and put its parts there in their order.
 
     When the context ends well the shard is on the disk, whole, and marked as done; else nothing is left of it.
-
-    Args:
-        folder: The index; its `shards` folder must exist.
-        number: Which shard.
-        dtype: How to store the gradients.
-        expected: What the manifest records about the shard.
-        name_of: Names the example at a row of the data in an error.
-        skip_bad: Store zeros for an example whose loss or gradient is not finite, and list it in the marker.
-        device: What computes it, as in the manifest.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        number: int,
-        dtype: StoredType,
-        expected: Expectation,
-        name_of: Callable[[int], str] = "row {}".format,
-        *,
-        skip_bad: bool = False,
-        device: str = "cpu",
-    ) -> None:
-        self._folder, self._number, self._expected = folder, number, expected
-        self._device = device
-        self._dtype: StoredType = dtype
-        self._name_of, self._skip_bad = name_of, skip_bad
-        self._small: dict[str, list[Tensor]] = {}
-        self._skipped: list[int] = []
-        self._header = b""
-        self._file = NewFile(shard_path(folder, number))
+    folder: Path
+    """The index; its `shards` folder must exist."""
+    number: int
+    dtype: StoredType
+    """How to store the gradients."""
+    expected: Expectation
+    name_of: Callable[[int], str] = "row {}".format
+    """Names the example at a row of the data in an error."""
+    skip_bad: bool = False
+    """Store zeros for an example whose loss or gradient is not finite, and list it in the marker."""
+    device: str = "cpu"
+    """What computes it, as in the manifest."""
+    _small: dict[str, list[Tensor]] = field(default_factory=dict)
+    _skipped: list[int] = field(default_factory=list)
+    _header: bytes = b""
 
     def __enter__(self) -> ShardFile:
-        self._file.__enter__()
+        self._file = NewFile(shard_path(self.folder, self.number)).__enter__()
         return self
 
     def put(self, part: ShardContent) -> None:
@@ -256,13 +245,13 @@ class ShardFile:
             NonFinite: A loss or a gradient is NaN or infinite, and `skip_bad` is off.
             DiskSpaceError: The disk is full.
         """
-        small, pieces, skipped = _encode(part, self._dtype, self._name_of, self._skip_bad)
+        small, pieces, skipped = _encode(part, self.dtype, self.name_of, self.skip_bad)
         self._skipped += skipped
         start = None
         if not self._header:
-            shapes = {name: (tensor.dtype, [self._expected.rows]) for name, tensor in small.items()}
-            before = sum(dtype.itemsize * self._expected.rows for dtype, _ in shapes.values())
-            shapes["gradients"] = (getattr(torch, self._dtype), [self._expected.rows, part.gradients.shape[1]])
+            shapes = {name: (tensor.dtype, [self.expected.rows]) for name, tensor in small.items()}
+            before = sum(dtype.itemsize * self.expected.rows for dtype, _ in shapes.values())
+            shapes["gradients"] = (getattr(torch, self.dtype), [self.expected.rows, part.gradients.shape[1]])
             self._header = safetensors_header(shapes, {"axes": "gradients: row column"})
             # The small tensors lie before the gradients and are known after them.
             start = len(self._header) + before
@@ -276,8 +265,8 @@ class ShardFile:
         if error[0] is not None:
             self._file.__exit__(*error)
             return
-        path = marker_path(self._folder, self._number)
-        fault = shard_fault(self._folder, self._number, self._expected, contents=False)
+        path = marker_path(self.folder, self.number)
+        fault = shard_fault(self.folder, self.number, self.expected, contents=False)
         if fault is None:
             # Another process has written the same shard by now. Replaced, it would not count for a moment, and the
             # other process may be looking.
@@ -294,8 +283,8 @@ class ShardFile:
             if fault != MISSING:
                 remove_durably(path)
         made_by = version("vestige"), str(torch.__version__)
-        size, (rows, made_from) = self._file.size, self._expected
-        marker = Marker(self._number, rows, size, digest, made_from, *made_by, tuple(self._skipped), self._device)
+        size, (rows, made_from) = self._file.size, self.expected
+        marker = Marker(self.number, rows, size, digest, made_from, *made_by, tuple(self._skipped), self.device)
         usual = Marker._field_defaults
         fields = {name: value for name, value in marker._asdict().items() if name not in usual or value != usual[name]}
         with NewFile(path) as file:
@@ -349,10 +338,7 @@ def _wait(steps: list[Future[None]]) -> None:
 
 def read_marker(folder: Path, number: int) -> Marker | None:
     """Return the marker of a shard, None if there is none or it does not read."""
-    try:
-        return as_record(Marker, parse_object(marker_path(folder, number).read_bytes()))
-    except (OSError, ValueError):
-        return None
+    return read_record(Marker, marker_path(folder, number))
 
 
 def shard_fault(folder: Path, number: int, expected: Expectation, *, contents: bool) -> str | None:

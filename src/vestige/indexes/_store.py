@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 
 from vestige.data import StoredExamples, send
 from vestige.errors import CorruptFile, UserError
-from vestige.indexes._examples import examples_paths, read_lengths
 from vestige.indexes._manifest import Manifest, Span, expect_shards, read_manifest, require_index
+from vestige.indexes._plan import examples_paths, read_lengths
 from vestige.indexes._shards import Marker, StoredRows, map_shard, read_marker, shard_fault, shard_path
-from vestige.jobs import ranges
+from vestige.jobs import cut_ranges, ranges
 from vestige.lazy import torch
 from vestige.storage import local_result
 from vestige.timing import count_bytes, time_phase
@@ -172,14 +172,7 @@ class Index:
 
         The pieces of work on an index: they follow from the index alone, never from the processes that work on them.
         """
-        groups, size = [range(0)], 0
-        for shard, rows in enumerate(self.manifest.shard_rows):
-            size += rows * self.manifest.row_bytes
-            if groups[-1] and size > max_bytes:
-                groups.append(range(shard, shard))
-                size = rows * self.manifest.row_bytes
-            groups[-1] = range(groups[-1].start, shard + 1)
-        return groups
+        return cut_ranges([rows * self.manifest.row_bytes for rows in self.manifest.shard_rows], max_bytes)
 
     def rows_of(self, shards: range) -> int:
         """Return the number of rows in these shards."""
@@ -302,13 +295,7 @@ def _is_card(device: torch.device | None) -> bool:
 def find_places(folder: Path, manifest: Manifest, *, checked: bool = True) -> np.ndarray:
     """Return one more than where each example's row lies among all stored rows, int32 or int64 [example].
 
-    Args:
-        folder: The index.
-        manifest: Its manifest.
-        checked: As for `map_shard`.
-
-    Raises:
-        CorruptFile: The shards do not hold each example once; the message lists what is wrong.
+    CorruptFile if the shards do not hold each example once. `checked` is as for `map_shard`.
     """
     ends = np.cumsum(manifest.shard_rows)
     total, first, faults = int(ends[-1]), 0, list[str]()

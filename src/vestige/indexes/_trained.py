@@ -25,7 +25,7 @@ from vestige.errors import DataError, SpecError, UserError, WorkElsewhere
 from vestige.gradients import CausalLoss, FittingBatches, GradientPass, GradientSink
 from vestige.indexes._inputs import Inputs, batch_tokens
 from vestige.indexes._work import BEGUN, TRAINED
-from vestige.jobs import PieceFiles, Pieces, Tensors, run_pieces, step_done, tensor_pieces
+from vestige.jobs import PieceFiles, Pieces, Tensors, cut_ranges, run_pieces, step_done, tensor_pieces
 from vestige.models import Component, batch_sharing
 from vestige.progress import announce, format_bytes
 from vestige.settings import IndexSettings
@@ -46,12 +46,7 @@ def train_spec(
 ) -> CompressionSpec:
     """Train the stage of the spec that has to be trained, and return the spec with the file of it.
 
-    Args:
-        settings: Folder, seed, loss, and where the work runs.
-        inputs: The model, the data that examples are drawn from, the components.
-        spec: As requested.
-        begun: The spec of the index that is there already: what was trained for that is used again.
-        command: Words of a command that comes to the same call, as for `run_pieces`.
+    What was trained for the spec of an index that is there already, `begun`, is used again.
 
     Raises:
         DataError: There are too few examples, or a component has no gradient to choose from.
@@ -162,25 +157,17 @@ class _Training:
         return found
 
 
-def _group(parts: Sequence[Component], examples: int) -> list[list[int]]:
+def _group(parts: Sequence[Component], examples: int) -> list[range]:
     """Return places of components, group by group, whose gradients of the examples are held at once.
 
-    Raises:
-        UserError: Those of one component, and as much again to train on, do not fit into memory.
+    UserError if those of one component, and as much again to train on, do not fit into memory.
     """
-    groups: list[list[int]] = []
-    held, free = 0, psutil.virtual_memory().available
-    for place, part in enumerate(parts):
-        numbers = examples * part.size
-        if 8 * numbers > free:
+    free = psutil.virtual_memory().available
+    for part in parts:
+        if (needed := 8 * examples * part.size) > free:
             raise UserError(
-                f"To train on {examples} whole gradients of {part.name} takes {format_bytes(8 * numbers)} of memory, "
+                f"To train on {examples} whole gradients of {part.name} takes {format_bytes(needed)} of memory, "
                 f"and {format_bytes(free)} are free. Write a smaller examples=N into the spec, select other "
                 "--components, or keep random coordinates with 'mask'."
             )
-        if not groups or held + numbers > _GROUP_NUMBERS:
-            groups.append([])
-            held = 0
-        groups[-1].append(place)
-        held += numbers
-    return groups
+    return cut_ranges([examples * part.size for part in parts], _GROUP_NUMBERS)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int
 from safetensors import safe_open
 
 from vestige.data import SuffixArray, TokenizedData, TokenSearch
-from vestige.jobs import PieceFiles, run_pieces, tensor_pieces
+from vestige.jobs import PieceFiles, cut_ranges, run_pieces, tensor_pieces
 from vestige.lazy import torch
 from vestige.progress import announce, format_bytes, format_seconds
 from vestige.settings import LaunchSettings
@@ -51,10 +49,10 @@ def open_search(
         DiskSpaceError: They do not fit on the disk.
     """
     largest = 2**32 - 2 if vocabulary is None else vocabulary - 1
-    borders = _cut(data.lengths, part_tokens)
-    made_of = [_FORMAT, largest, borders, data.fingerprint]
+    parts = cut_ranges(data.lengths.tolist(), part_tokens)
+    made_of = [_FORMAT, largest, [0, *(rows.stop for rows in parts)], data.fingerprint]
     files = PieceFiles(folder, hashlib.sha256(json.dumps(made_of).encode()).hexdigest())
-    weights = [int(data.lengths[begin:end].sum()) for begin, end in pairwise(borders)]
+    weights = [int(data.lengths[rows.start : rows.stop].sum()) for rows in parts]
     files.forget_damaged(range(len(weights)))
     if left := sum(weight for part, weight in enumerate(weights) if not files.is_done(part)):
         size = left * (6 if largest + 1 < 2**16 else 8)
@@ -65,8 +63,7 @@ def open_search(
         )
 
     def build(part: int) -> dict[str, Tensor]:
-        rows = (data.input_ids[row] for row in range(borders[part], borders[part + 1]))
-        made = SuffixArray.build(rows, largest)
+        made = SuffixArray.build((data.input_ids[row] for row in parts[part]), largest)
         text = made.text.view(np.uint8).reshape(-1, made.text.itemsize)
         return {
             name: torch.from_numpy(each) for name, each in zip(_NAMES, (text, made.order, made.starts), strict=True)
@@ -78,17 +75,6 @@ def open_search(
 
     pieces = tensor_pieces("Verbatim search", files, weights, lambda: nullcontext(build), open_parts, unit="tokens")
     return run_pieces(pieces, LaunchSettings.model_validate({}), None)
-
-
-def _cut(lengths: Int[np.ndarray, "example"], most: int) -> list[int]:
-    """Return the rows at which parts of at most `most` tokens begin, and the number of rows."""
-    borders, size = [0], 0
-    for row, length in enumerate(lengths.tolist()):
-        if size and size + length > most:
-            borders.append(row)
-            size = 0
-        size += length
-    return [*borders, len(lengths)]
 
 
 def _map(path: Path) -> SuffixArray:

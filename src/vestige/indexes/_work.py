@@ -18,18 +18,16 @@ from jaxtyping import Float, Int
 
 from vestige.data import Example, TokenizedData
 from vestige.distributed import is_rank0
-from vestige.indexes._examples import fingerprint_rows, write_examples
 from vestige.indexes._manifest import (
     Expectation,
     Manifest,
     expect_shards,
-    extends,
     manifest_path,
     publish_manifest,
     read_manifest,
     require_same,
 )
-from vestige.indexes._plan import Plan, PlannedShard, plan_index
+from vestige.indexes._plan import Plan, PlannedShard, fingerprint_rows, plan_index, write_examples
 from vestige.indexes._shards import (
     ShardContent,
     ShardFile,
@@ -196,7 +194,7 @@ def prepare_index(work: IndexWork) -> list[int]:
     old = read_manifest(folder)
     if old is None:
         require_no_others(folder, BEGUN)
-    elif not extends(old, manifest):
+    else:
         require_same(folder, old, manifest)
     missing = [number for number in range(len(work.plan)) if work.fault(number, contents=True)]
     check_disk(folder, sum(expected[number].rows for number in missing) * manifest.row_bytes)

@@ -5,17 +5,13 @@ from typing import TYPE_CHECKING
 from vestige.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from vestige.jobs._command import (
-        Share as Share,
-        shares as shares,
-        worker_command as worker_command,
-    )
     from vestige.jobs._engine import ENGINES as ENGINES, Engine as Engine, Work as Work, Worker as Worker
     from vestige.jobs._pieces import (
         Compute as Compute,
         PieceFiles as PieceFiles,
         Pieces as Pieces,
         Tensors as Tensors,
+        cut_ranges as cut_ranges,
         group_items as group_items,
         tensor_pieces as tensor_pieces,
     )
@@ -33,14 +29,17 @@ if TYPE_CHECKING:
     )
     from vestige.jobs._worker import (
         Role as Role,
+        Share as Share,
         follow as follow,
         is_alive as is_alive,
         is_follower as is_follower,
         is_worker as is_worker,
         own_jobs as own_jobs,
         refuse_overwrite_by_ranks as refuse_overwrite_by_ranks,
+        shares as shares,
         start_time as start_time,
         this_role as this_role,
+        worker_command as worker_command,
     )
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -88,8 +88,8 @@ class Worker(ExitStack):
             if self._work.pieces.is_done(piece):
                 self._meter.piece(self._work.pieces.weights[piece])
                 continue
-            tried = self.failed[piece].attempts if piece in self.failed else 0
-            if tried <= self._work.settings.retries and not self._work.is_over(piece) and not self._try(piece):
+            goes_on = self._attempts(piece) <= self._work.settings.retries and not self._work.is_over(piece)
+            if goes_on and not self._try(piece):
                 left.append(piece)
         # What the last piece leaves may still be on its way to the disk.
         self._compute = None
@@ -132,17 +132,16 @@ class Worker(ExitStack):
         """Note how a piece failed, and raise what no retry can fix."""
         full = disk_error(error, self._work.pieces.folder) or memory_error(error)
         fatal = error if isinstance(error, UserError) else full
-        self._note_failure(piece, fatal or error)
+        noted = self._work.job.record_failure(piece, fatal or error)
+        self.failed[piece] = noted._replace(attempts=max(noted.attempts, self._attempts(piece) + 1))
+        self._leave()
+        self._print(f"piece {piece}: failed\n{noted.traceback}")
         if fatal is not None:
             raise fatal from (None if fatal is error else error)
         self.last_error = error
 
-    def _note_failure(self, piece: int, error: Exception) -> None:
-        noted = self._work.job.record_failure(piece, error)
-        before = self.failed[piece].attempts if piece in self.failed else 0
-        self.failed[piece] = noted._replace(attempts=max(noted.attempts, before + 1))
-        self._leave()
-        self._print(f"piece {piece}: failed\n{noted.traceback}")
+    def _attempts(self, piece: int) -> int:
+        return self.failed[piece].attempts if piece in self.failed else 0
 
     def _leave(self) -> None:
         self._meter.undo()
@@ -235,11 +234,7 @@ def watch_markers(work: Work, tick: Callable[[], bool], every: float = 0.0) -> N
 
 @contextmanager
 def ending_well(pieces: Pieces[Any]) -> Iterator[None]:
-    """Let the block end between two batches when the process receives a stop signal, and print how to go on.
-
-    Raises:
-        SystemExit: It did.
-    """
+    """Let the block end between two batches, by SystemExit, after a stop signal, and print how to go on."""
     try:
         with stopping_at_steps():
             yield
@@ -254,15 +249,9 @@ def ending_well(pieces: Pieces[Any]) -> Iterator[None]:
 
 
 def raise_failures(work: Work, cause: BaseException | None = None, own: Mapping[int, Failure] = {}) -> None:
-    """Raise if some of the pieces failed for good.
+    """Raise UserError if some of the pieces failed for good.
 
-    Args:
-        work: What was to be done.
-        cause: The last error of this process.
-        own: Failures in this process, which the disk may not have taken.
-
-    Raises:
-        UserError: They did.
+    `cause` is the last error of this process, and `own` are its failures, which the disk may not have taken.
     """
     among, pieces = set(work.missing), work.pieces
     noted = {**own, **{each.piece: each for each in work.job.failures()}}

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 from vestige.errors import PieceFailed
-from vestige.jobs._command import start_worker, worker_environment
 from vestige.jobs._engine import Engine, Work, ending_well, watch_markers
 from vestige.jobs._record import tail
-from vestige.jobs._worker import Role
+from vestige.jobs._worker import CARDS, Role, choose_card, start_worker, worker_environment
 from vestige.progress import announce
 
 _END_SECONDS = 10.0
@@ -174,10 +173,7 @@ def _device(number: int) -> dict[str, str]:
     """Give every worker one GPU, round-robin, where there are any."""
     torch = sys.modules.get("torch")
     count = torch.cuda.device_count() if torch is not None else 0
-    if not count:
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    return {"CUDA_VISIBLE_DEVICES": visible[number % len(visible)]}
+    return {CARDS: choose_card(number, count)} if count else {}
 
 
 LOCAL = LocalEngine()

@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import CorruptFile
-from vestige.parsing import as_record, parse_object
+from vestige.parsing import read_record
 from vestige.storage import make_folder, remove_durably, remove_strays, sha256_of, write_durably
 
 if TYPE_CHECKING:
@@ -192,11 +193,7 @@ class PieceFiles:
         return self.folder / f"{piece:05d}.json"
 
     def _marker(self, piece: int) -> PieceMarker | None:
-        """Return the marker, None if there is none or it does not read."""
-        try:
-            return as_record(PieceMarker, parse_object(self._marker_path(piece).read_bytes()))
-        except (OSError, ValueError):
-            return None
+        return read_record(PieceMarker, self._marker_path(piece))
 
 
 def tensor_pieces(
@@ -238,3 +235,14 @@ def tensor_pieces(
         open=open_files,
         reduce=lambda: collect(map(files.read, numbers)),
     )
+
+
+def cut_ranges(sizes: Sequence[int], most: int) -> list[range]:
+    """Return ranges of consecutive numbers whose sizes add up to at most `most`, or of one that alone is larger."""
+    borders, total = [0], 0
+    for number, size in enumerate(sizes):
+        if total and total + size > most:
+            borders.append(number)
+            total = 0
+        total += size
+    return [range(first, last) for first, last in pairwise([*borders, len(sizes)]) if first < last]

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, final
 
 from vestige.errors import MissingExtra, SpecError, UserError
-from vestige.jobs._command import start_worker, worker_environment
 from vestige.jobs._engine import Work
 from vestige.jobs._local import PoolEngine, Start
-from vestige.jobs._worker import Role
+from vestige.jobs._worker import Role, start_worker, worker_environment
 from vestige.progress import announce
 
 _ANSWER_SECONDS = 10.0

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, TypeAdapter,
 from vestige import errors
 from vestige.errors import CorruptFile, PieceFailed, UserError
 from vestige.jobs._worker import WorkerId, this_worker
-from vestige.parsing import first_problem
+from vestige.parsing import first_problem, read_record
 from vestige.storage import make_folder, write_durably
 
 JOB_FILES = (
@@ -45,6 +45,11 @@ class Failure(NamedTuple):
     log: str
     """File with everything that the last worker printed; empty if it printed to the terminal."""
     host: str
+
+    @property
+    def tries(self) -> str:
+        """Return the number of attempts for reading."""
+        return "once" if self.attempts == 1 else f"{self.attempts} times"
 
 
 class Entry(NamedTuple):
@@ -98,7 +103,7 @@ class _Begun(BaseModel):
     worker: WorkerId
 
 
-_ENTRY, _FAILURE = TypeAdapter(Entry), TypeAdapter(Failure)
+_ENTRY = TypeAdapter(Entry)
 
 
 @final
@@ -205,11 +210,11 @@ class JobFolder:
 
     def failure(self, piece: int) -> Failure | None:
         """Return how the piece failed so far, None if it did not."""
-        return _read_failure(self._failure_path(piece))
+        return read_record(Failure, self._failure_path(piece))
 
     def failures(self) -> list[Failure]:
         """Return every piece that failed and has not succeeded since."""
-        found = map(_read_failure, sorted(self._failures.glob("*.json")))
+        found = (read_record(Failure, path) for path in sorted(self._failures.glob("*.json")))
         return [failure for failure in found if failure is not None]
 
     def forget_failures(self, piece: int | None = None) -> None:
@@ -219,13 +224,6 @@ class JobFolder:
 
     def _failure_path(self, piece: int) -> Path:
         return self._failures / f"{piece:05d}.json"
-
-
-def _read_failure(path: Path) -> Failure | None:
-    try:
-        return _FAILURE.validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def _read_journal(path: Path) -> Journal:
@@ -285,8 +283,7 @@ def make_failure_error(name: str, pieces: int, failures: Sequence[Failure]) -> U
 
 
 def _describe(failure: Failure) -> str:
-    times = "once" if failure.attempts == 1 else f"{failure.attempts} times"
-    head = f"  piece {failure.piece}, {times}, on {failure.host}: {failure.kind}: {failure.error}"
+    head = f"  piece {failure.piece}, {failure.tries}, on {failure.host}: {failure.kind}: {failure.error}"
     if failure.log:
         head += f"\n    log: {failure.log}"
     lines = failure.traceback.rstrip().splitlines() or tail(failure.log)

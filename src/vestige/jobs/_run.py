@@ -12,12 +12,11 @@ from typing import Any, NoReturn
 
 from vestige.distributed import broadcast_from_rank0, in_process_group, is_rank0, lost_process
 from vestige.errors import PieceFailed, VestigeError, WorkElsewhere
-from vestige.jobs._command import require_command
 from vestige.jobs._engine import ENGINES, Work, Worker, ending_well, raise_failures, watch_markers
 from vestige.jobs._pieces import Compute, Pieces, Result
 from vestige.jobs._record import JobFolder, ranges
 from vestige.jobs._steps import Stopped, phase, stop_signal, stopping_at_steps
-from vestige.jobs._worker import Role, is_alive, this_role, this_worker
+from vestige.jobs._worker import Role, is_alive, require_command, this_role, this_worker
 from vestige.progress import announce
 from vestige.settings import LaunchSettings
 from vestige.storage import remove_strays
@@ -92,8 +91,7 @@ def _drive(
 def _begin(work: Work, missing: Sequence[int]) -> Work:
     """Write what is to be done into the job's record; what failed in an earlier run may be tried again.
 
-    Returns:
-        The work, from its end where another command is doing the same: the two meet in the middle.
+    Return the work, from its end where another command is doing the same: the two meet in the middle.
     """
     pieces, job = work.pieces, work.job
     job.make()

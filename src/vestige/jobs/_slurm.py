@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import final
 
 from vestige.errors import PieceFailed, SpecError, UserError, WorkElsewhere
-from vestige.jobs._command import require_command, worker_environment
 from vestige.jobs._engine import Engine, Work, Worker, raise_failures, watch_markers
 from vestige.jobs._record import JobFolder, ranges
 from vestige.jobs._steps import is_kept, stop_signal
-from vestige.jobs._worker import Role
+from vestige.jobs._worker import Role, require_command, worker_environment
 from vestige.progress import announce
 from vestige.storage import make_folder, write_durably
 
@@ -55,13 +54,8 @@ class SlurmEngine(Engine):
                 f"{name}: submitted as {', '.join(_jobs(job))}. See how far it is with `vestige status {folder}`, end "
                 f"it with `vestige cancel {folder}`; logs are in {job.logs}."
             )
-
-        def require_jobs() -> bool:
-            _require_jobs(work)
-            return True
-
         try:
-            watch_markers(work, require_jobs, _queue_seconds())
+            watch_markers(work, lambda: _require_jobs(work), _queue_seconds())
             self.cancel(job)
         except KeyboardInterrupt:
             announce(
@@ -119,11 +113,7 @@ def _jobs(job: JobFolder) -> list[str]:
 
 
 def _active(job: JobFolder) -> list[str]:
-    """Return the batch jobs, tasks of arrays one by one, that wait or run.
-
-    Raises:
-        SchedulerSilent: The scheduler did not answer: nothing is known.
-    """
+    """Return the batch jobs, tasks of arrays one by one, that wait or run; raise where the scheduler is silent."""
     jobs = set(_jobs(job))
     if not jobs:
         return []
@@ -132,23 +122,19 @@ def _active(job: JobFolder) -> list[str]:
     return [line[0] for line in listed if len(line) == 2 and line[0].split("_")[0] in jobs and line[1] not in _OVER]
 
 
-def _require_jobs(work: Work) -> None:
-    """Raise unless a batch job works on the missing pieces, or waits to, or the scheduler does not answer.
-
-    Raises:
-        PieceFailed: The job after the array has given up, or was ended itself.
-    """
+def _require_jobs(work: Work) -> bool:
+    """Return True, unless no batch job works on the missing pieces, or waits to, and the scheduler answers: raise."""
     job, jobs = work.job, _jobs(work.job)
     try:
         if _active(job) or _jobs(job) != jobs:
-            return
+            return True
     except SchedulerSilent as error:
         announce(f"{work.pieces.name}: {error}")
-        return
+        return True
     # Before the question about the jobs, the last of the pieces may not have been done.
     missing = [piece for piece in work.missing if not work.is_over(piece)]
     if not missing:
-        return
+        return True
     record = job.read_job()
     what = "was cancelled" if record.get("cancelled") else f"was submitted {record.get('attempt', 1)} times"
     raise PieceFailed(
@@ -199,11 +185,7 @@ def _submit(work: Work, *, attempt: int) -> None:
 
 
 def _submit_script(work: Work, role: Role, option: str) -> str:
-    """Submit a batch job that runs the command in this role, and return its id.
-
-    Raises:
-        UserError: SLURM refused it; the message is its own.
-    """
+    """Submit a batch job that runs the command in this role, and return its id."""
     settings, job = work.settings, work.job
     # As SLURM names a job, to sbatch and in the script.
     job_id = ("%A_%a", "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}") if role.in_array else ("%j", "$SLURM_JOB_ID")
@@ -227,10 +209,7 @@ def _submit_script(work: Work, role: Role, option: str) -> str:
 
 
 def _write_script(work: Work, role: Role, log: str) -> Path:
-    """Write the script and return its path.
-
-    `exec` lets signals arrive at the worker: a shell would wait for its child to end first.
-    """
+    """Write the script and return its path."""
     settings, job, command = work.settings, work.job, list(work.command)
     environment = worker_environment(settings, job.logs) | role.as_environment()
     lines = ["#!/bin/bash", "set -e"]
@@ -243,6 +222,7 @@ def _write_script(work: Work, role: Role, log: str) -> Path:
         folder, cards = str(Path.cwd()), ["--nv"] if settings.gres is not None else []
         inside = ["apptainer", "exec", *cards, "--bind", folder, "--pwd", folder, settings.container]
         command = [*inside, "python", *command[1:]]
+    # Signals arrive at the worker: a shell would wait for its child to end first.
     lines.append("exec " + shlex.join(command))
     path = job.path / "slurm" / f"{role.kind}-{role.attempt}{f'-{role.number}' if role.number else ''}.sh"
     make_folder(path.parent)
@@ -269,10 +249,7 @@ def _why_ended(jobs: list[str]) -> str:
 
 
 def _seconds_of(limit: str) -> int | None:
-    """Return the seconds of a time limit as sbatch takes it; None if it is none.
-
-    The formats are minutes, m:s, h:m:s, d-h, d-h:m and d-h:m:s.
-    """
+    """Return the seconds of a limit as sbatch takes it (m, m:s, h:m:s, d-h, d-h:m, d-h:m:s); None for any other."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
     if match is None:
         return None

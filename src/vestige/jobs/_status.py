@@ -48,9 +48,10 @@ class JobStatus(NamedTuple):
         ]
         shown += [f"  jobs        {' '.join(self.jobs)}"] if self.jobs else []
         for failure in self.failures:
-            tried = "once" if failure.attempts == 1 else f"{failure.attempts} times"
             where = f"; log: {failure.log}" if failure.log else ""
-            shown.append(f"  failed      piece {failure.piece}, {tried}: {failure.kind}: {failure.error}{where}")
+            shown.append(
+                f"  failed      piece {failure.piece}, {failure.tries}: {failure.kind}: {failure.error}{where}"
+            )
         return shown
 
 

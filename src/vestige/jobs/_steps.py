@@ -64,11 +64,7 @@ def is_kept() -> bool:
 
 
 def check_stop() -> None:
-    """Raise if the process received a stop signal.
-
-    Raises:
-        Stopped: It was.
-    """
+    """Raise Stopped if the process received a stop signal."""
     if _STATE.received is None and _STATE.parent is not None and os.getppid() != _STATE.parent:
         _STATE.received = int(signal.SIGTERM)
     if _STATE.received is not None:
@@ -82,11 +78,7 @@ def stop_signal() -> int | None:
 
 @contextmanager
 def stopping_at_steps(parent: int | None = None) -> Iterator[None]:
-    """Make a signal, while the block runs, not kill the process but make the next `step_done` raise `Stopped`.
-
-    Args:
-        parent: Process whose end also stops the work; None for none.
-    """
+    """Make a signal, or the end of process `parent`, not end this one but make the next `step_done` raise Stopped."""
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may set handlers; elsewhere a signal does what the program around us wants.
         yield

@@ -94,11 +94,7 @@ def push_result(files: Mapping[str, Path | bytes], name: str, *, kind: str, priv
 
 
 def _read_old(api: Any, name: str, kind: str, private: bool, new: set[str]) -> set[str]:
-    """Return the files of an earlier push that are in the repository.
-
-    Raises:
-        UserError: It must not be pushed to.
-    """
+    """Return the files of an earlier push that are in the repository; raise UserError if none may go there now."""
     info = api.dataset_info(name)
     there = {each.rfilename for each in info.siblings or []}
     if private and not info.private:

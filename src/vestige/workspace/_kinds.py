@@ -1,5 +1,7 @@
 """What commands leave in folders: a registered kind of result finds its own, sums one up, and describes it in full."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -90,7 +90,7 @@ def test_scores_of_a_query_that_is_not_there_are_refused(folder):
     parquet.write_table(pa.Table.from_pylist([*rows, rows[0] | {"query_id": "gone"}]), folder / "scores.parquet")
     record = json.loads((folder / "run.json").read_text()) | {"files": {}}
     (folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(CorruptFile, match=r"queries\.parquet lacks 'gone'"):
+    with pytest.raises(CorruptFile, match=r"scores\.parquet names 'gone', and queries\.parquet lacks it"):
         Scores.open(folder).top()
 
 

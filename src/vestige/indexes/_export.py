@@ -34,7 +34,7 @@ from vestige.runs import Audit, Scores, is_audit, is_run
 from vestige.settings import ExportSettings, with_settings
 from vestige.storage import check_disk, stage_folder, write_durably
 
-_COLUMNS = ("query_id", "end", "rank", "example_id", "score", "percentile", "text", "source", "row")
+_COLUMNS: tuple[str, ...] = ("query_id", "end", "rank", "example_id", "score", "percentile", "text", "source", "row")
 
 
 def write_run_csv(scores: Scores, out: Path) -> list[Path]:

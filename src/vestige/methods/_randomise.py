@@ -150,12 +150,16 @@ def _judge_correlations(known: Sequence[float]) -> Check:
 
 
 def _spearman(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float | None:
-    from scipy.stats import rankdata  # half a second, which the first answer does not wait for
-
     # A constant side has no ranks to correlate.
     if np.ptp(one) == 0 or np.ptp(other) == 0 or not (np.isfinite(one).all() and np.isfinite(other).all()):
         return None
-    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+    return float(np.corrcoef(_mean_ranks(one), _mean_ranks(other))[0, 1])
+
+
+def _mean_ranks(values: Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+    """Return the ranks, equal values sharing their mean, as `scipy.stats` does, which takes 0.3 s to import."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 def score_sample(

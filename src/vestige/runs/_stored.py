@@ -61,13 +61,12 @@ class StoredTables:
     def ranking(self) -> dict[tuple[str, str], list[ScoreRow]]:
         """The rows of `scores.parquet` by query and end, best first; each has its query and its example."""
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        file = self._folder / "scores.parquet"
         for row in sorted(self.read("scores").to_pylist(), key=lambda row: row["rank"]):
             if row["query_id"] not in self.queries:
-                file = self._folder / "queries.parquet"
-                raise CorruptFile(f"{file} lacks {row['query_id']!r}, which has scores. {REMEDY}")
+                raise CorruptFile(f"{file} names {row['query_id']!r}, and queries.parquet lacks it. {REMEDY}")
             if row["row"] not in self.examples:
-                file = self._folder / "examples.parquet"
-                raise CorruptFile(f"{file} lacks row {row['row']}, which has a score. {REMEDY}")
+                raise CorruptFile(f"{file} names row {row['row']}, and examples.parquet lacks it. {REMEDY}")
             found.setdefault((row["query_id"], row["end"]), []).append(row)
         highest = {query: rows[0]["score"] for (query, end), rows in found.items() if end == "proponent"}
         return {

@@ -40,16 +40,9 @@ if TYPE_CHECKING:
     from vestige.methods._iterative import Arnoldi as Arnoldi, ConjugateGradient as ConjugateGradient, Lissa as Lissa
     from vestige.methods._job import (
         EXACT_SHARE as EXACT_SHARE,
-        Live as Live,
-        OnAnswer as OnAnswer,
-        OnAnswers as OnAnswers,
         build_temporary_index as build_temporary_index,
-        compute_losses as compute_losses,
         gradients_fit as gradients_fit,
         open_job as open_job,
-        query_loss as query_loss,
-        read_batches as read_batches,
-        read_queries as read_queries,
     )
     from vestige.methods._less import Less as Less
     from vestige.methods._plan import digest as digest, settings_key as settings_key
@@ -72,6 +65,15 @@ if TYPE_CHECKING:
         method as method,
         method_table as method_table,
         watch as watch,
+    )
+    from vestige.methods._queries import (
+        Live as Live,
+        OnAnswer as OnAnswer,
+        OnAnswers as OnAnswers,
+        compute_losses as compute_losses,
+        query_loss as query_loss,
+        read_batches as read_batches,
+        read_queries as read_queries,
     )
     from vestige.methods._random import Random as Random
     from vestige.methods._randomise import check_randomised as check_randomised

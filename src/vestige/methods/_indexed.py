@@ -12,8 +12,8 @@ from vestige.curvature import Measure, Measures
 from vestige.data import TokenizedData, plan_batches
 from vestige.gradients import OneHot
 from vestige.indexes import CompressedGradients, Index, IndexBlock, IndexedComponent
-from vestige.methods._job import subtract_contrast
 from vestige.methods._protocol import GradientStore, Job, Products, ScoredRows, Vectors
+from vestige.methods._queries import subtract_contrast
 from vestige.models import batch_sharing
 from vestige.progress import announce
 from vestige.timing import time_phase

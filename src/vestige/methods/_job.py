@@ -3,64 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from vestige import gradients, indexes, models
-from vestige.data import (
-    Batch,
-    Example,
-    TokenizedData,
-    ask,
-    find_focus,
-    focus_queries,
-    load_examples,
-    load_queries,
-    locate_spans,
-    make_batch,
-    plan_batches,
-    require_answers,
-    tokenize,
-    tokenize_source,
-)
+from vestige.data import Example, TokenizedData, find_focus, load_examples, load_queries, locate_spans, tokenize_source
 from vestige.distributed import broadcast_from_rank0, is_rank0
 from vestige.errors import DataError, IndexMismatch, SpecError
-from vestige.jobs import step_done, worker_command
-from vestige.lazy import torch
+from vestige.jobs import worker_command
 from vestige.methods._checkpoints import Checkpoint, find_checkpoints, refuse_checkpoints, settings_of_last
 from vestige.methods._plan import find_unscorable
-from vestige.methods._protocol import Job, Method, Vectors
+from vestige.methods._protocol import Job, Method
+from vestige.methods._queries import Live, OnAnswer, OnAnswers, choose_answers, read_queries
 from vestige.progress import announce, format_bytes
-from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings, UntracSettings
+from vestige.settings import AttributeSettings, IndexSettings, LaunchSettings
 from vestige.storage import partial_folder
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 EXACT_SHARE = 0.4
 """Share of the free memory that the queries' whole gradients may take; beyond it they are compressed."""
-
-
-OnAnswers = Callable[[TokenizedData, Sequence[bool]], None]
-"""Takes the queries, and whether each answer is the model's own."""
-OnAnswer = Callable[[Sequence[Example], int], None]
-"""Takes the queries as far as they have answers, and the number of the one whose answer has just ended."""
-
-
-class Live(NamedTuple):
-    """A loaded model that is asked again and again."""
-
-    loaded: models.LoadedModel
-    """The model of the index, as `load_model` returns it."""
-    on_text: Callable[[str], None]
-    """Takes the answer so far after each of its tokens, of a single question."""
 
 
 @contextmanager
@@ -80,19 +47,35 @@ def open_job(
         live: The model, where it is in memory already.
         on_answer: Called as soon as the model's answer to one of the queries has ended.
     """
-    checkpoints: tuple[Checkpoint, ...] = ()
+    job = _make_job(settings, method, on_answers, live, on_answer)
+    settings = job.settings
+    # A method that works on whole gradients refuses by itself what does not fit.
+    needs_none = job.index is not None or not method.needs_gradients or method.needs_exact
+    if needs_none or (not method.needs_index and gradients_fit(job)):
+        yield replace(job, left_out=find_unscorable(job)) if settings.skip_bad and job.loaded else job
+        return
+    if settings.query_rank is not None:
+        raise SpecError(
+            f"--query-rank shortens whole gradients, and {method.name} compresses these queries'. Drop "
+            "--query-rank, or take fewer queries or a method on whole gradients: grad-dot, grad-cos, ekfac."
+        )
+    announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
+    # Shares build it together: all of them need all of it.
+    launch = {name: getattr(settings, name) for name in LaunchSettings.model_fields if name != "shard"}
+    command = worker_command(settings, "attribute")
+    yield replace(job, index=build_temporary_index(job, "index", settings.model, command, **launch))
+
+
+def _make_job(
+    settings: AttributeSettings,
+    method: Method,
+    on_answers: OnAnswers | None,
+    live: Live | None,
+    on_answer: OnAnswer | None,
+) -> Job:
+    """Return the job with the index that the settings name."""
     typed = settings.chat
-    settings = method.adopt(settings)
-    if method.weighting is not None:
-        checkpoints = find_checkpoints(settings, method.weighting)
-        settings = settings_of_last(settings, checkpoints)
-    else:
-        refuse_checkpoints(settings)
-    index = indexes.Index.open(settings.index) if settings.index is not None else None
-    if index is not None:
-        _require_recomputable(index, method)
-        settings = _settings_of_index(settings, index)
-    settings = settings.model_copy(update={"chat": bool(settings.chat)})
+    settings, index, checkpoints = _settle(method.adopt(settings), method)
     given = load_queries(settings.queries, focus="read", on_bad_text=settings.on_bad_text)
     method.require_focus(find_focus(given))
     loaded = _load(settings, method, index, live)
@@ -102,7 +85,7 @@ def open_job(
         train = _read_train(settings, loaded, index)
     name = settings.queries if isinstance(settings.queries, str) and Path(settings.queries).exists() else "queries"
     if loaded is None:
-        texts = [locate_spans(query, str(name)) for query in _choose_answers(given, settings.answer)]
+        texts = [locate_spans(query, str(name)) for query in choose_answers(given, settings.answer)]
         queries, generated, asked = _without_tokens(texts, str(name)), [False] * len(given), ""
     else:
         queries, generated, asked = read_queries(
@@ -120,34 +103,26 @@ def open_job(
         on_answers(queries, generated)
     if loaded is not None:
         gradients.require_independence(loaded, queries, indexes.batch_tokens(settings, loaded))
-    made_by_model = tuple(generated)
-    job = Job(
-        train,
-        queries,
-        settings,
-        loaded,
-        selection,
-        index,
-        checkpoints,
-        asked=asked,
-        generated=made_by_model,
-        row_weights=None if settings.weigh_by is None else read_row_weights(train, settings.weigh_by),
-    )
-    # A method that works on whole gradients refuses by itself what does not fit.
-    needs_none = index is not None or not method.needs_gradients or method.needs_exact
-    if needs_none or (not method.needs_index and gradients_fit(job)):
-        yield replace(job, left_out=find_unscorable(job)) if settings.skip_bad and loaded else job
-        return
-    if settings.query_rank is not None:
-        raise SpecError(
-            f"--query-rank shortens whole gradients, and {method.name} compresses these queries'. Drop "
-            "--query-rank, or take fewer queries or a method on whole gradients: grad-dot, grad-cos, ekfac."
-        )
-    announce("Making a temporary index. To ask again without this pass, keep one: vestige index.")
-    # Shares build it together: all of them need all of it.
-    launch = {name: getattr(settings, name) for name in LaunchSettings.model_fields if name != "shard"}
-    command = worker_command(settings, "attribute")
-    yield replace(job, index=build_temporary_index(job, "index", settings.model, command, **launch))
+    weights = None if settings.weigh_by is None else read_row_weights(train, settings.weigh_by)
+    found = {"asked": asked, "generated": tuple(generated), "row_weights": weights}
+    return Job(train, queries, settings, loaded, selection, index, checkpoints, **found)
+
+
+def _settle(
+    settings: AttributeSettings, method: Method
+) -> tuple[AttributeSettings, indexes.Index | None, tuple[Checkpoint, ...]]:
+    """Return the settings with what index and checkpoints decide, and these."""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    if method.weighting is not None:
+        checkpoints = find_checkpoints(settings, method.weighting)
+        settings = settings_of_last(settings, checkpoints)
+    else:
+        refuse_checkpoints(settings)
+    index = indexes.Index.open(settings.index) if settings.index is not None else None
+    if index is not None:
+        _require_recomputable(index, method)
+        settings = _settings_of_index(settings, index)
+    return settings.model_copy(update={"chat": bool(settings.chat)}), index, checkpoints
 
 
 def _require_recomputable(index: indexes.Index, method: Method) -> None:
@@ -195,69 +170,6 @@ def _load(
             "Give the model it was made with as --model, or make another index."
         )
     return loaded
-
-
-def read_queries(
-    settings: AttributeSettings | UntracSettings,
-    loaded: models.LoadedModel,
-    given: list[Example],
-    train: Sequence[Example],
-    *,
-    chat: bool | None,
-    name: Any,
-    answer: str = "auto",
-    on_answer: OnAnswer | None = None,
-    on_text: Callable[[str], None] | None = None,
-) -> tuple[TokenizedData, list[bool], str]:
-    """Put the queries as the data are, or as `chat` says, let the model continue those without an answer, tokenise.
-
-    Returns:
-        The queries, whether each answer is the model's own, and how they were put where that is not as they were typed.
-
-    Raises:
-        DataError: A query has no answer, and `answer` is "given", or has nothing to explain.
-    """
-    put, how = ask(given, train, chat=chat, tokenizer=loaded.tokenizer)
-    put = _choose_answers(put, answer)
-    generated = [query.lacks_answer for query in put]
-    if any(generated):
-        answered = list(put)
-
-        def show(number: int, query: Example) -> None:
-            assert on_answer is not None
-            answered[number] = query
-            on_answer(answered, number)
-
-        put = models.generate_answers(
-            loaded,
-            put,
-            max_new_tokens=settings.max_new_tokens,
-            chat=bool(settings.chat),
-            on_answer=None if on_answer is None else show,
-            on_text=on_text,
-        )
-    reading: dict[str, Any] = {
-        "max_length": indexes.tokens_at_most(settings, loaded),
-        "chat": bool(settings.chat),
-        "vocabulary": loaded.vocabulary,
-    }
-    queries = tokenize(put, loaded.tokenizer, name=str(name), **reading)
-    require_answers(queries, generated, loaded.tokenizer)
-    chosen = focus_queries(queries, loaded.tokenizer, **reading) if find_focus(put) else queries
-    return chosen, generated, how
-
-
-def _choose_answers(queries: list[Example], answer: str) -> list[Example]:
-    """Return the queries, without their answers where these are to be generated; refuse missing ones where given."""
-    if answer == "generate":
-        return [query.without_answer() for query in queries]
-    missing = [query.id for query in queries if query.lacks_answer]
-    if answer == "given" and missing:
-        raise DataError(
-            f'Query "{missing[0]}" has no answer, and --answer given was requested. Add a `completion`, or drop '
-            "--answer."
-        )
-    return queries
 
 
 def _select(
@@ -341,67 +253,6 @@ def gradients_fit(job: Job) -> bool:
         "free memory: they are compressed instead."
     )
     return False
-
-
-def read_batches(
-    model: nn.Module, data: TokenizedData, token_budget: int, rows: Int[np.ndarray, "row"]
-) -> Iterator[tuple[Int[np.ndarray, "position"], Batch]]:
-    """Yield (positions in `rows`, the batch of these rows on the model's device), longest rows first."""
-    device = next(model.parameters()).device
-    for positions in plan_batches(data.lengths[rows], token_budget, sharing=models.batch_sharing(model)):
-        yield positions, make_batch(data, rows[positions]).to(device)
-
-
-def compute_losses(
-    model: nn.Module,
-    data: TokenizedData,
-    reduction: gradients.Reduction,
-    token_budget: int,
-    rows: Int[np.ndarray, "row"] | None = None,
-) -> Float[np.ndarray, "row"]:
-    """Measure the loss of each of the rows, of all if none are given, in nats, whatever they are batched with.
-
-    Of a contrast it is the loss of the answer less that of the other one.
-    """
-    wanted = np.arange(len(data)) if rows is None else rows
-    losses, objective = np.zeros(len(wanted)), gradients.CausalLoss(reduction)
-    device, fitting = next(model.parameters()).device, gradients.FittingBatches(data.lengths)
-
-    def run(rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
-        return objective.losses(model, make_batch(data, rows).to(device)).double().cpu().numpy()
-
-    with torch.no_grad():
-        for positions in plan_batches(data.lengths[wanted], token_budget, sharing=models.batch_sharing(model)):
-            losses[positions] = np.concatenate(fitting.run(wanted[positions], run))
-            step_done(len(positions))
-    if data.contrast is not None:
-        others = np.zeros(len(data))
-        others[data.contrast.rows] = compute_losses(model, data.contrast.data, reduction, token_budget)
-        losses -= others[wanted]
-    return losses
-
-
-def query_loss(model: nn.Module, data: TokenizedData, query: int, reduction: gradients.Reduction) -> Tensor:
-    """Return the differentiable loss of one query; of a contrast, that of its answer less that of the other one."""
-    batch = make_batch(data, np.array([query])).to(next(model.parameters()).device)
-    loss = gradients.token_losses(model, batch).sum()
-    loss = loss / max(int(data.target_counts[query]), 1) if reduction == "mean" else loss
-    one = data.subset([query]).contrast
-    return loss if one is None else loss - query_loss(model, one.data, 0, reduction)
-
-
-def subtract_contrast(
-    data: TokenizedData, measure: Callable[[TokenizedData], tuple[Vectors, Float[Tensor, "example"]]]
-) -> tuple[Vectors, Float[Tensor, "example"]]:
-    """Return gradients and losses of queries; of a contrast, those of its answer less those of the other one."""
-    vectors, losses = measure(data)
-    if data.contrast is not None:
-        others, other_losses = measure(data.contrast.data)
-        places = torch.from_numpy(data.contrast.rows)
-        for vector, other in zip(vectors, others, strict=True):
-            vector[places] -= other
-        losses[places] -= other_losses
-    return vectors, losses
 
 
 def build_temporary_index(

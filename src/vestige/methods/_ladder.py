@@ -16,9 +16,10 @@ from vestige import runs
 from vestige.distributed import FSDP
 from vestige.errors import IndexMismatch, SpecError, UserError
 from vestige.lazy import torch
-from vestige.methods._job import OnAnswers, gradients_fit, open_job
+from vestige.methods._job import gradients_fit, open_job
 from vestige.methods._plan import Member, run_here, vectors_key
 from vestige.methods._protocol import METHODS, Job, Method, get_method
+from vestige.methods._queries import OnAnswers
 from vestige.methods._record import (
     StoredRun,
     begin_run,

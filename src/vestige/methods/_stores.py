@@ -32,8 +32,8 @@ from vestige.gradients import (
 )
 from vestige.jobs import group_items
 from vestige.methods._indexed import IndexedGradients
-from vestige.methods._job import subtract_contrast
 from vestige.methods._protocol import GradientStore, Job, Products, ScoredRows, Vectors
+from vestige.methods._queries import subtract_contrast
 from vestige.models import LoadedModel, batch_sharing
 from vestige.progress import announce
 

@@ -19,7 +19,7 @@ from vestige.data import TokenizedData
 from vestige.errors import DataError, ModelError, VestigeError
 from vestige.gradients import Reduction, token_losses
 from vestige.jobs import step_done
-from vestige.methods._job import read_batches
+from vestige.methods._queries import read_batches
 from vestige.models import LoadedModel, everything_of, model_fingerprint, own_part, write_own_part
 
 Vector = dict[str, Tensor]

@@ -171,9 +171,10 @@ def _type_of(annotation: Any) -> Any:
     """Return the type that a word is read as; bounds are for the settings to check, who have better words for them."""
     if annotation is Any:  # in Python it may be a live object
         return str
-    if get_origin(annotation) in (tuple, dict):
+    members = members_of(annotation)
+    if any(get_origin(member) in (tuple, dict) for member in members):
         return list[str]
-    return Union[tuple(members_of(annotation))]  # noqa: UP007
+    return Union[tuple(members)]  # noqa: UP007
 
 
 def build_app(first: str | None = None, *, completing: bool = False) -> App:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         prepare_queries as prepare_queries,
         unit_length as unit_length,
     )
-    from vestige.methods._indexed import IndexedGradients as IndexedGradients
+    from vestige.methods._indexed import IndexedGradients as IndexedGradients, open_compressed as open_compressed
     from vestige.methods._influence import Influence as Influence
     from vestige.methods._iterative import Arnoldi as Arnoldi, ConjugateGradient as ConjugateGradient, Lissa as Lissa
     from vestige.methods._job import (

@@ -20,7 +20,6 @@ from vestige.errors import NonFinite
 from vestige.jobs import run_pieces
 from vestige.lazy import torch
 from vestige.methods import Job, Method, digest, get_method
-from vestige.methods._indexed import open_compressed
 from vestige.methods._trust import check_knowledge, make_check, run_free_checks
 from vestige.progress import progress, quiet
 from vestige.runs import Check, RankedScore, sample_rows
@@ -234,7 +233,7 @@ def _build_index(job: Job, like: indexes.Index, folder: Path) -> indexes.Index:
 
     @contextmanager
     def compute() -> Iterator:
-        with open_compressed(job, like, manifest.components) as gradients:
+        with methods.open_compressed(job, like, manifest.components) as gradients:
             yield lambda batches: gradients.parts(data, batches)
 
     work = indexes.IndexWork(folder, manifest, plan, data.examples, compute)

@@ -105,7 +105,7 @@ def one_pass_result(settings: ComponentsSettings) -> OnePassResult:
     ends = np.cumsum(list(map(len, sizes))).tolist()
     kinds = [_collect_products(inputs, pieces, end, one) for end, one in zip(ends, sizes, strict=True)]
     spent = _read_costs(settings.out)
-    return OnePassResult(inputs, *kinds, computed=round(spent.pop(_EXAMPLES, 0)), seconds=spent)
+    return OnePassResult(inputs, *kinds, computed=round(spent.pop(_EXAMPLES, 0)), seconds=dict(spent))
 
 
 def _collect_products(

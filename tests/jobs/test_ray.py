@@ -171,11 +171,13 @@ def test_without_a_cluster_ray_is_started_here_and_stopped_at_the_end(own_ray, t
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:port", "127.0.0.1:99999"])
 def test_an_address_where_nothing_answers_is_an_instruction(tmp_path, address):
+    pytest.importorskip("ray")
     with pytest.raises(UserError, match=rf"was found at {address} \(--address\): [\s\S]*`ray start --head`"):
         Toy(tmp_path).run(engine="ray", address=address)
 
 
 def test_a_client_address_is_refused(tmp_path):
+    pytest.importorskip("ray")
     with pytest.raises(UserError, match="ray job submit --address ray://head:10001 -- vestige"):
         Toy(tmp_path).run(engine="ray", address="ray://head:10001")
 

@@ -181,7 +181,7 @@ def _draw(axes: Axes, kind: str, curves: Mapping[str, Sequence[SketchPoint]], re
         axes.set_ylim(bottom=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, list(map(str, sizes)))
-    axes.xaxis.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     label = "RMSE of inner products" if kind == "rmse" else "relative error in %"
     finish_axes(axes, "K, numbers per component", label, legend=bool(curves))
 

@@ -21,7 +21,7 @@ CORE = Path(vestige.__file__).parent
 REPOSITORY = CORE.parents[1]
 RECIPES = REPOSITORY / "recipes" / "src" / "vestige_recipes"
 
-LINES = {"core": 62_651, "recipes": 12_490}
+LINES = {"core": 62_640, "recipes": 12_490}
 IMPORTS_PER_1000_LINES = 26.8
 PATCHED = 0
 FILES_RUN = {"index": 76, "attribute": 109}

@@ -48,6 +48,8 @@ MISTAKES = {
     "bank --model tiny-model --data train.jsonl --leave-out-lists nowhere.json": "nowhere.json is not there.",
     "data clean --data train.jsonl --flagged nowhere": "nowhere is not there.",
     "attribute --method tracin --checkpoints ./nowhere --data train.jsonl --queries questions.jsonl": "No model folder",
+    "attribute --method tracin --checkpoints ./no ./way --checkpoint-weights 1 1e-3 --data train.jsonl --queries "
+    "questions.jsonl": "No model folder no",
     "index --model tiny-model --data train.jsonl --tokenizer ./nowhere": "No model folder nowhere",
     "data generate --data train.jsonl --model ./nowhere": "No model folder nowhere",
     "data candidates --data nowhere.jsonl --queries questions.jsonl": "nowhere.jsonl: no such file.",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vestige.data import NO_TARGET, TokenizedData, make_batch, plan_batches, tokenize
 from vestige.gradients import FittingBatches
-from vestige.jobs import PieceFiles, Tensors, is_worker, step_done
+from vestige.jobs import PieceFiles, Tensors, group_items, is_worker, step_done
 from vestige.measures._choices import encoding_of
 from vestige.measures._extraction import greedy, predict
 from vestige.measures._job import AuditJob
@@ -33,7 +33,7 @@ from vestige.measures._measure import (
     TokenScores,
     token_scores,
 )
-from vestige.measures._pieces import group, piece_files, run_audit_pieces
+from vestige.measures._pieces import piece_files, run_audit_pieces
 from vestige.models import batch_sharing
 from vestige.storage import check_disk, partial_folder
 
@@ -147,7 +147,7 @@ def run_passes(job: AuditJob) -> tuple[list[Tensors], list[dict[int, Tensors]], 
     """
     total, lengths = len(job.subjects), job.data.lengths
     batches = plan_batches(lengths, job.token_budget, sharing=job.sharing)
-    groups = group(batches, lambda rows: int(lengths[rows].sum()), PIECE_TOKENS)
+    groups = group_items(batches, lambda rows: int(lengths[rows].sum()), PIECE_TOKENS)
     files = piece_files(job, "measuring", [list(map(len, each)) for each in groups])
     size = max(1, ROUND_BYTES // max(_NUMBER_BYTES * len(job.data) * sum(job.widths), 1))
     turns = [range(first, min(first + size, total)) for first in range(0, total, size)]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 from vestige.jobs import PieceFiles, Tensors, run_with_rate, step_done, tensor_pieces, worker_command
 from vestige.measures._job import AuditJob
 from vestige.settings import LaunchSettings
 from vestige.storage import partial_folder
-
-Item = TypeVar("Item")
 
 FORMAT = 2
 """Raised when a piece of the same settings changes its meaning."""
@@ -50,18 +48,6 @@ def piece_files(job: AuditJob, name: str, more: Any) -> PieceFiles:
     )
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
     return PieceFiles(partial_folder(job.settings.out) / name, digest)
-
-
-def group(items: Iterable[Item], weigh: Callable[[Item], int], limit: int) -> list[list[Item]]:
-    """Return the items in groups whose weights add up to `limit`, or a little more."""
-    groups, total = list[list[Item]]([[]]), 0
-    for item in items:
-        if total >= limit:
-            groups.append([])
-            total = 0
-        groups[-1].append(item)
-        total += weigh(item)
-    return groups
 
 
 def run_audit_pieces(
